@@ -1,0 +1,399 @@
+"""Settings: one frozen model per YAML section, loaded, merged with command-line overrides and checked in one place.
+
+Not here: what the settings do. pydantic checks types and ranges (it names the field, what was expected and what came);
+this file adds "did you mean", the rules that join two settings, and `section.key=value` overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+# suite -> (number of tasks, step limit of an episode). The limit is the longest training demonstration rounded up
+# (openvla c8f03f4, experiments/robot/libero/run_libero_eval.py); settle steps are not counted.
+TASK_SUITES: dict[str, tuple[int, int]] = {
+    "libero_spatial": (10, 220),  # longest demonstration has 193 steps
+    "libero_object": (10, 280),  # 254
+    "libero_goal": (10, 300),  # 270
+    "libero_10": (10, 520),  # 505
+    "libero_90": (90, 400),  # 373
+}
+NUM_FIXED_STATES = 50  # initial states that the benchmark fixes for each task
+
+
+class ConfigError(ValueError):
+    """A user's mistake in the settings; the message names the setting, what was expected, what came, the way out."""
+
+
+def parse_indices(value: Any) -> Any:
+    """Turns "0-3,7" into [0, 1, 2, 3, 7]; leaves anything that is not such a string to the type check."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if not isinstance(value, str) or value == "random":
+        return value
+    indices: list[int] = []
+    for part in value.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"{value!r} is not a list of indices; write it like 0-39,45")
+        indices += range(int(first), int(last or first) + 1)
+    return indices
+
+
+Indices = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(parse_indices)]
+StateIndex = Annotated[int, Field(ge=0, lt=NUM_FIXED_STATES)]
+States = Annotated[list[StateIndex], BeforeValidator(parse_indices)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    timesteps: int = Field(100_000, ge=0, description="simulator steps to train for, all environments together (20 Hz)")
+    seed: int = Field(0, ge=0, description="seed of the sampling, the minibatch order, the value head and the episodes")
+    device: Literal["cpu", "cuda"] = Field("cuda", description="where the policy runs")
+    torch_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice")
+    output_dir: str = Field("runs", description="each run makes its own folder in this one")
+    name: str | None = Field(
+        None, description="name of the run's folder; null makes one from task, estimator, seed and time"
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021), the only weights of the policy that are trained. Dropout is always 0."""
+
+    rank: int = Field(32, ge=1, description="rank r of each adapter")
+    alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    target_modules: Literal["all-linear", "language-model"] = Field(
+        "all-linear", description="all linear layers except the LM head, or those of the language model only"
+    )
+
+
+class PolicyConfig(Section):
+    """The OpenVLA checkpoint and how it is run."""
+
+    checkpoint: str = Field(
+        "tiny-openvla",
+        description="a folder in the official layout, a Hugging Face id, or tiny-openvla (made on first use)",
+    )
+    decoder: Literal["autoregressive", "parallel"] = Field(
+        "parallel",
+        description="autoregressive: vanilla OpenVLA, one action; parallel: OpenVLA-OFT, a chunk in one forward",
+    )
+    chunk_size: int = Field(8, ge=1, description="actions a decision; 1 for the autoregressive decoder")
+    num_images: Literal[1, 2] = Field(1, description="1: agent view; 2: agent view and wrist camera")
+    use_proprio: bool = Field(False, description="feed end-effector position, orientation and gripper (8 numbers)")
+    center_crop: bool = Field(
+        True, description="crop 90 % of the image's area, as checkpoints trained with augmentation need"
+    )
+    unnorm_key: str | None = Field(None, description="entry of dataset_statistics.json; null takes the task suite's")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the frozen base weights")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, slower"
+    )
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+
+
+class ValueHeadConfig(Section):
+    """V(s): a float32 MLP on the hidden state of the last prompt token."""
+
+    hidden_sizes: list[Annotated[int, Field(ge=1)]] = Field([1024], description="widths of the hidden layers")
+
+
+class EnvConfig(Section):
+    """LIBERO tasks and how an episode of them starts, ends and is seen."""
+
+    task_suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = Field(
+        "libero_spatial", description="benchmark suite"
+    )
+    task_ids: Indices = Field([0], min_length=1, description="tasks of the suite; environments take them in turn")
+    initial_states: Literal["random"] | States = Field(
+        "random", description="training episodes start from fresh random placements, or from these fixed states (0-49)"
+    )
+    max_steps: int | None = Field(
+        None, ge=1, description="simulator steps until truncation; null takes the suite's own limit"
+    )
+    settle_steps: int = Field(10, ge=0, description="steps with a resting arm before an episode; not counted")
+    image_size: int = Field(256, ge=16, description="rendered image side in pixels, before preprocessing")
+    render: Literal["exact", "fast"] = Field(
+        "exact",
+        description="exact: stock LIBERO's images; fast: no reflections and no multi-sampling, for CPU rendering",
+    )
+
+
+class RolloutConfig(Section):
+    """Data of one iteration."""
+
+    num_envs: int = Field(8, ge=1, description="environments, one worker process each")
+    n_steps: int = Field(64, ge=1, description="decisions per environment and iteration (gae)")
+    group_size: int = Field(8, ge=2, description="episodes that share task and initial state (grpo)")
+    n_episodes: int | None = Field(None, ge=1, description="episodes per iteration (grpo); null takes num_envs")
+    temperature: float = Field(
+        1.0, gt=0, description="sampling temperature; log-probabilities are of the same distribution"
+    )
+
+
+class AlgorithmConfig(Section):
+    """Advantages and losses."""
+
+    estimator: Literal["gae", "grpo"] = Field(
+        "gae", description="gae: PPO with a critic; grpo: group-relative, no critic"
+    )
+    gamma: float = Field(0.99, ge=0, le=1, description="discount per decision, not per simulator step")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="0 is one-step TD, 1 is Monte Carlo")
+    normalize_advantages: bool = Field(True, description="zero mean and unit variance over the rollout (gae)")
+    drop_uniform_groups: bool = Field(True, description="leave out groups whose returns are all equal (grpo; DAPO)")
+    clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - this")
+    clip_ratio_high: float = Field(0.28, gt=0, description="the ratio is clipped at 1 + this (clip-higher, DAPO)")
+    logprob_level: Literal["token", "action", "chunk"] = Field(
+        "token", description="what one ratio is of: one token, one 7-token action, or the whole chunk"
+    )
+    value_coef: float = Field(0.5, ge=0, description="weight of the value loss")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    kl_coef: float = Field(
+        0.0, ge=0, description="weight of KL(policy || base model); above 0 costs one more forward a row"
+    )
+    target_kl: float | None = Field(
+        None, gt=0, description="an update stops before a step whose approx_kl is above; null never"
+    )
+    n_epochs: int = Field(1, ge=1, description="passes over the rollout")
+    minibatch_size: int = Field(64, ge=1, description="decisions per optimizer step")
+    micro_batch_size: int = Field(8, ge=1, description="decisions per forward; gradients add up to the minibatch's")
+    critic_warmup_iterations: int = Field(0, ge=0, description="first iterations that train only the value head (gae)")
+    freeze_vla_for_critic: bool = Field(False, description="true: the value loss does not reach the policy's weights")
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    learning_rate: float = Field(gt=0, description="step size")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's running mean")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the squared gradient's running mean")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
+
+
+class ActorConfig(OptimizerConfig):
+    """AdamW of the LoRA weights."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="step size")
+
+
+class CriticConfig(OptimizerConfig):
+    """AdamW of the value head."""
+
+    learning_rate: float = Field(3e-4, gt=0, description="step size")
+
+
+class EvalConfig(Section):
+    """Success from the benchmark's fixed initial states, at the start, every interval and at the end."""
+
+    interval: int = Field(10, ge=0, description="iterations between evaluations; 0 evaluates at start and end only")
+    states: States = Field("0-49", min_length=1, description="fixed initial states of each task")
+    modes: list[Literal["greedy", "sampled"]] = Field(
+        ["greedy", "sampled"], min_length=1, description="greedy: most likely tokens; sampled: from the policy"
+    )
+    temperature: float | None = Field(None, gt=0, description="of the sampled mode; null takes rollout.temperature")
+    num_envs: int = Field(8, ge=1, description="evaluation worker processes, fed from one queue")
+    render: Literal["exact", "fast"] | None = Field(None, description="as env.render; null takes env.render")
+    video: bool = Field(True, description="write an MP4 of one success and one failure")
+
+
+class LoggingConfig(Section):
+    """What a run leaves behind."""
+
+    checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints")
+    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    curves_interval: int = Field(10, ge=1, description="iterations between redrawings of the PNG curves")
+    progress: bool = Field(True, description="tqdm bars")
+    wandb: bool = Field(False, description="log to Weights & Biases")
+    wandb_project: str = Field("openvla-ppo", description="project")
+    wandb_entity: str | None = Field(None, description="user or team; null takes your default")
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online", description="offline writes to the run folder; no network"
+    )
+
+
+class Config(Section):
+    """All settings of a run, checked against each other."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    value_head: ValueHeadConfig = Field(default_factory=ValueHeadConfig)
+    env: EnvConfig = Field(default_factory=EnvConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    actor: ActorConfig = Field(default_factory=ActorConfig)
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def check_combinations(self) -> Config:
+        env, rollout, algorithm, policy = self.env, self.rollout, self.algorithm, self.policy
+        num_tasks = TASK_SUITES[env.task_suite][0]
+        wrong = [i for i in env.task_ids if i >= num_tasks]
+        if wrong:
+            raise ValueError(f"env.task_ids={wrong} outside {env.task_suite}, which has tasks 0 to {num_tasks - 1}")
+        if len(set(env.task_ids)) < len(env.task_ids):
+            raise ValueError(f"env.task_ids={env.task_ids} names a task twice; name each once")
+        if policy.decoder == "autoregressive" and policy.chunk_size != 1:
+            raise ValueError(
+                f"policy.chunk_size={policy.chunk_size} with policy.decoder=autoregressive, which decodes one action; "
+                "set policy.chunk_size=1 or policy.decoder=parallel"
+            )
+        if algorithm.micro_batch_size > algorithm.minibatch_size:
+            raise ValueError(
+                f"algorithm.micro_batch_size={algorithm.micro_batch_size} is larger than "
+                f"algorithm.minibatch_size={algorithm.minibatch_size}; make it at most that"
+            )
+        if algorithm.estimator == "gae":
+            rows = rollout.num_envs * rollout.n_steps
+            if algorithm.minibatch_size > rows:
+                raise ValueError(
+                    f"algorithm.minibatch_size={algorithm.minibatch_size} is larger than the rollout of {rows} decisions "
+                    "(rollout.num_envs x rollout.n_steps); make it at most that"
+                )
+        else:
+            check_groups(rollout)
+        if env.initial_states != "random":
+            shared = sorted(set(env.initial_states) & set(self.eval.states))
+            if shared:
+                raise ValueError(
+                    f"env.initial_states and eval.states share {shared}: the policy would be tested on what it trained on; "
+                    "make them disjoint, for example env.initial_states=0-39 eval.states=40-49"
+                )
+        return self
+
+    def max_episode_steps(self) -> int:
+        """Simulator steps after which an episode is truncated."""
+        return self.env.max_steps or TASK_SUITES[self.env.task_suite][1]
+
+
+def check_groups(rollout: RolloutConfig) -> None:
+    size = rollout.group_size
+    for key, value in (("num_envs", rollout.num_envs), ("n_episodes", rollout.n_episodes or rollout.num_envs)):
+        if value % size:
+            below = value // size * size
+            ways = f"{below} or {below + size}" if below else f"{size}"
+            raise ValueError(f"rollout.{key}={value} is not a multiple of rollout.group_size={size}; use {ways}")
+
+
+def load_config(
+    path: str | Path | None = None, overrides: list[str] = (), flags: dict[str, Any] | None = None
+) -> Config:
+    """The checked settings of a YAML file, then of `section.key=value` overrides, then of command-line flags.
+
+    Args:
+        path: YAML file; None takes every default.
+        overrides: like ["actor.learning_rate=1e-4", "env.task_ids=0-3"]; values are read as YAML.
+        flags: like {"run.timesteps": 1000}; None values are left out.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a setting is unknown, of the wrong type, out of range, or does not
+            go with another one.
+    """
+    values = read_yaml(path) if path is not None else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or "." not in key:
+            raise ConfigError(f"{override!r} is not a setting; write it like actor.learning_rate=1e-4")
+        try:
+            set_key(values, key.strip(), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: the value is not YAML ({error})") from None
+    for key, value in (flags or {}).items():
+        if value is not None:
+            set_key(values, key, value)
+    return config_from_dict(values, source=str(path or "the command line"))
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> Config:
+    """Checks nested settings; `source` is named in the error."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join("  " + describe(problem) for problem in error.errors())
+        raise ConfigError(f"settings of {source}:\n{problems}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(f"no settings file {path}" + (f"; there are {', '.join(near)}" if near else ""))
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections such as 'rollout:', got {type(values).__name__}")
+    return values
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {parent} is a value, not a section")
+    values[leaf] = value
+
+
+def describe(problem: dict[str, Any]) -> str:
+    """One pydantic problem as: setting, what is wrong, what came, the way out."""
+    # pydantic puts the tried branch of a union into the path; only names of settings and list positions are kept
+    path = [str(part) for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = list_settings()
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or difflib.get_close_matches(
+            path[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
+        )
+        hint = [name for name in known if near and (name == near[0] or name.endswith("." + near[0]))]
+        return f"{key}: unknown setting" + (f"; did you mean {hint[0]}?" if hint else "; see --help for all of them")
+    if problem["type"] == "value_error":
+        return ": ".join(filter(None, [key, str(problem["ctx"]["error"])]))
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+
+
+def list_settings(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every setting as "section.key" -> pydantic field, in order; what --help prints and "did you mean" searches."""
+    settings: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        inner = field.annotation if isinstance(field.annotation, type) else None
+        if inner is not None and issubclass(inner, BaseModel):
+            settings |= {prefix + name: field} if not prefix else {}
+            settings |= list_settings(inner, f"{prefix}{name}.")
+        else:
+            settings[prefix + name] = field
+    return settings
+
+
+def settings_help() -> str:
+    """Every setting with its default, its choices and what it means (with its unit)."""
+    lines: list[str] = []
+    for key, field in list_settings().items():
+        if "." not in key:
+            lines.append(f"\n{key}: {field.annotation.__doc__.splitlines()[0]}")
+            continue
+        choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str | int) and not isinstance(c, bool)]
+        default = field.get_default(call_default_factory=True)
+        text = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        choice = f" {{{', '.join(choices)}}}" if len(choices) > 1 else ""
+        lines.append(f"  {key}={text}{choice}\n      {field.description}")
+    return "\n".join(lines)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes every setting, defaults included, so that a run can be repeated from its folder."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

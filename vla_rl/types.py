@@ -1,0 +1,126 @@
+"""What the parts hand to each other: observations, model inputs, policy outputs, episodes, and the Policy protocol.
+
+N environments or rows, K images, C steps in a chunk, A = 7C action tokens, D hidden size, S model image side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ACTION_DIM = 7  # end-effector translation (3), rotation (3), gripper (1)
+PROPRIO_DIM = 8  # end-effector position (3), axis-angle (3), gripper joints (2)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Where an episode starts. Two environments that are reset with equal episodes are in equal states."""
+
+    task_id: int
+    initial_state: int | None  # index of the benchmark's fixed state, 0-49; None draws fresh placements
+    seed: int  # of the placements and the fixtures
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the environments show: right way up, before any preprocessing of the model's."""
+
+    images: np.ndarray  # uint8 [N, K, H, W, 3]
+    proprio: np.ndarray  # float32 [N, 8], metres, radians (axis-angle), metres
+    instructions: tuple[str, ...]  # N
+
+    @classmethod
+    def from_vector_env(cls, obs: dict) -> Observation:
+        """The dict that a gymnasium.vector.VectorEnv over LiberoEnv returns. Arrays are copied: they are reused."""
+        return cls(obs["images"].copy(), obs["proprio"].copy(), tuple(obs["instruction"]))
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    def rows(self, indices: Sequence[int]) -> Observation:
+        indices = list(indices)
+        return Observation(self.images[indices], self.proprio[indices], tuple(self.instructions[i] for i in indices))
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """A preprocessed observation: what the buffer keeps and the network reads."""
+
+    images: Tensor  # uint8 [N, K, S, S, 3], CPU
+    proprio: Tensor  # float32 [N, 8], CPU, environment units
+    instructions: tuple[str, ...]  # N
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    def rows(self, indices: Sequence[int]) -> PolicyInputs:
+        indices = list(indices)
+        return PolicyInputs(self.images[indices], self.proprio[indices], tuple(self.instructions[i] for i in indices))
+
+    @staticmethod
+    def concatenate(parts: Sequence[PolicyInputs]) -> PolicyInputs:
+        return PolicyInputs(
+            torch.cat([p.images for p in parts]),
+            torch.cat([p.proprio for p in parts]),
+            tuple(text for p in parts for text in p.instructions),
+        )
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """One decision of each environment, all from one forward."""
+
+    action_tokens: Tensor  # int64 [N, A], CPU
+    logprobs: Tensor  # float32 [N, A], CPU, of the sampling distribution; NaN for a greedy token outside the action ids
+    actions: np.ndarray  # float32 [N, C, 7], environment units, -1..1
+    hidden: Tensor | None  # float32 [N, D], no gradient: final hidden state of the last prompt token
+    inputs: PolicyInputs
+
+
+@dataclass(frozen=True)
+class ActionEvaluation:
+    """Given tokens under the present weights, with gradients, all from one forward."""
+
+    logprobs: Tensor  # float32 [B, A]
+    entropy: Tensor  # float32 [B, A], nats
+    hidden: Tensor | None  # float32 [B, D]
+
+
+class Policy(Protocol):
+    """What OpenVLAPPO needs of a policy; vla_rl.policy.OpenVLAPolicy is the one that is shipped."""
+
+    hidden_size: int  # D
+    chunk_size: int  # C
+
+    def act(
+        self,
+        obs: Observation,
+        *,
+        temperature: float = 1.0,
+        greedy: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> PolicyOutput: ...
+
+    def evaluate_actions(
+        self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float
+    ) -> ActionEvaluation: ...
+
+    def prepare(self, obs: Observation) -> PolicyInputs: ...
+
+    def compute_hidden(self, inputs: PolicyInputs) -> Tensor: ...  # float32 [N, D], no gradient, one forward
+
+    def reference_logprobs(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> Tensor: ...
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]: ...  # the LoRA weights and no other
+
+    def save_adapter(self, folder: Path) -> None: ...
+
+    def load_adapter(self, folder: Path) -> None: ...
+
+    def fingerprint(self) -> str: ...  # equal for equal base models, decoders and adapter shapes
