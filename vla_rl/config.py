@@ -177,6 +177,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's running mean")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the squared gradient's running mean")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the squared gradient's mean")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
 
 

@@ -1,0 +1,650 @@
+"""PPO with dense advantages (GAE) for OpenVLA on LIBERO; GRPO as the baseline. The algorithm, from top to bottom.
+
+Not here: the network and its prompt (vla_rl.policy), the simulator (vla_rl.libero_env), files and flags
+(start_gae_ppo_training.py). The parts are handed in, so tests run this very class on small ones.
+
+T decisions, N environments, C simulator steps of a decision, A = 7C action tokens, D hidden size, R rows of a rollout,
+B rows of a minibatch. A timestep is one simulator step; a decision is up to C of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from vla_rl.advantages import compute_gae, compute_grpo_advantages, normalize
+from vla_rl.checkpoint import cpu_copy, load_trainer_state, verify, write_checkpoint
+from vla_rl.config import Config, save_config
+from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
+from vla_rl.evaluation import evaluate_policy, evaluation_episodes, success_metrics, write_videos
+from vla_rl.losses import (
+    approx_kl,
+    clip_fraction,
+    explained_variance,
+    log_ratio,
+    masked_mean,
+    ppo_policy_loss,
+    sum_to_level,
+    token_mask,
+    value_loss,
+)
+from vla_rl.metrics import MetricsLogger
+from vla_rl.progress import (
+    FinishedEpisode,
+    episodes_text,
+    evaluation_text,
+    peak_memory_gib,
+    progress_bar,
+    rollout_metrics,
+    summary_line,
+    update_text,
+)
+from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches
+from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyOutput
+from vla_rl.value_head import ValueHead
+
+log = logging.getLogger(__name__)
+
+# before the first optimizer step the ratio is 1 but for the order of float32 sums; above this the log-probabilities that
+# were sampled and those that are scored are not of one distribution (openvla fixtures: 1e-5 on log-probabilities)
+RATIO_TOLERANCE_FLOAT32 = 1e-4
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or output was NaN or infinite."""
+
+
+class InvariantError(RuntimeError):
+    """The first minibatch of an update did not find the ratio 1."""
+
+
+class StopTraining(Exception):
+    """Somebody asked for the run to stop (SIGTERM, Ctrl-C)."""
+
+
+class OpenVLAPPO:
+    """Trains the adapter of a policy, and a value head on its hidden state, on a vector of environments.
+
+    Args:
+        config: all settings.
+        policy: acts, and scores actions with gradients; only its adapter is trainable.
+        value_head: V(s) from the policy's hidden state; None for GRPO, which has no critic.
+        envs: N training environments over vla_rl.libero_env.LiberoEnv or alike (autoreset disabled).
+        eval_envs: evaluation environments; their fixed initial states are never trained on. None: no evaluation.
+        logger: knows the run's folder.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        value_head: ValueHead | None,
+        envs: VectorEnv,
+        eval_envs: VectorEnv | None,
+        logger: MetricsLogger,
+    ):
+        self.config = config
+        self.policy = policy
+        self.value_head = value_head
+        self.envs = envs
+        self.eval_envs = eval_envs
+        self.logger = logger
+        self.device = torch.device(config.run.device)
+        self.uses_critic = config.algorithm.estimator == "gae"
+        if self.uses_critic != (value_head is not None):
+            raise ValueError(f"algorithm.estimator={config.algorithm.estimator} with value_head={value_head}")
+
+        self.actor_parameters = policy.trainable_parameters()
+        self.critic_parameters = list(value_head.parameters()) if value_head is not None else []
+        self.actor_optimizer = adamw(self.actor_parameters, config.actor)
+        self.critic_optimizer = adamw(self.critic_parameters, config.critic) if self.uses_critic else None
+
+        # one generator per purpose: an evaluation or another minibatch size does not change what is sampled
+        self.sampling_generator = torch.Generator().manual_seed(config.run.seed)
+        self.order_generator = torch.Generator().manual_seed(config.run.seed + 1)
+        self.sampler = EpisodeSampler(config.env.task_ids, config.env.initial_states, config.run.seed)
+        self.streams = EpisodeStreams(self.sampler, envs.num_envs)
+
+        self.iteration = 0  # finished iterations
+        self.timesteps = 0  # simulator steps of all environments
+        self.groups_played = 0  # GRPO groups so far, which number the groups' episodes
+        self.evaluated_iteration = -1
+        self.obs: Observation | None = None  # of episodes under way between iterations (PPO)
+        self.running_returns = np.zeros(envs.num_envs)  # of the episodes under way
+        self.running_lengths = np.zeros(envs.num_envs, dtype=np.int64)
+        self.stop_requested = False
+        self.warned_no_hidden = False
+        self.boundary = self.state()  # the last state between two iterations: what a stop goes back to
+
+    # ---------------------------------------------------------------------------------------------------------- train
+
+    def train(self) -> None:
+        """Rollout, advantages, update, until the timesteps are used up; evaluates and saves in between.
+
+        Raises:
+            NonFiniteError, InvariantError: something is wrong; the state before this iteration has been saved.
+        """
+        try:
+            if self.iteration == 0 or self.evaluation_due():
+                self.evaluate()
+            while self.timesteps < self.config.run.timesteps:
+                self.train_iteration()
+            if self.evaluated_iteration < self.iteration:
+                self.evaluate()
+            self.save_checkpoint()
+            self.logger.draw_curves()
+        except StopTraining:
+            self.rollback()
+            log.warning("stopped at %d timesteps; resume from %s", self.timesteps, self.save_checkpoint())
+
+    def train_iteration(self) -> None:
+        start = time.perf_counter()
+        rollout, metrics = self.collect_rollout()
+        rollout_s = time.perf_counter() - start
+        batch, advantage_metrics = self.compute_advantages(rollout)
+        metrics |= advantage_metrics | self.update(batch)
+        self.iteration += 1
+        iteration_s = time.perf_counter() - start
+        metrics |= {
+            "rollout/env_steps_per_s": metrics["rollout/env_steps"] / rollout_s,
+            "time/rollout_s": rollout_s,
+            "time/update_s": iteration_s - rollout_s,
+            "system/peak_memory_gib": peak_memory_gib(self.device),
+        }
+        self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
+        log.info(summary_line(self.iteration, self.timesteps, self.config.run.timesteps, metrics))
+
+        self.boundary = self.state()
+        if self.evaluation_due():
+            self.evaluate()
+        if self.iteration % self.config.logging.checkpoint_interval == 0:
+            self.save_checkpoint()
+        if self.iteration % self.config.logging.curves_interval == 0:
+            self.logger.draw_curves()
+
+    # -------------------------------------------------------------------------------------------------------- rollout
+
+    @torch.no_grad()
+    def collect_rollout(self) -> tuple[RolloutBuffer, dict[str, Any]]:
+        """Acts with the present policy.
+
+        PPO: n_steps decisions of every environment; episodes go on across iterations. GRPO: whole episodes from a queue
+        of groups; an environment without an episode is idle and adds no rows.
+
+        Returns:
+            The rows and rollout/* metrics.
+        """
+        num_envs, n_steps = self.envs.num_envs, self.config.rollout.n_steps
+        buffer = RolloutBuffer()
+        finished_episodes: list[FinishedEpisode] = []
+        queue = None if self.uses_critic else EpisodeQueue(self.draw_groups())
+        source = queue or self.streams
+        if queue is not None or self.obs is None:
+            self.obs, _ = reset_finished(self.envs, np.ones(num_envs, dtype=bool), source)
+        playing = list(range(num_envs))
+        first_timestep = self.timesteps
+        bar = progress_bar(
+            "rollout", n_steps * num_envs if queue is None else None, "dec", self.config.logging.progress
+        )
+
+        while playing and (queue is not None or len(buffer) < n_steps):
+            self.check_stop()
+            output = self.policy.act(
+                self.obs if len(playing) == num_envs else self.obs.rows(playing),
+                temperature=self.config.rollout.temperature,
+                generator=self.sampling_generator,
+            )
+            hidden = self.hidden_of(output)  # [N, D]
+            values = self.predict_values(hidden)  # [N]
+            self.check_finite("log-probabilities of the rollout", output.logprobs)
+            self.check_finite("values of the rollout", values)
+
+            actions = np.zeros(self.envs.action_space.shape, dtype=np.float32)  # idle environments ignore theirs
+            actions[playing] = output.actions
+            raw_obs, rewards, terminated, truncated, info = self.envs.step(actions)
+            next_obs = Observation.from_vector_env(raw_obs)
+            rewards, terminated, truncated = (torch.as_tensor(x)[playing] for x in (rewards, terminated, truncated))
+            steps = torch.as_tensor(info["steps"])[playing]  # [N]
+            done = terminated | truncated
+
+            # V of the state that was reached, where no next row will tell it
+            last = torch.full_like(done, queue is None and len(buffer) == n_steps - 1)
+            bootstrap_values = self.bootstrap(next_obs.rows(playing), ~terminated & (truncated | last))
+            buffer.add(
+                Transition(
+                    inputs=output.inputs,
+                    action_tokens=output.action_tokens,
+                    logprobs=output.logprobs,
+                    hidden=hidden,
+                    values=values,
+                    rewards=rewards.float(),
+                    terminated=terminated,
+                    truncated=truncated,
+                    steps=steps,
+                    episode=torch.tensor([queue.playing[i] if queue is not None else -1 for i in playing]),
+                ),
+                bootstrap_values,
+            )
+
+            self.timesteps += int(steps.sum())
+            self.running_returns[playing] += rewards.numpy()
+            self.running_lengths[playing] += steps.numpy()
+            for row, index in enumerate(playing):
+                if done[row]:
+                    ret, length = float(self.running_returns[index]), int(self.running_lengths[index])
+                    finished_episodes.append(FinishedEpisode(ret, length, success=bool(terminated[row])))
+                    self.running_returns[index] = self.running_lengths[index] = 0
+            finished = np.zeros(num_envs, dtype=bool)
+            finished[playing] = done.numpy()
+            obs_after_reset, _ = reset_finished(self.envs, finished, source)
+            self.obs = obs_after_reset or next_obs
+            if queue is not None:
+                playing = sorted(queue.playing)
+            bar.update(len(done))
+            bar.set_postfix_str(episodes_text(finished_episodes))
+        bar.close()
+        return buffer, rollout_metrics(finished_episodes, self.timesteps - first_timestep)
+
+    def draw_groups(self) -> list:
+        """The iteration's GRPO episodes: groups that share task and initial state."""
+        rollout = self.config.rollout
+        num_groups = (rollout.n_episodes or rollout.num_envs) // rollout.group_size
+        episodes = group_episodes(self.sampler, self.groups_played, num_groups, rollout.group_size)
+        self.groups_played += num_groups
+        return episodes
+
+    def hidden_of(self, output: PolicyOutput) -> Tensor:
+        """The cached hidden state [N, D] on the CPU; from one more forward, with a warning, if the policy gave none."""
+        if output.hidden is not None:
+            return output.hidden.cpu()
+        if not self.warned_no_hidden:
+            self.warned_no_hidden = True
+            log.warning("the policy returned no hidden state: computing it from scratch, one more forward a decision")
+        return self.policy.compute_hidden(output.inputs).cpu()
+
+    def predict_values(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N] float32 on the CPU; zeros without a critic."""
+        if self.value_head is None:
+            return torch.zeros(len(hidden))
+        return self.value_head(hidden.to(self.device)).cpu()
+
+    def bootstrap(self, obs: Observation, wanted: Tensor) -> Tensor:
+        """V(obs) [N] where wanted, 0 elsewhere: the only states that cost a forward of their own."""
+        values = torch.zeros(len(obs))
+        if self.uses_critic and wanted.any():
+            inputs = self.policy.prepare(obs.rows(wanted.nonzero().flatten().tolist()))
+            values[wanted] = self.predict_values(self.policy.compute_hidden(inputs))
+        return values
+
+    # ----------------------------------------------------------------------------------------------------- advantages
+
+    def compute_advantages(self, rollout: RolloutBuffer) -> tuple[Minibatch, dict[str, Any]]:
+        """The one branch between PPO and GRPO: how good each decision was. Both give rows to the same update."""
+        algorithm = self.config.algorithm
+        if algorithm.estimator == "gae":
+            values = rollout.stack("values")  # [T, N]
+            advantages, returns = compute_gae(
+                rollout.stack("rewards"),
+                values,
+                rollout.next_values(),
+                rollout.stack("terminated"),
+                rollout.stack("truncated"),
+                algorithm.gamma,
+                algorithm.gae_lambda,
+            )
+            metrics = {
+                "critic/explained_variance": explained_variance(values.flatten(), returns.flatten()),
+                "critic/value_mean": values.mean().item(),
+                "critic/return_mean": returns.mean().item(),
+            }
+            if algorithm.normalize_advantages:
+                advantages = normalize(advantages)
+            return rollout.flatten(advantages.flatten(), returns.flatten()), metrics
+
+        episode = rollout.rows("episode")  # [R]
+        returns = torch.zeros(int(episode.max()) + 1).index_add(0, episode, rollout.rows("rewards"))  # [E]
+        advantages, informative = compute_grpo_advantages(returns, self.config.rollout.group_size)
+        usable = informative[episode] if algorithm.drop_uniform_groups else None
+        num_groups = len(returns) // self.config.rollout.group_size
+        metrics = {"rollout/dropped_groups": num_groups - informative.sum().item() / self.config.rollout.group_size}
+        return rollout.flatten(advantages[episode], None, usable), metrics
+
+    # --------------------------------------------------------------------------------------------------------- update
+
+    def update(self, batch: Minibatch) -> dict[str, Any]:
+        """n_epochs passes of minibatches over the rows, each with one step of both optimizers.
+
+        Returns:
+            actor/* and critic/* metrics: means over the minibatches, but for the first minibatch's invariants.
+        """
+        algorithm = self.config.algorithm
+        if len(batch) == 0:
+            log.warning("every group's returns are equal: no signal, no update in this iteration")
+            return {}
+        if algorithm.kl_coef > 0:
+            batch = replace(batch, reference_logprobs=self.reference_logprobs(batch))
+        train_actor = not self.uses_critic or self.iteration >= algorithm.critic_warmup_iterations
+        steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
+        bar = progress_bar("update", steps_planned, "step", self.config.logging.progress)
+        first: dict[str, float] = {}  # metrics of the first minibatch
+        history: list[dict[str, float]] = []
+        stopped_by_kl = False
+        for minibatch in self.minibatches_of_epochs(batch):
+            self.check_stop()
+            metrics = self.minibatch_gradients(minibatch, train_actor, score_actor=train_actor or not first)
+            if not first:
+                first = metrics
+                self.check_first_minibatch(metrics)
+            stopped_by_kl = algorithm.target_kl is not None and metrics.get("actor/approx_kl", 0) > algorithm.target_kl
+            if stopped_by_kl:
+                break
+            metrics |= self.optimizer_steps(minibatch, train_actor)
+            history.append(metrics)
+            bar.update()
+            bar.set_postfix_str(update_text(metrics))
+        bar.close()
+        names = {name for metrics in history for name in metrics} - {"actor/ratio_error"}
+        means = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
+        return means | {
+            "actor/first_minibatch_ratio_error": first["actor/ratio_error"],
+            "actor/first_minibatch_kl": first["actor/approx_kl"],
+            "actor/optimizer_steps": len(history) if train_actor else 0,
+            "actor/stopped_by_kl": float(stopped_by_kl),
+        }
+
+    def minibatches_of_epochs(self, batch: Minibatch) -> Iterator[Minibatch]:
+        for _ in range(self.config.algorithm.n_epochs):
+            yield from minibatches(batch, self.config.algorithm.minibatch_size, self.order_generator)
+
+    def minibatch_gradients(self, minibatch: Minibatch, train_actor: bool, score_actor: bool) -> dict[str, float]:
+        """Backward passes of all micro-batches: they add up to the gradient of the whole minibatch.
+
+        One forward a micro-batch gives policy and value. While only the critic warms up, the hidden states cached in
+        the rollout are enough: no forward of the policy at all (but on the first minibatch, to check the invariants).
+
+        Args:
+            train_actor: the policy loss counts; False during the critic's warm-up.
+            score_actor: compute the actor's numbers.
+        """
+        algorithm = self.config.algorithm
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad(set_to_none=True)
+        tokens = token_mask(minibatch.steps, self.policy.chunk_size, ACTION_DIM)  # [B, A]
+        _, ratios = sum_to_level(minibatch.old_logprobs, tokens, algorithm.logprob_level, ACTION_DIM)  # [B, L]
+        totals: dict[str, float] = {}
+        for micro in minibatch.split(algorithm.micro_batch_size):
+            loss = torch.zeros((), device=self.device)
+            hidden = micro.hidden.to(self.device)
+            if score_actor:
+                with nullcontext() if train_actor else torch.no_grad():
+                    actor_loss, metrics, fresh_hidden = self.actor_losses(micro, tokens.sum(), ratios.sum())
+                accumulate(totals, metrics)
+                if train_actor:
+                    loss = loss + actor_loss
+                    hidden = fresh_hidden
+            if self.value_head is not None:
+                if algorithm.freeze_vla_for_critic:
+                    hidden = hidden.detach()
+                critic_loss = value_loss(self.value_head(hidden), micro.returns.to(self.device), len(minibatch))
+                accumulate(totals, {"critic/value_loss": critic_loss.item()})
+                loss = loss + algorithm.value_coef * critic_loss
+            for name, value in totals.items():
+                self.check_finite(name, torch.tensor(value), minibatch)
+            loss.backward()
+        return totals
+
+    def actor_losses(self, micro: Minibatch, token_count: Tensor, ratio_count: Tensor) -> tuple[Tensor, dict, Tensor]:
+        """Policy loss, entropy bonus and KL penalty of a micro-batch, each divided by the minibatch's valid entries.
+
+        Args:
+            token_count: acted-on tokens of the minibatch.
+            ratio_count: valid ratios of the minibatch (tokens, actions or chunks).
+
+        Returns:
+            The loss, actor/* metrics (sums that add up over micro-batches), and the hidden state [B, D] of this forward.
+        """
+        algorithm = self.config.algorithm
+        evaluation = self.policy.evaluate_actions(
+            micro.inputs, micro.action_tokens, temperature=self.config.rollout.temperature
+        )
+        tokens = token_mask(micro.steps, self.policy.chunk_size, ACTION_DIM).to(self.device)
+        old_token_logprobs = micro.old_logprobs.to(self.device)
+        logprobs, mask = sum_to_level(evaluation.logprobs, tokens, algorithm.logprob_level, ACTION_DIM)
+        old_logprobs, _ = sum_to_level(old_token_logprobs, tokens, algorithm.logprob_level, ACTION_DIM)
+        clip = (algorithm.clip_ratio_low, algorithm.clip_ratio_high)
+
+        advantages = micro.advantages.to(self.device)
+        policy_loss = ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *clip, count=ratio_count)
+        entropy = masked_mean(evaluation.entropy, tokens, token_count)
+        loss = policy_loss - algorithm.entropy_coef * entropy
+        metrics = {"actor/policy_loss": policy_loss.item(), "actor/entropy": entropy.item()}
+        if micro.reference_logprobs is not None:
+            reference = micro.reference_logprobs.to(self.device)
+            reference_kl = approx_kl(evaluation.logprobs, reference, tokens, token_count)
+            loss = loss + algorithm.kl_coef * reference_kl
+            metrics["actor/reference_kl"] = reference_kl.item()
+        with torch.no_grad():
+            ratio_error = (log_ratio(evaluation.logprobs, old_token_logprobs, tokens).exp() - 1).abs().max()
+            metrics |= {
+                "actor/approx_kl": approx_kl(old_logprobs, logprobs, mask, ratio_count).item(),
+                "actor/clip_fraction": clip_fraction(logprobs, old_logprobs, mask, *clip, ratio_count).item(),
+                "actor/ratio_error": ratio_error.item(),
+            }
+        hidden = evaluation.hidden
+        return loss, metrics, self.policy.compute_hidden(micro.inputs) if hidden is None else hidden
+
+    def optimizer_steps(self, minibatch: Minibatch, train_actor: bool) -> dict[str, float]:
+        """Clips each side's gradient by its own norm, then steps both optimizers; neither if a norm is not finite."""
+        sides = [("critic", self.critic_optimizer, self.critic_parameters, self.config.critic)]
+        sides = [side for side in sides if side[1] is not None]
+        if train_actor:
+            sides.append(("actor", self.actor_optimizer, self.actor_parameters, self.config.actor))
+        metrics = {}
+        for name, _, parameters, settings in sides:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            self.check_finite(f"{name}/grad_norm", norm, minibatch)
+            metrics[f"{name}/grad_norm"] = norm.item()
+        for _, optimizer, _, _ in sides:
+            optimizer.step()
+        return metrics
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Minibatch) -> Tensor:
+        """Log-probabilities [R, A] of the base model, the adapter switched off: no second copy of the weights."""
+        size, temperature = self.config.algorithm.micro_batch_size, self.config.rollout.temperature
+        parts = [
+            self.policy.reference_logprobs(m.inputs, m.action_tokens, temperature=temperature).cpu()
+            for m in batch.split(size)
+        ]
+        return torch.cat(parts)
+
+    # ---------------------------------------------------------------------------------------------------------- guard
+
+    def check_first_minibatch(self, metrics: dict[str, float]) -> None:
+        """Before any optimizer step the ratio is 1 and the KL 0, or sampling and scoring are two distributions.
+
+        In bfloat16 the two forwards round differently; then it is only logged.
+        """
+        error = metrics["actor/ratio_error"]
+        if self.config.policy.dtype == "float32" and error > RATIO_TOLERANCE_FLOAT32:
+            self.rollback()
+            raise InvariantError(
+                f"actor/first_minibatch_ratio_error is {error:.2e}, expected below {RATIO_TOLERANCE_FLOAT32:.0e}: the "
+                f"policy scores its own actions differently than it sampled them; state saved in {self.save_checkpoint()}"
+            )
+
+    def check_finite(self, name: str, value: Tensor, minibatch: Minibatch | None = None) -> None:
+        """Stops the run if value has a NaN or an infinity: nothing has been stepped with it yet."""
+        if torch.isfinite(value).all():
+            return
+        iteration = self.iteration + 1
+        where = ""
+        if minibatch is not None:
+            dump = self.logger.folder / f"nonfinite_iteration_{iteration:06d}.pt"
+            torch.save(asdict(minibatch), dump)
+            where = f" Its minibatch is in {dump}."
+        self.rollback()
+        raise NonFiniteError(
+            f"{name} is not finite in iteration {iteration}.{where} The state before that iteration is in "
+            f"{self.save_checkpoint()}; resume from it with another seed or a lower learning rate."
+        )
+
+    def request_stop(self) -> None:
+        """Ends the run at the next decision or minibatch, saved as it was after the last finished iteration."""
+        self.stop_requested = True
+
+    def check_stop(self) -> None:
+        if self.stop_requested:
+            raise StopTraining
+
+    # ------------------------------------------------------------------------------------------------------- evaluate
+
+    def evaluation_due(self) -> bool:
+        interval = self.config.eval.interval
+        return interval > 0 and self.iteration % interval == 0 and self.evaluated_iteration < self.iteration
+
+    def evaluate(self) -> None:
+        """Success from the fixed initial states, logged as eval/*, with a video of one success and one failure."""
+        if self.eval_envs is not None:
+            settings, start = self.config.eval, time.perf_counter()
+            metrics: dict[str, Any] = {}
+            for mode in settings.modes:
+                results = evaluate_policy(
+                    self.policy,
+                    self.eval_envs,
+                    evaluation_episodes(self.config.env.task_ids, settings.states),
+                    greedy=mode == "greedy",
+                    temperature=settings.temperature or self.config.rollout.temperature,
+                    seed=self.config.run.seed,
+                    record=settings.video,
+                    progress=self.config.logging.progress,
+                    on_decision=self.check_stop,
+                )
+                metrics |= success_metrics(results, mode)
+                if settings.video:
+                    prefix = f"{self.timesteps:09d}_{mode}"
+                    write_videos(results, self.logger.folder / "videos", prefix, self.policy.chunk_size)
+            metrics["time/eval_s"] = time.perf_counter() - start
+            self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
+            log.info("evaluation at %d timesteps: %s", self.timesteps, evaluation_text(metrics))
+        self.evaluated_iteration = self.boundary["evaluated_iteration"] = self.iteration
+
+    # ----------------------------------------------------------------------------------------------------- checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on, copied to the CPU: tensors and plain values."""
+        between_rollouts = self.obs is not None and self.uses_critic  # GRPO starts every rollout with fresh episodes
+        return cpu_copy(
+            {
+                "iteration": self.iteration,
+                "timesteps": self.timesteps,
+                "groups_played": self.groups_played,
+                "evaluated_iteration": self.evaluated_iteration,
+                "episodes_played": self.streams.played,
+                "running_returns": torch.from_numpy(self.running_returns),
+                "running_lengths": torch.from_numpy(self.running_lengths),
+                "episodes_under_way": [
+                    {"episode": state["episode"], "actions": torch.from_numpy(state["actions"])}
+                    for state in (self.envs.call("episode_state") if between_rollouts else [])
+                ],
+                "sampling_generator": self.sampling_generator.get_state(),
+                "order_generator": self.order_generator.get_state(),
+                "adapter": list(self.actor_parameters),
+                "value_head": dict(self.value_head.state_dict()) if self.value_head is not None else None,
+                "actor_optimizer": self.actor_optimizer.state_dict(),
+                "critic_optimizer": self.critic_optimizer.state_dict() if self.critic_optimizer is not None else None,
+            }
+        )
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """The inverse of state(), but for the environments' episodes."""
+        self.iteration = state["iteration"]
+        self.timesteps = state["timesteps"]
+        self.groups_played = state["groups_played"]
+        self.evaluated_iteration = state["evaluated_iteration"]
+        self.streams.played = list(state["episodes_played"])
+        self.running_returns = state["running_returns"].numpy().copy()
+        self.running_lengths = state["running_lengths"].numpy().copy()
+        self.sampling_generator.set_state(state["sampling_generator"])
+        self.order_generator.set_state(state["order_generator"])
+        with torch.no_grad():
+            for parameter, value in zip(self.actor_parameters, state["adapter"], strict=True):
+                parameter.copy_(value)
+        self.actor_optimizer.load_state_dict(copy.deepcopy(state["actor_optimizer"]))
+        if self.value_head is not None:
+            self.value_head.load_state_dict(state["value_head"])
+            self.critic_optimizer.load_state_dict(copy.deepcopy(state["critic_optimizer"]))
+
+    def rollback(self) -> None:
+        """Back to the state after the last finished iteration: an unfinished one leaves no trace."""
+        self.set_state(self.boundary)
+
+    def save_checkpoint(self) -> Any:
+        """Writes the state after the last finished iteration; returns the folder."""
+
+        def write_files(folder) -> None:
+            self.policy.save_adapter(folder / "adapter")
+            trainer_state = {key: value for key, value in self.boundary.items() if key not in ("adapter", "value_head")}
+            torch.save(trainer_state, folder / "trainer.pt")
+            if self.value_head is not None:
+                self.value_head.save(folder / "value_head.safetensors")
+            save_config(self.config, folder / "config.yaml")
+
+        root, name = self.logger.folder / "checkpoints", f"iteration-{self.iteration:06d}"
+        return write_checkpoint(root, name, self.fingerprint(), write_files, self.config.logging.keep_checkpoints)
+
+    def load_checkpoint(self, folder) -> None:
+        """Continues from a checkpoint as if the run had never stopped: the simulators replay their episodes.
+
+        Raises:
+            CheckpointError: the checkpoint is torn or of another model.
+        """
+        verify(folder, self.fingerprint())
+        self.policy.load_adapter(folder / "adapter")
+        state = load_trainer_state(folder)
+        if self.value_head is not None:
+            self.value_head.load(folder / "value_head.safetensors")
+            state["value_head"] = self.value_head.state_dict()
+        self.set_state(state | {"adapter": self.actor_parameters})
+        episodes = state["episodes_under_way"]
+        if episodes:
+            episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in episodes]
+            self.obs = Observation.stack(self.envs.call("restore_episodes", episodes))
+        self.boundary = cpu_copy(state | {"adapter": self.actor_parameters})
+
+    def fingerprint(self) -> str:
+        """What must be equal for a checkpoint to fit: the model, the value head, the environments and the estimator."""
+        head = "none" if self.value_head is None else "-".join(str(len(p)) for p in self.critic_parameters)
+        estimator = self.config.algorithm.estimator
+        return f"{self.policy.fingerprint()} value_head={head} num_envs={self.envs.num_envs} estimator={estimator}"
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def adamw(parameters: list[torch.nn.Parameter], settings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def accumulate(totals: dict[str, float], metrics: dict[str, float]) -> None:
+    """Adds a micro-batch's share to the minibatch's metrics; an error keeps its maximum."""
+    for key, value in metrics.items():
+        old = totals.get(key, 0.0)
+        totals[key] = max(old, value) if key.endswith("_error") else old + value

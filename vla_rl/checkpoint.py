@@ -1,0 +1,149 @@
+"""Checkpoints on disk: written whole or not at all, verified before they are read.
+
+A checkpoint is a folder runs/RUN/checkpoints/iteration-000010 with
+    adapter/                 LoRA in peft's own format (adapter_config.json, adapter_model.safetensors)
+    value_head.safetensors   absent without a critic
+    trainer.pt               both optimizers, RNG states, counters, episodes under way (tensors and plain values only)
+    config.yaml              every setting of the run
+    manifest.json            model fingerprint, size and SHA-256 of every file; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vla_rl.config import ConfigError
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used; the message says which file, why, and what can be."""
+
+
+def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Callable[[Path], None], keep: int) -> Path:
+    """Writes root/name atomically and removes the oldest ones beyond `keep`.
+
+    Args:
+        fingerprint: of the model; a checkpoint is refused for another one.
+        write_files: fills the folder that it is given.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    unfinished = root / f".{name}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    write_files(unfinished)
+    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    manifest = {
+        "fingerprint": fingerprint,
+        "files": {str(p.relative_to(unfinished)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files},
+    }
+    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*files, unfinished / MANIFEST, unfinished]:
+        sync(path)
+    final = root / name
+    replaced = root / f".{name}.old"
+    if final.exists():  # the same iteration again, after a resume from an earlier one
+        os.replace(final, replaced)
+    os.replace(unfinished, final)
+    sync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Finished checkpoint folders, oldest first; names sort by iteration."""
+    return sorted(path for path in root.glob("iteration-*") if path.is_dir())
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run folder, or `run` itself if it is a checkpoint; verified.
+
+    Raises:
+        CheckpointError: no such folder, no checkpoint in it, or the newest one is torn.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise CheckpointError(f"no run folder {run}; --resume takes a folder such as runs/NAME")
+    if run.name.startswith("iteration-"):
+        verify(run)
+        return run
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run} has no checkpoint in {run / 'checkpoints'}; the run ended before its first one")
+    try:
+        verify(found[-1])
+    except CheckpointError as error:
+        earlier = f"; resume from the one before: --resume {found[-2]}" if len(found) > 1 else ""
+        raise CheckpointError(f"{error}{earlier}") from None
+    return found[-1]
+
+
+def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
+    """Checks that every file is there and whole, and, if given, that the model is the same.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint is of another model.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder} is torn: {MANIFEST} cannot be read ({error})") from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {folder} is torn: {name} is missing")
+        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"checkpoint {folder} is torn: {name} is not what was written")
+    if fingerprint is not None and manifest["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"checkpoint {folder} is of another model: it was made with {manifest['fingerprint']}, this run has {fingerprint}"
+        )
+    return manifest
+
+
+def load_trainer_state(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or folder to the disk, so that a power cut after the rename cannot leave it empty."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cpu_copy(value: Any) -> Any:
+    """A copy of nested dicts and lists with every tensor detached and on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: cpu_copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [cpu_copy(item) for item in value]
+    return value

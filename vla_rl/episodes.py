@@ -1,0 +1,101 @@
+"""Which episode an environment plays next, as a function of the seed and of how many it has played.
+
+No state but counters: a resumed run draws the same episodes, and one environment's episodes do not depend on how fast
+the others are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from vla_rl.types import Episode, Observation
+
+
+class EpisodeSource(Protocol):
+    def next(self, env_index: int) -> Episode | None: ...  # None: nothing left to play
+
+
+class EpisodeSampler:
+    """Training episodes: fresh random placements, or a named subset of the benchmark's fixed states."""
+
+    def __init__(self, task_ids: Sequence[int], initial_states: Literal["random"] | Sequence[int], seed: int):
+        self.task_ids = list(task_ids)
+        self.initial_states = initial_states
+        self.seed = seed
+
+    def draw(self, stream: int, number: int, task_id: int) -> Episode:
+        """Episode `number` of a stream; equal arguments give equal episodes."""
+        rng = np.random.default_rng([self.seed, stream, number])
+        state = None if self.initial_states == "random" else int(rng.choice(self.initial_states))
+        return Episode(task_id, state, seed=int(rng.integers(2**31)))
+
+
+class EpisodeStreams:
+    """Endless episodes for each of num_envs environments (PPO).
+
+    Environment i plays task i mod the number of tasks; with more tasks than environments it takes its share in turn.
+    """
+
+    def __init__(self, sampler: EpisodeSampler, num_envs: int):
+        self.sampler = sampler
+        self.played = [0] * num_envs  # episodes handed out to each environment
+        tasks = sampler.task_ids
+        self.tasks = [tasks[i::num_envs] or [tasks[i % len(tasks)]] for i in range(num_envs)]
+
+    def next(self, env_index: int) -> Episode:
+        number = self.played[env_index]
+        self.played[env_index] += 1
+        tasks = self.tasks[env_index]
+        return self.sampler.draw(env_index, number, tasks[number % len(tasks)])
+
+
+class EpisodeQueue:
+    """A list of episodes, handed out in order to whichever environment is free (GRPO, evaluation)."""
+
+    def __init__(self, episodes: Iterable[Episode]):
+        self.waiting = deque(enumerate(episodes))
+        self.playing: dict[int, int] = {}  # env index -> index of the episode in the list
+
+    def next(self, env_index: int) -> Episode | None:
+        if not self.waiting:
+            self.playing.pop(env_index, None)
+            return None
+        self.playing[env_index], episode = self.waiting.popleft()
+        return episode
+
+
+def group_episodes(sampler: EpisodeSampler, first_group: int, num_groups: int, group_size: int) -> list[Episode]:
+    """Groups of episodes that share task, initial state and seed; groups take the tasks in turn (GRPO)."""
+    tasks = sampler.task_ids
+    groups = range(first_group, first_group + num_groups)
+    return [e for g in groups for e in [sampler.draw(0, g, tasks[g % len(tasks)])] * group_size]
+
+
+def reset_finished(
+    envs: VectorEnv, finished: np.ndarray, source: EpisodeSource
+) -> tuple[Observation | None, np.ndarray]:
+    """Gives each finished environment its next episode, as far as there are any.
+
+    Args:
+        finished: [N] bool.
+
+    Returns:
+        The observation of all environments after the resets, None when there was nothing to reset; and [N] bool, the
+        environments that were reset.
+    """
+    started: dict[int, Episode] = {}
+    for index in np.flatnonzero(finished):
+        episode = source.next(int(index))
+        if episode is not None:
+            started[int(index)] = episode
+    mask = np.zeros(len(finished), dtype=np.bool_)
+    mask[list(started)] = True
+    if not started:
+        return None, mask
+    obs, _ = envs.reset(options={"reset_mask": mask, "episodes": started})
+    return Observation.from_vector_env(obs), mask

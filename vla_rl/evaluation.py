@@ -1,0 +1,164 @@
+"""Success of a policy over tasks x fixed initial states, with intervals and videos.
+
+N environments, E episodes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from tqdm import tqdm
+
+from vla_rl.episodes import EpisodeQueue, reset_finished
+from vla_rl.types import Episode, Observation, Policy
+
+CONTROL_HZ = 20  # LIBERO's control frequency: simulator steps per second of robot time
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One evaluated episode."""
+
+    episode: Episode
+    success: bool
+    length: int  # simulator steps
+    frames: list[np.ndarray] | None  # uint8 [H, W, 3], one a decision; None unless recorded
+
+
+def evaluation_episodes(task_ids: Sequence[int], states: Sequence[int]) -> list[Episode]:
+    """Every task from every fixed state. Seed 0 places the fixtures, as the official evaluation's env.seed(0) does."""
+    return [Episode(task_id, state, seed=0) for task_id in task_ids for state in states]
+
+
+def evaluate_policy(
+    policy: Policy,
+    envs: VectorEnv,
+    episodes: Sequence[Episode],
+    *,
+    greedy: bool,
+    temperature: float,
+    seed: int,
+    record: bool = False,
+    progress: bool = True,
+    on_decision: Callable[[], None] = lambda: None,
+) -> list[EpisodeResult]:
+    """Plays each episode once; an environment that is done takes the next from one queue.
+
+    The sampling has its own generator: an evaluation does not change the training that follows it.
+
+    Args:
+        envs: at most as many environments as episodes.
+        temperature: of the sampled mode; greedy ignores it.
+        record: keep the frames of every episode.
+        on_decision: called before each decision; may raise to stop the evaluation.
+
+    Returns:
+        E results in the order of `episodes`.
+    """
+    if envs.num_envs > len(episodes):
+        raise ValueError(f"{envs.num_envs} evaluation environments for {len(episodes)} episodes; make fewer")
+    generator = torch.Generator().manual_seed(seed)
+    queue = EpisodeQueue(episodes)
+    lengths = np.zeros(envs.num_envs, dtype=np.int64)
+    frames: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
+    results: list[EpisodeResult | None] = [None] * len(episodes)
+    description = "evaluate greedy" if greedy else f"evaluate T={temperature:g}"
+    bar = tqdm(total=len(episodes), desc=description, unit="ep", disable=not progress, mininterval=1)
+
+    obs, _ = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
+    while queue.playing:
+        on_decision()
+        playing = sorted(queue.playing)
+        output = policy.act(obs.rows(playing), temperature=temperature, greedy=greedy, generator=generator)
+        actions = np.zeros(envs.action_space.shape, dtype=np.float32)  # [N, C, 7]; idle environments ignore theirs
+        actions[playing] = output.actions
+        if record:
+            for index in playing:
+                frames[index].append(obs.images[index, 0])
+        raw_obs, _, terminated, truncated, info = envs.step(actions)
+        obs = Observation.from_vector_env(raw_obs)
+        lengths += info["steps"]
+        finished = np.zeros(envs.num_envs, dtype=bool)
+        finished[playing] = (terminated | truncated)[playing]
+        for index in np.flatnonzero(finished):
+            number = queue.playing[int(index)]
+            shown = [*frames[index], obs.images[index, 0]] if record else None
+            results[number] = EpisodeResult(episodes[number], bool(terminated[index]), int(lengths[index]), shown)
+            lengths[index], frames[index] = 0, []
+            bar.update()
+            bar.set_postfix_str(f"succ={np.mean([r.success for r in results if r is not None]):.1%}")
+        new_obs, _ = reset_finished(envs, finished, queue)
+        obs = new_obs or obs
+    bar.close()
+    return results
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a success rate (Wilson 1927), from SciPy; both ends in 0..1."""
+    from scipy.stats import binomtest  # a second to import
+
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def success_metrics(results: Sequence[EpisodeResult], mode: str) -> dict[str, float]:
+    """eval/* of one mode ("greedy" or "sampled"): rate, interval, length, and each task's rate if there are several."""
+    successes = [r.success for r in results]
+    low, high = wilson_interval(sum(successes), len(successes))
+    metrics = {
+        f"eval/success_rate_{mode}": float(np.mean(successes)),
+        f"eval/success_rate_{mode}_low": low,
+        f"eval/success_rate_{mode}_high": high,
+        f"eval/length_{mode}": float(np.mean([r.length for r in results])),
+        f"eval/episodes_{mode}": len(results),
+    }
+    tasks = sorted({r.episode.task_id for r in results})
+    if len(tasks) > 1:
+        for task_id in tasks:
+            rates = [r.success for r in results if r.episode.task_id == task_id]
+            metrics[f"eval/success_rate_{mode}/task_{task_id}"] = float(np.mean(rates))
+    return metrics
+
+
+def write_videos(results: Sequence[EpisodeResult], folder: Path, prefix: str, chunk_size: int) -> list[Path]:
+    """An MP4 of the first success and of the first failure, as far as there are any.
+
+    One frame a decision, shown at the speed of the robot: 20 / chunk_size frames a second.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for outcome, success in (("success", True), ("failure", False)):
+        result = next((r for r in results if r.success is success and r.frames), None)
+        if result is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            episode = result.episode
+            path = folder / f"{prefix}_task{episode.task_id}_state{episode.initial_state}_{outcome}.mp4"
+            write_video(result.frames, path, fps=CONTROL_HZ / chunk_size)
+            written.append(path)
+    return written
+
+
+def write_video(frames: Sequence[np.ndarray], path: Path, fps: float) -> None:
+    """H.264 MP4 that browsers play. Small frames are doubled until 256 pixels, sides made even."""
+    import imageio_ffmpeg
+
+    scale = max(1, 256 // frames[0].shape[0])
+    frames = [frame.repeat(scale, axis=0).repeat(scale, axis=1) for frame in frames]
+    height, width = (side - side % 2 for side in frames[0].shape[:2])
+    unfinished = path.with_name(f".{path.name}")
+    writer = imageio_ffmpeg.write_frames(
+        str(unfinished), (width, height), fps=fps, codec="libx264", macro_block_size=2, output_params=["-f", "mp4"]
+    )
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame[:height, :width]))
+    writer.close()
+    os.replace(unfinished, path)

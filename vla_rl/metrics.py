@@ -1,0 +1,169 @@
+"""Where numbers go: one JSON object a line in metrics.jsonl, PNG curves, and Weights & Biases when asked.
+
+docs/metrics.md explains each name. wandb is imported nowhere else, and only when it is switched on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from vla_rl.config import Config, ConfigError
+
+METRICS_FILE = "metrics.jsonl"
+
+# the panels of curves.png: title -> metric names
+CURVES = {
+    "success rate": ["rollout/success_rate", "eval/success_rate_greedy", "eval/success_rate_sampled"],
+    "return": ["rollout/return"],
+    "episode length (simulator steps)": ["rollout/length"],
+    "policy loss": ["actor/policy_loss"],
+    "approximate KL of the update": ["actor/approx_kl"],
+    "clip fraction": ["actor/clip_fraction"],
+    "entropy (nats)": ["actor/entropy"],
+    "gradient norm": ["actor/grad_norm", "critic/grad_norm"],
+    "value loss": ["critic/value_loss"],
+    "explained variance": ["critic/explained_variance"],
+    "simulator steps per second": ["rollout/env_steps_per_s"],
+    "seconds per iteration": ["time/rollout_s", "time/update_s"],
+}
+
+
+class MetricsLogger:
+    """Writes each iteration's metrics as soon as they are known; a killed run loses at most the line being written.
+
+    Args:
+        folder: the run's folder, which exists.
+        resume_iteration: of the checkpoint that the run continues from; later lines are moved aside, not lost.
+
+    Raises:
+        ConfigError: wandb was asked for and cannot start (not logged in, no network).
+    """
+
+    def __init__(self, folder: Path, config: Config, resume_iteration: int | None = None):
+        self.folder = folder
+        self.path = folder / METRICS_FILE
+        if resume_iteration is not None:
+            set_aside_later_lines(self.path, resume_iteration)
+        self.wandb_run = start_wandb(folder, config) if config.logging.wandb else None
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One line; metrics must hold `timesteps` and `iteration`. NaN and infinity become null, as JSON has neither."""
+        record = {key: finite_or_none(value) for key, value in metrics.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self.wandb_run is not None:
+            known = {key: value for key, value in record.items() if value is not None}
+            self.wandb_run.log(known, step=record["timesteps"])
+
+    def draw_curves(self) -> None:
+        """curves.png in the run folder, from metrics.jsonl."""
+        records = read_metrics(self.path)
+        if records:
+            plot_curves(records, self.folder / "curves.png")
+
+    def close(self) -> None:
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a torn last line (the run was killed while writing it) is left out.
+
+    Raises:
+        ValueError: a line that is not the last one is damaged.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
+    return records
+
+
+def set_aside_later_lines(path: Path, iteration: int) -> None:
+    """Moves lines written after the checkpoint to metrics.superseded.jsonl: the resumed run writes them anew."""
+    records = read_metrics(path)
+    later = [record for record in records if record["iteration"] > iteration]
+    earlier = [record for record in records if record["iteration"] <= iteration]
+    with (path.parent / "metrics.superseded.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in later)
+    rewritten = path.with_suffix(".tmp")
+    rewritten.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+    os.replace(rewritten, path)
+
+
+def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib  # takes a second to import: not before the first picture
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        title: [n for n in names if any(r.get(n) is not None for r in records)] for title, names in CURVES.items()
+    }
+    panels = {title: names for title, names in panels.items() if names}
+    columns = 3
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False)
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
+            points = [(r["timesteps"], r[name]) for r in records if r.get(name) is not None]
+            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None, linewidth=1)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("timesteps", fontsize=8)
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=7)
+        if title == "success rate":
+            axis.set_ylim(-0.05, 1.05)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, dpi=100, format="png")
+    pyplot.close(figure)
+    os.replace(unfinished, path)
+
+
+def start_wandb(folder: Path, config: Config) -> Any:
+    import wandb
+
+    settings = config.logging
+    offline = settings.wandb_mode == "offline" or os.environ.get("WANDB_MODE") == "offline"
+    if not offline and wandb.api.api_key is None:
+        raise ConfigError(
+            "logging.wandb=true, but you are not logged in to Weights & Biases; run `wandb login`, or set "
+            "logging.wandb_mode=offline, or pass --no-wandb"
+        )
+    id_file = folder / "wandb_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else None
+    try:
+        run = wandb.init(
+            project=settings.wandb_project,
+            entity=settings.wandb_entity,
+            name=folder.name,
+            dir=str(folder),
+            config=config.model_dump(mode="json"),
+            mode="offline" if offline else "online",
+            id=run_id,
+            resume="allow",
+        )
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"Weights & Biases could not start ({error}); set logging.wandb_mode=offline or pass --no-wandb"
+        ) from error
+    id_file.write_text(run.id)
+    return run

@@ -1,0 +1,91 @@
+"""What a person sees while a run goes on: two bars and one line an iteration."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class FinishedEpisode:
+    """A training episode that ended in the present rollout."""
+
+    ret: float  # undiscounted return
+    length: int  # simulator steps
+    success: bool
+
+
+def rollout_metrics(episodes: list[FinishedEpisode], env_steps: int) -> dict[str, Any]:
+    """rollout/* of the episodes that ended in this rollout; None if none did."""
+    successes = [episode.success for episode in episodes]
+    return {
+        "rollout/episodes": len(episodes),
+        "rollout/success_rate": float(np.mean(successes)) if episodes else None,
+        "rollout/return": float(np.mean([episode.ret for episode in episodes])) if episodes else None,
+        "rollout/length": float(np.mean([episode.length for episode in episodes])) if episodes else None,
+        "rollout/env_steps": env_steps,
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process held so far: on the GPU if it uses one, else resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: KiB
+
+
+def progress_bar(name: str, total: int | None, unit: str, shown: bool) -> tqdm:
+    return tqdm(total=total, desc=name, unit=unit, disable=not shown, mininterval=0.5)
+
+
+def episodes_text(episodes: list[FinishedEpisode]) -> str:
+    if not episodes:
+        return "eps=0"
+    success = np.mean([episode.success for episode in episodes])
+    length = np.mean([episode.length for episode in episodes])
+    return f"eps={len(episodes)}, succ={success:.1%}, len={length:.0f}"
+
+
+def update_text(metrics: dict[str, float]) -> str:
+    names = {
+        "pi": "actor/policy_loss",
+        "v": "critic/value_loss",
+        "|g_a|": "actor/grad_norm",
+        "|g_c|": "critic/grad_norm",
+    }
+    return ", ".join(f"{label}={metrics[name]:.3g}" for label, name in names.items() if name in metrics)
+
+
+def summary_line(iteration: int, timesteps: int, total: int, metrics: dict[str, Any]) -> str:
+    """One line a tired person can read."""
+
+    def number(name: str, form: str) -> str:
+        value = metrics.get(name)
+        return "-" if value is None else format(value, form)
+
+    return (
+        f"iteration {iteration} | {timesteps}/{total} steps | success {number('rollout/success_rate', '.1%')} of "
+        f"{metrics['rollout/episodes']} | return {number('rollout/return', '.2f')} | "
+        f"kl {number('actor/approx_kl', '.2e')} | clip {number('actor/clip_fraction', '.1%')} | "
+        f"entropy {number('actor/entropy', '.2f')} | pi {number('actor/policy_loss', '.3g')} | "
+        f"v {number('critic/value_loss', '.3g')} | ev {number('critic/explained_variance', '.2f')} | "
+        f"rollout {metrics['time/rollout_s']:.1f} s, update {metrics['time/update_s']:.1f} s | "
+        f"{metrics['system/peak_memory_gib']:.1f} GiB"
+    )
+
+
+def evaluation_text(metrics: dict[str, Any]) -> str:
+    """Success rates with their intervals."""
+    texts = []
+    for mode in ("greedy", "sampled"):
+        key = f"eval/success_rate_{mode}"
+        if key in metrics:
+            rate, low, high = metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"]
+            count = metrics[f"eval/episodes_{mode}"]
+            texts.append(f"{mode} success {rate:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
+    return ", ".join(texts)

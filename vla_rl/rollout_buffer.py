@@ -1,0 +1,134 @@
+"""What a rollout leaves for the update: one row per decision of each playing environment, and minibatches of the rows.
+
+T decisions, N playing environments (all of them under PPO; under GRPO fewer once the queue of episodes is empty),
+A action tokens, D hidden size, R rows of the rollout, B rows of a minibatch. Row (t, n) of every field belongs to decision
+t of environment n. Tensors stay on the CPU; images as uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from vla_rl.types import PolicyInputs
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One decision of all environments."""
+
+    inputs: PolicyInputs  # N rows
+    action_tokens: Tensor  # int64 [N, A]
+    logprobs: Tensor  # float32 [N, A], at the time of acting; never overwritten
+    hidden: Tensor  # float32 [N, D], cached: values and the critic's warm-up need no second forward
+    values: Tensor  # float32 [N]
+    rewards: Tensor  # float32 [N]
+    terminated: Tensor  # bool [N]
+    truncated: Tensor  # bool [N]
+    steps: Tensor  # int64 [N], simulator steps that were executed, 0..C
+    episode: Tensor  # int64 [N], index in the queue of episodes (grpo); -1 where episodes are endless (gae)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """B rows of a rollout, flat."""
+
+    inputs: PolicyInputs
+    action_tokens: Tensor  # int64 [B, A]
+    old_logprobs: Tensor  # float32 [B, A]
+    hidden: Tensor  # float32 [B, D]
+    steps: Tensor  # int64 [B]
+    advantages: Tensor  # float32 [B]
+    returns: Tensor | None  # float32 [B]; None without a critic
+    reference_logprobs: Tensor | None  # float32 [B, A]; None without a KL penalty
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def rows(self, indices: Tensor) -> Minibatch:
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in picked.items():
+            if isinstance(value, PolicyInputs):
+                picked[name] = value.rows(indices.tolist())
+            elif value is not None:
+                picked[name] = value[indices]
+        return Minibatch(**picked)
+
+    def split(self, size: int) -> Iterator[Minibatch]:
+        """Micro-batches of at most `size` rows, in order."""
+        for part in torch.arange(len(self)).split(size):
+            yield self.rows(part)
+
+
+class RolloutBuffer:
+    """Transitions in order of time."""
+
+    def __init__(self) -> None:
+        self.transitions: list[Transition] = []
+        self.bootstrap_values: list[Tensor] = []  # T of float32 [N], see next_values
+
+    def __len__(self) -> int:
+        return len(self.transitions)
+
+    def add(self, transition: Transition, bootstrap_values: Tensor) -> None:
+        """Appends decision t.
+
+        Args:
+            bootstrap_values: [N], V of the state that the decision reached where no next row tells it (truncated, or the
+                rollout's last decision); anything finite elsewhere.
+
+        Raises:
+            ValueError: a field has another number of rows than the rest.
+        """
+        rows = {field.name: len(getattr(transition, field.name)) for field in fields(transition)}
+        if len({*rows.values(), len(bootstrap_values)}) > 1:
+            raise ValueError(f"a transition needs one row per environment in every field, got {rows}")
+        self.transitions.append(transition)
+        self.bootstrap_values.append(bootstrap_values)
+
+    def stack(self, name: str) -> Tensor:
+        """A field over time, [T, N, ...]; needs every environment to play at every decision."""
+        return torch.stack([getattr(transition, name) for transition in self.transitions])
+
+    def rows(self, name: str) -> Tensor:
+        """A field as flat rows in order of time, [R, ...]."""
+        return torch.cat([getattr(transition, name) for transition in self.transitions])
+
+    def next_values(self) -> Tensor:
+        """V(s'_t) [T, N]: the next row's value inside an episode, the bootstrap value at its truncated end and at the
+        rollout's last decision."""
+        values, bootstrap = self.stack("values"), torch.stack(self.bootstrap_values)
+        following = torch.cat([values[1:], bootstrap[-1:]])  # [T, N]
+        return torch.where(self.stack("truncated"), bootstrap, following)
+
+    def flatten(self, advantages: Tensor, returns: Tensor | None, usable: Tensor | None = None) -> Minibatch:
+        """The rows as one flat batch.
+
+        Args:
+            advantages, returns: [R], in the order of rows().
+            usable: [R] bool, rows to keep; None keeps all.
+        """
+        batch = Minibatch(
+            inputs=PolicyInputs.concatenate([transition.inputs for transition in self.transitions]),
+            action_tokens=self.rows("action_tokens"),
+            old_logprobs=self.rows("logprobs"),
+            hidden=self.rows("hidden"),
+            steps=self.rows("steps"),
+            advantages=advantages,
+            returns=returns,
+            reference_logprobs=None,
+        )
+        return batch if usable is None or usable.all() else batch.rows(usable.nonzero().flatten())
+
+
+def minibatches(batch: Minibatch, size: int, generator: torch.Generator) -> Iterator[Minibatch]:
+    """Every row of `batch` once, in fresh random order, in parts of at most `size` rows that differ by at most one row.
+
+    Equal parts, because a last part of one row would make an optimizer step out of one decision.
+    """
+    order = torch.randperm(len(batch), generator=generator)
+    for part in order.tensor_split(-(-len(batch) // size)):
+        yield batch.rows(part)
