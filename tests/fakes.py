@@ -1,0 +1,169 @@
+"""A small environment and a small policy behind the real interfaces, so that tests run the real trainer in seconds.
+
+N environments, C steps in a chunk, A = 7C action tokens, D hidden size, V action bins.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vla_rl.types import ACTION_DIM, ActionEvaluation, Episode, Observation, PolicyInputs, PolicyOutput
+
+CHUNK = 2
+BINS = 4  # of each action dimension: two negative, two positive
+
+
+class FakeEnv(gymnasium.Env):
+    """Three times in a row, move to the side that the picture's colour shows: red is left, blue is right.
+
+    Success (reward 1, terminated) after three right moves; a wrong move makes success impossible and the episode goes on
+    until max_steps simulator steps (truncated), so chance is (1/2)^3 = 12.5 %. The move is the sign of the first number
+    of the first action of a chunk.
+    """
+
+    def __init__(self, index: int = 0, max_steps: int = 3 * CHUNK, tasks: int = 3):
+        self.index, self.max_steps = index, max_steps
+        self.observation_space = spaces.Dict(
+            images=spaces.Box(0, 255, (1, 8, 8, 3), np.uint8),
+            proprio=spaces.Box(-np.inf, np.inf, (8,), np.float32),
+            instruction=spaces.Text(100),
+        )
+        self.action_space = spaces.Box(-1, 1, (CHUNK, ACTION_DIM), np.float32)
+        self.episode: Episode | None = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode = options["episodes"][self.index]
+        state = -1 if self.episode.initial_state is None else self.episode.initial_state
+        self.targets = np.random.default_rng([self.episode.seed, state + 1]).integers(2, size=100)
+        self.steps, self.right, self.ended, self.actions = 0, 0, False, []
+        return self.observe(), {}
+
+    def observe(self):
+        images = np.zeros((1, 8, 8, 3), np.uint8)
+        images[..., 2 if self.targets[self.steps // CHUNK] else 0] = 255
+        instruction = f"do task {self.episode.task_id}"
+        return {"images": images, "proprio": np.full(8, self.steps, np.float32), "instruction": instruction}
+
+    def step(self, actions):
+        if self.ended:
+            return self.observe(), 0.0, *self.ended, {"steps": 0, "success": False}
+        self.actions.append(np.array(actions, dtype=np.float32))
+        self.right += (actions[0, 0] > 0) == bool(self.targets[self.steps // CHUNK])
+        executed = min(CHUNK, self.max_steps - self.steps)
+        self.steps += executed
+        success = self.right == 3
+        truncated = self.steps >= self.max_steps and not success
+        self.ended = (success, truncated) if success or truncated else False
+        return self.observe(), float(success), success, truncated, {"steps": executed, "success": success}
+
+    def episode_state(self):
+        if self.episode is None:
+            return None
+        actions = np.array(self.actions, dtype=np.float32).reshape(-1, CHUNK, ACTION_DIM)
+        return {"episode": vars(self.episode), "actions": actions}
+
+    def restore_episodes(self, states):
+        state = states[self.index]
+        obs, _ = self.reset(options={"episodes": {self.index: Episode(**state["episode"])}})
+        for actions in state["actions"]:
+            obs, *_ = self.step(actions)
+        return obs
+
+
+class FakeVectorEnv(SyncVectorEnv):
+    """Lets an environment idle after its end, as AsyncVectorEnv does; SyncVectorEnv demands a reset."""
+
+    def step(self, actions):
+        self._autoreset_envs[:] = False
+        return super().step(actions)
+
+
+def make_envs(num_envs: int, **kwargs) -> FakeVectorEnv:
+    fns = [lambda i=i: FakeEnv(i, **kwargs) for i in range(num_envs)]
+    return FakeVectorEnv(fns, autoreset_mode=AutoresetMode.DISABLED)
+
+
+class FakePolicy:
+    """A linear layer on the mean colour, and a trainable one on top: base weights frozen, "adapter" trainable."""
+
+    hidden_size = 16
+    chunk_size = CHUNK
+
+    def __init__(self, seed: int = 0, gives_hidden: bool = True):
+        generator = torch.Generator().manual_seed(seed)
+        self.gives_hidden = gives_hidden
+        self.base = nn.Parameter(torch.randn(3, self.hidden_size, generator=generator), requires_grad=False)
+        self.head = nn.Parameter(
+            0.1 * torch.randn(self.hidden_size, CHUNK * ACTION_DIM * BINS, generator=generator), requires_grad=False
+        )
+        self.adapter = nn.Parameter(torch.zeros(self.hidden_size, self.hidden_size))
+        self.forwards = 0  # of the network
+
+    def forward(self, inputs: PolicyInputs, adapter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.forwards += 1
+        features = torch.tanh(inputs.images.float().div(255).mean(dim=(1, 2, 3)) @ self.base)  # [N, D]
+        hidden = features + features @ adapter
+        return (hidden @ self.head).unflatten(-1, (-1, BINS)), hidden  # [N, A, V], [N, D]
+
+    def prepare(self, obs: Observation) -> PolicyInputs:
+        return PolicyInputs(torch.from_numpy(obs.images), torch.from_numpy(obs.proprio), obs.instructions)
+
+    def act(self, obs, *, temperature=1.0, greedy=False, generator=None) -> PolicyOutput:
+        inputs = self.prepare(obs)
+        with torch.no_grad():
+            logits, hidden = self.forward(inputs, self.adapter)
+        logprobs = (logits / temperature).log_softmax(-1)
+        if greedy:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = torch.multinomial(logprobs.exp().flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+        actions = (tokens.float() - (BINS - 1) / 2) / (BINS / 2)  # -0.75 .. 0.75
+        return PolicyOutput(
+            action_tokens=tokens,
+            logprobs=logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1),
+            actions=actions.unflatten(-1, (CHUNK, ACTION_DIM)).numpy().astype(np.float32),
+            hidden=hidden if self.gives_hidden else None,
+            inputs=inputs,
+        )
+
+    def score(self, inputs, tokens, temperature, adapter) -> ActionEvaluation:
+        logits, hidden = self.forward(inputs, adapter)
+        logprobs = (logits / temperature).log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return ActionEvaluation(
+            logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy, hidden if self.gives_hidden else None
+        )
+
+    def evaluate_actions(self, inputs, action_tokens, *, temperature) -> ActionEvaluation:
+        return self.score(inputs, action_tokens, temperature, self.adapter)
+
+    def compute_hidden(self, inputs):
+        with torch.no_grad():
+            return self.forward(inputs, self.adapter)[1]
+
+    def reference_logprobs(self, inputs, action_tokens, *, temperature):
+        with torch.no_grad():
+            return self.score(inputs, action_tokens, temperature, torch.zeros_like(self.adapter)).logprobs
+
+    def trainable_parameters(self):
+        return [self.adapter]
+
+    def save_adapter(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        save_file({"adapter": self.adapter.detach()}, folder / "adapter.safetensors")
+
+    def load_adapter(self, folder: Path) -> None:
+        with torch.no_grad():
+            self.adapter.copy_(load_file(folder / "adapter.safetensors")["adapter"])
+
+    def fingerprint(self) -> str:
+        return f"fake-{self.hidden_size}"

@@ -1,0 +1,500 @@
+"""The trainer itself, on a small environment and a small policy; tests/test_end_to_end.py runs it on LIBERO."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from OpenVLA_PPO import InvariantError, NonFiniteError, OpenVLAPPO
+from tests.fakes import CHUNK, FakePolicy, make_envs
+from vla_rl.checkpoint import CheckpointError, find_checkpoint
+from vla_rl.config import config_from_dict
+from vla_rl.metrics import MetricsLogger, read_metrics
+from vla_rl.value_head import ValueHead
+
+SETTINGS = {
+    "run": {"timesteps": 3 * 4 * 8 * CHUNK, "seed": 3, "device": "cpu"},  # three iterations
+    "policy": {"dtype": "float32", "chunk_size": CHUNK},
+    "value_head": {"hidden_sizes": [32]},
+    "rollout": {"num_envs": 4, "n_steps": 8, "group_size": 4, "n_episodes": 8},
+    "algorithm": {"n_epochs": 2, "minibatch_size": 16, "micro_batch_size": 8, "target_kl": None},
+    "actor": {"learning_rate": 0.01},
+    "critic": {"learning_rate": 0.003},
+    "eval": {"interval": 0, "states": "0-3", "num_envs": 2, "video": False},
+    "env": {},
+    "logging": {"checkpoint_interval": 1, "keep_checkpoints": 10, "progress": False},
+}
+
+
+def settings(**changes):
+    """SETTINGS with changes such as algorithm={"n_epochs": 1}."""
+    return config_from_dict(
+        {section: values | changes.get(section, {}) for section, values in SETTINGS.items()}, "the test"
+    )
+
+
+def make_trainer(folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, resume_iteration=None, **changes):
+    config = settings(**changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = policy or FakePolicy()
+    generator = torch.Generator().manual_seed(config.run.seed)
+    head = None
+    if config.algorithm.estimator == "gae":
+        head = ValueHead(policy.hidden_size, config.value_head.hidden_sizes, generator)
+    return OpenVLAPPO(
+        config,
+        policy,
+        head,
+        make_envs(config.rollout.num_envs, max_steps=max_steps),
+        make_envs(config.eval.num_envs, max_steps=max_steps) if evaluate else None,
+        MetricsLogger(folder, config, resume_iteration),
+    )
+
+
+def training_lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock or on the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    machine = ("time/", "system/", "rollout/env_steps_per_s")
+    return [{k: v for k, v in line.items() if not k.startswith(machine)} for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("estimator", ["gae", "grpo"])
+def test_training_goes_from_chance_to_over_90_percent(tmp_path, estimator):
+    """Chance is 12.5 % (see FakeEnv); success comes only at the end of an episode."""
+    trainer = make_trainer(
+        tmp_path,
+        evaluate=True,
+        run={"timesteps": 16 * 18 * CHUNK * 40},
+        rollout={"num_envs": 16, "n_steps": 18, "group_size": 8, "n_episodes": 96},
+        algorithm={"estimator": estimator, "n_epochs": 4, "minibatch_size": 72, "micro_batch_size": 72},
+        actor={"learning_rate": 0.03},
+        critic={"learning_rate": 0.01},
+        eval={"states": "0-49", "num_envs": 10},
+        logging={"checkpoint_interval": 1000, "curves_interval": 1000},
+    )
+    trainer.train()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[0]["eval/success_rate_sampled"] < 0.3
+    assert lines[-1]["eval/success_rate_sampled"] > 0.9
+    assert lines[-1]["eval/success_rate_greedy"] > 0.9
+
+
+# ----------------------------------------------------------------------------------------------------------- invariants
+
+
+@pytest.mark.parametrize("level", ["token", "action", "chunk"])
+def test_first_minibatch_of_every_update_has_ratio_one_and_zero_kl(tmp_path, level):
+    make_trainer(tmp_path, algorithm={"logprob_level": level, "n_epochs": 3}).train()
+    lines = training_lines(tmp_path)
+    assert len([line for line in lines if "actor/policy_loss" in line]) == 3
+    for line in lines:
+        assert line["actor/first_minibatch_ratio_error"] < 1e-4
+        assert abs(line["actor/first_minibatch_kl"]) < 1e-6
+        assert line["actor/approx_kl"] > 0  # later minibatches move
+
+
+def test_scoring_at_another_temperature_than_sampling_stops_the_run(tmp_path):
+    class Wrong(FakePolicy):
+        def evaluate_actions(self, inputs, action_tokens, *, temperature):
+            return super().evaluate_actions(inputs, action_tokens, temperature=temperature * 1.1)
+
+    with pytest.raises(InvariantError, match="first_minibatch_ratio_error"):
+        make_trainer(tmp_path, policy=Wrong()).train()
+
+
+def test_each_optimizer_changes_its_own_parameters_and_no_other(tmp_path):
+    trainer = make_trainer(tmp_path)
+    policy = trainer.policy
+    base = [policy.base.clone(), policy.head.clone()]
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    adapter, head = policy.adapter.clone(), [p.clone() for p in trainer.critic_parameters]
+    trainer.minibatch_gradients(batch, train_actor=True, score_actor=True)
+    trainer.actor_optimizer.step()
+    assert not torch.equal(policy.adapter, adapter)
+    assert all(torch.equal(p, q) for p, q in zip(trainer.critic_parameters, head, strict=True))
+    adapter = policy.adapter.clone()
+    trainer.critic_optimizer.step()
+    assert torch.equal(policy.adapter, adapter)
+    assert not any(torch.equal(p, q) for p, q in zip(trainer.critic_parameters, head, strict=True))
+    assert torch.equal(policy.base, base[0])
+    assert torch.equal(policy.head, base[1])
+    assert policy.base.grad is None
+
+
+def test_learning_rates_are_those_of_actor_and_critic(tmp_path):
+    trainer = make_trainer(tmp_path, actor={"learning_rate": 1e-5}, critic={"learning_rate": 3e-4})
+    assert [g["lr"] for g in trainer.actor_optimizer.param_groups] == [1e-5]
+    assert [g["lr"] for g in trainer.critic_optimizer.param_groups] == [3e-4]
+
+
+@pytest.mark.parametrize("level", ["token", "chunk"])
+def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(tmp_path, level):
+    """15 rows in micro-batches of 4, 4, 4 and 3 with masked tokens, against one of 15."""
+    gradients = []
+    for micro in (15, 4):
+        changes = {"micro_batch_size": micro, "logprob_level": level, "entropy_coef": 0.01, "kl_coef": 0.1}
+        trainer = make_trainer(tmp_path / str(micro), algorithm=changes, max_steps=3 * CHUNK - 1)
+        batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+        batch = batch.rows(torch.arange(15))
+        assert (batch.steps < CHUNK).any()  # an episode that ended inside a chunk
+        with torch.no_grad():
+            trainer.policy.adapter.add_(0.05)  # ratios away from 1
+        reference = trainer.reference_logprobs(batch)
+        metrics = trainer.minibatch_gradients(
+            type(batch)(**vars(batch) | {"reference_logprobs": reference}), train_actor=True, score_actor=True
+        )
+        gradients.append(([p.grad.clone() for p in [trainer.policy.adapter, *trainer.critic_parameters]], metrics))
+    for whole, parts in zip(gradients[0][0], gradients[1][0], strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
+    for name, value in gradients[0][1].items():
+        assert gradients[1][1][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+# ------------------------------------------------------------------------------------------------------- value gradient
+
+
+def adapter_gradient_of_value_loss(folder, **changes):
+    trainer = make_trainer(folder, **changes)
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    batch = type(batch)(**vars(batch) | {"advantages": torch.zeros(len(batch))})  # the policy loss has no gradient
+    trainer.minibatch_gradients(batch, train_actor=True, score_actor=True)
+    return trainer.policy.adapter.grad
+
+
+def test_value_loss_reaches_the_adapter_unless_frozen_for_the_critic(tmp_path):
+    assert adapter_gradient_of_value_loss(tmp_path / "a").abs().sum() > 0
+    frozen = adapter_gradient_of_value_loss(tmp_path / "b", algorithm={"freeze_vla_for_critic": True})
+    assert frozen.abs().sum() == 0
+
+
+def test_critic_warmup_trains_only_the_value_head_and_needs_no_forward_but_the_check(tmp_path):
+    trainer = make_trainer(tmp_path, algorithm={"critic_warmup_iterations": 1})
+    before = trainer.policy.adapter.clone()
+    head = [p.clone() for p in trainer.critic_parameters]
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    forwards = trainer.policy.forwards
+    metrics = trainer.update(batch)
+    assert trainer.policy.forwards - forwards == 2  # first minibatch of 16 in micro-batches of 8
+    assert torch.equal(trainer.policy.adapter, before)
+    assert not torch.equal(trainer.critic_parameters[0], head[0])
+    assert metrics["actor/first_minibatch_ratio_error"] < 1e-4
+    trainer.iteration = 1
+    trainer.update(batch)
+    assert not torch.equal(trainer.policy.adapter, before)
+
+
+def test_values_of_a_rollout_cost_no_second_forward(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=100 * CHUNK)  # no episode ends: one bootstrap at the end
+    rollout, _ = trainer.collect_rollout()
+    assert trainer.policy.forwards == len(rollout) + 1
+    expected = trainer.value_head(trainer.policy.compute_hidden(rollout.transitions[3].inputs))
+    torch.testing.assert_close(rollout.transitions[3].values, expected.detach())
+
+
+def test_missing_hidden_state_is_computed_from_scratch_with_one_warning(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, policy=FakePolicy(gives_hidden=False), max_steps=100 * CHUNK)
+    with caplog.at_level(logging.WARNING):
+        rollout, _ = trainer.collect_rollout()
+    assert trainer.policy.forwards == 2 * len(rollout) + 1
+    assert len([r for r in caplog.records if "no hidden state" in r.message]) == 1
+    twin = make_trainer(tmp_path / "twin", max_steps=100 * CHUNK)
+    torch.testing.assert_close(rollout.stack("values"), twin.collect_rollout()[0].stack("values"))
+
+
+# -------------------------------------------------------------------------------------------------------------- rollout
+
+
+def test_truncated_episode_bootstraps_from_the_observation_it_reached(tmp_path):
+    """FakeEnv's observation after the last step is not the one after the reset: the bootstrap must be of the former."""
+    trainer = make_trainer(tmp_path)
+    rollout, _ = trainer.collect_rollout()
+    truncated, terminated = rollout.stack("truncated"), rollout.stack("terminated")
+    assert truncated.any()
+    assert not (truncated & terminated).any()
+    # replay environment 0's first truncated episode and ask for the value of the state it reached
+    t = int(truncated[:, 0].nonzero()[0])
+    envs = make_envs(1)
+    number = int((terminated | truncated)[:t, 0].sum())
+    task = trainer.streams.tasks[0][0]
+    obs, _ = envs.reset(options={"episodes": {0: trainer.sampler.draw(0, number, task)}})
+    start = t - 2
+    for row in range(start, t + 1):
+        token = rollout.transitions[row].action_tokens[0]
+        actions = ((token.float() - 1.5) / 2).view(1, CHUNK, 7).numpy()
+        obs, *_ = envs.step(actions)
+    reached = trainer.policy.prepare(type(trainer.obs).from_vector_env(obs))
+    expected = trainer.value_head(trainer.policy.compute_hidden(reached)).item()
+    assert rollout.next_values()[t, 0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_timesteps_count_executed_simulator_steps(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)  # every second chunk is cut after one of its two steps
+    _, metrics = trainer.collect_rollout()
+    assert metrics["rollout/env_steps"] == trainer.timesteps == 4 * (2 + 1) * 4  # 4 envs, 4 episodes of 3 steps each
+    assert metrics["rollout/length"] == 3
+    assert metrics["rollout/episodes"] == 16
+
+
+def test_episodes_go_on_across_iterations(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=20 * CHUNK, rollout={"n_steps": 8})
+    policy = trainer.policy
+    with torch.no_grad():
+        policy.head.zero_()
+    lengths = []
+    for _ in range(3):
+        _, metrics = trainer.collect_rollout()
+        lengths.append(metrics["rollout/length"])
+    assert max(length for length in lengths if length) > 8 * CHUNK
+
+
+def test_grpo_plays_whole_groups_from_equal_starts_and_idle_environments_add_no_rows(tmp_path):
+    trainer = make_trainer(tmp_path, algorithm={"estimator": "grpo"})
+    rollout, metrics = trainer.collect_rollout()
+    episode = rollout.rows("episode")
+    assert metrics["rollout/episodes"] == 8
+    assert sorted(set(episode.tolist())) == list(range(8))
+    ends = rollout.rows("terminated") | rollout.rows("truncated")
+    assert all(ends[episode == e].sum() == 1 for e in range(8))
+    assert (rollout.rows("steps") > 0).all()
+    images = torch.cat([t.inputs.images for t in rollout.transitions])
+    starts = [images[(episode == e).nonzero()[0, 0]] for e in range(8)]
+    assert all(torch.equal(start, starts[e // 4 * 4]) for e, start in enumerate(starts))
+
+
+def test_grpo_drops_groups_without_signal_and_says_how_many(tmp_path):
+    trainer = make_trainer(tmp_path, algorithm={"estimator": "grpo"}, max_steps=2 * CHUNK)  # nobody can succeed
+    rollout, _ = trainer.collect_rollout()
+    batch, metrics = trainer.compute_advantages(rollout)
+    assert metrics["rollout/dropped_groups"] == 2
+    assert len(batch) == 0
+    before = trainer.policy.adapter.clone()
+    assert trainer.update(batch) == {}
+    assert torch.equal(before, trainer.policy.adapter)
+
+
+# ------------------------------------------------------------------------------------------------------ settings matter
+
+
+def test_target_kl_stops_the_update_before_the_step(tmp_path):
+    trainer = make_trainer(tmp_path, algorithm={"target_kl": 1e-3, "n_epochs": 50}, actor={"learning_rate": 0.1})
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    metrics = trainer.update(batch)
+    assert metrics["actor/stopped_by_kl"] == 1
+    assert 1 <= metrics["actor/optimizer_steps"] < 100
+
+
+def adapter_after_update(folder, **changes):
+    trainer = make_trainer(folder, **changes)
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    trainer.update(batch)
+    return trainer.policy.adapter.detach().clone()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": {"gamma": 0.5}},
+        {"algorithm": {"gae_lambda": 0.1}},
+        {"algorithm": {"normalize_advantages": False}},
+        {"algorithm": {"clip_ratio_low": 0.001}},
+        {"algorithm": {"clip_ratio_high": 0.001}},
+        {"algorithm": {"logprob_level": "chunk"}},
+        {"algorithm": {"value_coef": 0.0}},
+        {"algorithm": {"entropy_coef": 1.0}},
+        {"algorithm": {"kl_coef": 1.0}},
+        {"algorithm": {"n_epochs": 3}},
+        {"algorithm": {"minibatch_size": 32}},
+        {"algorithm": {"freeze_vla_for_critic": True}},
+        {"actor": {"learning_rate": 0.02}},
+        {"actor": {"weight_decay": 0.5}},
+        {"actor": {"beta1": 0.5}},
+        {"actor": {"eps": 1e-2}},
+        {"actor": {"max_grad_norm": 1e-4, "eps": 1e-3}},
+        {"rollout": {"temperature": 2.0}},
+        {"rollout": {"n_steps": 4}},
+        {"run": {"seed": 4}},
+        {"env": {"initial_states": [7]}},
+    ],
+    ids=str,
+)
+def test_each_learning_setting_changes_what_is_learned(tmp_path, changes):
+    merged = {"algorithm": {"minibatch_size": 8}} | changes
+    if "algorithm" in changes:
+        merged["algorithm"] = {"minibatch_size": 8} | changes["algorithm"]
+    base = adapter_after_update(tmp_path / "base", algorithm={"minibatch_size": 8})
+    assert torch.equal(base, adapter_after_update(tmp_path / "again", algorithm={"minibatch_size": 8}))
+    assert not torch.equal(base, adapter_after_update(tmp_path / "changed", **merged))
+
+
+# -------------------------------------------------------------------------------------------------- stop, resume, guard
+
+
+def final_state(trainer):
+    return [p.detach().clone() for p in [*trainer.actor_parameters, *trainer.critic_parameters]]
+
+
+@pytest.mark.parametrize("estimator", ["gae", "grpo"])
+def test_stopped_and_resumed_run_equals_one_that_was_not(tmp_path, estimator):
+    """Stopped in the middle of the third rollout; max_steps makes episodes span iterations."""
+    changes = {
+        "algorithm": {"estimator": estimator, "n_epochs": 2},
+        "run": {"timesteps": 5 * 4 * 8 * CHUNK},
+        "max_steps": 11 * CHUNK,
+        "evaluate": True,
+        "eval": {"interval": 2},
+        "logging": {"checkpoint_interval": 100},
+    }
+    whole = make_trainer(tmp_path / "whole", **changes)
+    whole.train()
+
+    stopped = make_trainer(tmp_path / "stopped", **changes)
+    act, calls = stopped.policy.act, []
+
+    def act_and_stop(*args, **kwargs):
+        calls.append(1)
+        if stopped.iteration == 2 and stopped.evaluated_iteration == 2 and len(calls) % 3 == 0:
+            stopped.request_stop()
+        return act(*args, **kwargs)
+
+    stopped.policy.act = act_and_stop
+    stopped.train()
+    assert stopped.iteration == 2
+
+    checkpoint = find_checkpoint(tmp_path / "stopped")
+    resumed = make_trainer(tmp_path / "stopped", resume_iteration=2, **changes)
+    resumed.load_checkpoint(checkpoint)
+    resumed.train()
+    assert resumed.iteration == whole.iteration
+    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), final_state(whole), strict=True))
+    assert training_lines(tmp_path / "stopped") == training_lines(tmp_path / "whole")
+
+
+def test_stop_in_the_middle_of_an_update_saves_the_state_before_it(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_iteration()
+    expected = final_state(trainer)
+    steps = trainer.optimizer_steps
+
+    def step_and_stop(*args):
+        trainer.request_stop()
+        return steps(*args)
+
+    trainer.optimizer_steps = step_and_stop
+    trainer.evaluated_iteration = 1
+    trainer.train()
+    assert trainer.iteration == 1
+    resumed = make_trainer(tmp_path, resume_iteration=1)
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), expected, strict=True))
+
+
+def test_checkpoint_of_another_model_or_estimator_is_refused(tmp_path):
+    make_trainer(tmp_path).save_checkpoint()
+    with pytest.raises(CheckpointError, match="another model"):
+        make_trainer(tmp_path / "b", value_head={"hidden_sizes": [16]}).load_checkpoint(find_checkpoint(tmp_path))
+    with pytest.raises(CheckpointError, match="another model"):
+        make_trainer(tmp_path / "c", algorithm={"estimator": "grpo"}).load_checkpoint(find_checkpoint(tmp_path))
+
+
+def test_nan_loss_stops_the_run_names_it_and_saves_the_last_good_state(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_iteration()
+    good = final_state(trainer)
+    evaluate_actions, calls = trainer.policy.evaluate_actions, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        evaluation = evaluate_actions(*args, **kwargs)
+        factor = torch.nan if len(calls) > 5 else 1.0  # after some good optimizer steps
+        return type(evaluation)(evaluation.logprobs * factor, evaluation.entropy, evaluation.hidden)
+
+    trainer.policy.evaluate_actions = broken
+    with pytest.raises(NonFiniteError, match=r"actor/policy_loss is not finite in iteration 2.*iteration-000001"):
+        trainer.train_iteration()
+    dump = torch.load(tmp_path / "nonfinite_iteration_000002.pt", weights_only=True)
+    assert dump["action_tokens"].shape == (16, 7 * CHUNK)
+    resumed = make_trainer(tmp_path)
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), good, strict=True))
+
+
+def test_nan_gradient_is_not_stepped(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.policy.adapter.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(NonFiniteError, match="actor/grad_norm"):
+        trainer.train_iteration()
+    assert torch.isfinite(trainer.policy.adapter).all()
+
+
+def test_nan_logprobs_in_a_rollout_stop_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    act = trainer.policy.act
+
+    def broken(*args, **kwargs):
+        output = act(*args, **kwargs)
+        output.logprobs[0, 0] = torch.nan
+        return output
+
+    trainer.policy.act = broken
+    with pytest.raises(NonFiniteError, match="log-probabilities of the rollout"):
+        trainer.train_iteration()
+
+
+# -------------------------------------------------------------------------------------------------------------- outputs
+
+
+def test_run_leaves_metrics_checkpoints_curves_and_config(tmp_path):
+    make_trainer(tmp_path, evaluate=True, eval={"interval": 1, "video": True}).train()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [0, 1, 1, 2, 2, 3, 3]
+    assert all("timesteps" in line for line in lines)
+    training = [line for line in lines if "rollout/return" in line]
+    for name in [
+        "rollout/success_rate",
+        "rollout/return",
+        "rollout/length",
+        "rollout/env_steps_per_s",
+        "actor/policy_loss",
+        "actor/approx_kl",
+        "actor/clip_fraction",
+        "actor/entropy",
+        "actor/grad_norm",
+        "actor/first_minibatch_ratio_error",
+        "critic/value_loss",
+        "critic/explained_variance",
+        "critic/grad_norm",
+        "time/rollout_s",
+        "time/update_s",
+    ]:
+        assert all(isinstance(line[name], float) for line in training), name
+    for name in ("eval/success_rate_greedy", "eval/success_rate_sampled"):
+        assert isinstance(lines[-1][name], float)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [f"iteration-{i:06d}" for i in (1, 2, 3)]
+    assert list((tmp_path / "videos").glob("*.mp4"))
+
+
+def test_evaluation_does_not_change_the_training_that_follows(tmp_path):
+    trainers = [make_trainer(tmp_path / str(e), evaluate=e, eval={"interval": 1}) for e in (False, True)]
+    for trainer in trainers:
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(*map(final_state, trainers), strict=True))
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
+    runs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trainer = make_trainer(tmp_path / name, run={"seed": seed})
+        trainer.train()
+        runs.append(trainer.policy.adapter.detach())
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert np.isfinite(runs[0].numpy()).all()
