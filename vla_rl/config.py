@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 # suite -> (number of tasks, step limit of an episode). The limit is the longest training demonstration rounded up
 # (openvla c8f03f4, experiments/robot/libero/run_libero_eval.py); settle steps are not counted.
@@ -38,7 +47,7 @@ def parse_indices(value: Any) -> Any:
     indices: list[int] = []
     for part in value.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
             raise ValueError(f"{value!r} is not a list of indices; write it like 0-39,45")
         indices += range(int(first), int(last or first) + 1)
     return indices
@@ -46,11 +55,23 @@ def parse_indices(value: Any) -> Any:
 
 Indices = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(parse_indices)]
 StateIndex = Annotated[int, Field(ge=0, lt=NUM_FIXED_STATES)]
-States = Annotated[list[StateIndex], BeforeValidator(parse_indices)]
+States = Annotated[list[StateIndex], Field(min_length=1), BeforeValidator(parse_indices)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def check_yaml_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """A section whose lines are all commented out is null in YAML; a bool would pass for the numbers 0 and 1."""
+        kind = cls.model_fields[info.field_name].annotation
+        if value is None and isinstance(kind, type) and issubclass(kind, Section):
+            return {}
+        if isinstance(value, bool) and kind is not bool:
+            word = str(value).lower()
+            raise ValueError(f"expected another value than {word} (YAML reads yes, no, on and off so; quote the word)")
+        return value
 
 
 class RunConfig(Section):
@@ -197,7 +218,7 @@ class EvalConfig(Section):
     """Success from the benchmark's fixed initial states, at the start, every interval and at the end."""
 
     interval: int = Field(10, ge=0, description="iterations between evaluations; 0 evaluates at start and end only")
-    states: States = Field("0-49", min_length=1, description="fixed initial states of each task")
+    states: States = Field("0-49", description="fixed initial states of each task")
     modes: list[Literal["greedy", "sampled"]] = Field(
         ["greedy", "sampled"], min_length=1, description="greedy: most likely tokens; sampled: from the policy"
     )
@@ -243,8 +264,10 @@ class Config(Section):
         wrong = [i for i in env.task_ids if i >= num_tasks]
         if wrong:
             raise ValueError(f"env.task_ids={wrong} outside {env.task_suite}, which has tasks 0 to {num_tasks - 1}")
-        if len(set(env.task_ids)) < len(env.task_ids):
-            raise ValueError(f"env.task_ids={env.task_ids} names a task twice; name each once")
+        for key, indices in (("env.task_ids", env.task_ids), ("eval.states", self.eval.states)):
+            twice = sorted({i for i in indices if indices.count(i) > 1})
+            if twice:
+                raise ValueError(f"{key} has {twice} twice; name each once")
         if policy.decoder == "autoregressive" and policy.chunk_size != 1:
             raise ValueError(
                 f"policy.chunk_size={policy.chunk_size} with policy.decoder=autoregressive, which decodes one action; "
@@ -264,6 +287,11 @@ class Config(Section):
                 )
         else:
             check_groups(rollout)
+            if rollout.n_episodes is not None and rollout.n_episodes < rollout.num_envs:
+                raise ValueError(
+                    f"rollout.n_episodes={rollout.n_episodes} leaves some of rollout.num_envs={rollout.num_envs} without an "
+                    f"episode; use rollout.num_envs={rollout.n_episodes} or more episodes"
+                )
         if env.initial_states != "random":
             shared = sorted(set(env.initial_states) & set(self.eval.states))
             if shared:
@@ -321,17 +349,22 @@ def config_from_dict(values: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join("  " + describe(problem) for problem in error.errors())
-        raise ConfigError(f"settings of {source}:\n{problems}") from None
+        by_setting: dict[str, list[dict[str, Any]]] = {}
+        for problem in error.errors():
+            by_setting.setdefault(setting_of(problem), []).append(problem)
+        lines = "\n".join("  " + describe(key, problems) for key, problems in by_setting.items())
+        raise ConfigError(f"settings of {source}:\n{lines}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) or sorted(
+            str(p) for p in Path("configs").glob("*.yaml")
+        )
         raise ConfigError(f"no settings file {path}" + (f"; there are {', '.join(near)}" if near else ""))
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML file: {error}") from None
     if values is None:
@@ -341,30 +374,69 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a section or setting that is written twice, of which PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
             raise ConfigError(f"{key}: {parent} is a value, not a section")
     values[leaf] = value
 
 
-def describe(problem: dict[str, Any]) -> str:
-    """One pydantic problem as: setting, what is wrong, what came, the way out."""
-    # pydantic puts the tried branch of a union into the path; only names of settings and list positions are kept
-    path = [str(part) for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
-    key = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        known = list_settings()
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or difflib.get_close_matches(
-            path[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
-        )
-        hint = [name for name in known if near and (name == near[0] or name.endswith("." + near[0]))]
-        return f"{key}: unknown setting" + (f"; did you mean {hint[0]}?" if hint else "; see --help for all of them")
-    if problem["type"] == "value_error":
-        return ": ".join(filter(None, [key, str(problem["ctx"]["error"])]))
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+def setting_of(problem: dict[str, Any]) -> str:
+    """ "section.key" of a pydantic problem: without positions in a list and the branches of a union, which are no names."""
+    return ".".join(part for part in problem["loc"] if isinstance(part, str) and part.isidentifier())
+
+
+def describe(key: str, problems: list[dict[str, Any]]) -> str:
+    """One line for all pydantic problems of a setting: what is wrong, what came, the way out."""
+
+    def depth(problem: dict[str, Any]) -> tuple[bool, bool]:
+        # of a union, the branch that got furthest is the one that was meant
+        return any(isinstance(part, int) for part in problem["loc"]), problem["type"] == "value_error"
+
+    problems = [problem for problem in problems if depth(problem) == max(map(depth, problems))]
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown setting; {way_out(key)}"
+    if first["type"] == "value_error":
+        return ": ".join(filter(None, [key, str(first["ctx"]["error"])]))
+    came = repr(first["input"])
+    came = came if len(came) <= 60 else came[:60] + "..."
+    inside_list, _ = depth(first)
+    if inside_list:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        expected = first["msg"]
+    else:
+        more = ""
+        expected = " or ".join([first["msg"], *(p["msg"].removeprefix("Input should be ") for p in problems[1:])])
+    return f"{key}: {expected[0].lower()}{expected[1:]}, got {came}{more}"
+
+
+def way_out(key: str) -> str:
+    """What may have been meant by an unknown setting: one beside it, one of that name elsewhere, or what there is."""
+    section, _, leaf = key.rpartition(".")
+    known = list_settings()
+    known |= {name.rpartition(".")[0]: None for name in known if "." in name}  # policy.lora
+    beside = [name for name in known if name.rpartition(".")[0] == section]
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(key, beside, n=1, cutoff=0.8) or elsewhere[:1]
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"{section + ' has' if section else 'there are'} {', '.join(name.rpartition('.')[2] for name in beside)}"
 
 
 def list_settings(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:

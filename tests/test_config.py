@@ -1,0 +1,332 @@
+"""Every mistake in the settings is an error that names the setting, what came and the way out."""
+
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+
+from vla_rl.config import Config, ConfigError, list_settings, load_config, save_config, settings_help
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=list(overrides))
+    return str(caught.value)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return path
+
+
+# precedence
+
+
+def test_overrides_beat_the_file_flags_beat_overrides_and_the_rest_keeps_its_default(tmp_path):
+    path = write(tmp_path, "rollout:\n  num_envs: 2\n  n_steps: 32\n  temperature: 1.5\n")
+    config = load_config(path, ["rollout.n_steps=33", "rollout.temperature=1.6"], {"rollout.temperature": 1.7})
+    rollout = config.rollout
+    assert (rollout.num_envs, rollout.n_steps, rollout.temperature, rollout.group_size) == (2, 33, 1.7, 8)
+
+
+def test_a_flag_that_was_not_given_changes_nothing():
+    assert load_config(flags={"run.timesteps": None, "logging.wandb": False}).run.timesteps == 100_000
+
+
+def test_no_file_gives_the_defaults():
+    assert load_config() == Config()
+
+
+def test_a_later_override_wins():
+    assert load_config(overrides=["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+def test_overrides_reach_nested_sections_and_sections_the_file_leaves_empty(tmp_path):
+    path = write(tmp_path, "policy:\nrollout:\n  # n_steps: 3\n")
+    config = load_config(path, ["policy.lora.rank=4"])
+    assert config.policy.lora.rank == 4 and config.policy.lora.alpha == 16.0
+    assert config.rollout == Config().rollout
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    assert load_config(write(tmp_path, "# nothing yet\n")) == Config()
+
+
+# values
+
+
+def test_scientific_notation_that_pyyaml_reads_as_a_string_becomes_a_float(tmp_path):
+    path = write(tmp_path, "actor:\n  learning_rate: 1e-5\n")
+    assert yaml.safe_load(path.read_text())["actor"]["learning_rate"] == "1e-5"  # why this test exists
+    learning_rate = load_config(path, ["critic.learning_rate=3e-4"]).actor.learning_rate
+    assert type(learning_rate) is float and learning_rate == 0.00001
+
+
+@pytest.mark.parametrize(
+    ("text", "indices"), [("0-3", [0, 1, 2, 3]), ("5", [5]), ("0-1,7,3-4", [0, 1, 7, 3, 4]), ("[2, 9]", [2, 9])]
+)
+def test_indices_are_written_as_ranges_or_lists(text, indices):
+    assert load_config(overrides=[f"env.task_ids={text}"]).env.task_ids == indices
+
+
+def test_the_default_evaluation_states_are_all_fifty():
+    assert Config().eval.states == list(range(50))
+
+
+def test_null_is_a_value_where_a_setting_allows_it():
+    assert load_config(overrides=["algorithm.target_kl=null", "env.max_steps=null"]).algorithm.target_kl is None
+
+
+def test_a_run_may_be_named_by_a_number():
+    assert load_config(overrides=["run.name=2024"]).run.name == "2024"
+
+
+@pytest.mark.parametrize(("suite", "limit"), [("libero_spatial", 220), ("libero_10", 520)])
+def test_an_episode_is_as_long_as_the_suite_says_unless_set(suite, limit):
+    assert load_config(overrides=[f"env.task_suite={suite}"]).max_episode_steps() == limit
+    assert load_config(overrides=[f"env.task_suite={suite}", "env.max_steps=7"]).max_episode_steps() == 7
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("algorithm.gama=1", "algorithm.gama: unknown setting; did you mean algorithm.gamma?"),
+        ("algorthm.gamma=1", "algorthm: unknown setting; did you mean algorithm?"),
+        ("policy.lora.rnak=8", "policy.lora.rnak: unknown setting; did you mean policy.lora.rank?"),
+        ("policy.loar.rank=8", "policy.loar: unknown setting; did you mean policy.lora?"),
+        ("rollout.gamma=1", "rollout.gamma: unknown setting; did you mean algorithm.gamma?"),
+        ("actor.lr=1", "actor.lr: unknown setting; actor has learning_rate, weight_decay, beta1, beta2, eps, max_g"),
+        ("something.else=1", "something: unknown setting; there are run, policy, value_head, env, rollout, algorithm"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_what_was_meant(override, words):
+    assert words in error_of(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.num_envs=many", "rollout.num_envs: input should be a valid integer"),
+        ("rollout.num_envs=2.5", "got 2.5"),
+        ("rollout.num_envs=true", "rollout.num_envs: expected another value than true"),
+        ("actor.learning_rate=yes", "actor.learning_rate: expected another value than true"),
+        ("run.name=on", "quote the word"),
+        ("rollout.num_envs=null", "rollout.num_envs: input should be a valid integer, got None"),
+        ("logging.wandb=perhaps", "logging.wandb: input should be a valid boolean"),
+        ("policy.lora=3", "policy.lora: input should be a valid dictionary"),
+        ("policy.lora.rank.more=3", "policy.lora.rank: input should be a valid integer"),
+        ("eval.modes=greedy", "eval.modes: input should be a valid list, got 'greedy'"),
+        ("env.task_ids=three", "env.task_ids: 'three' is not a list of indices; write it like 0-39,45"),
+        ("eval.states=9-3", "eval.states: '9-3' is not a list of indices"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_what_came(override, words):
+    assert words in error_of(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.num_envs=0", "greater than or equal to 1, got 0"),
+        ("actor.learning_rate=0", "actor.learning_rate: input should be greater than 0"),
+        ("actor.learning_rate=.nan", "actor.learning_rate: input should be greater than 0, got nan"),
+        ("algorithm.gamma=1.01", "algorithm.gamma: input should be less than or equal to 1, got 1.01"),
+        ("algorithm.clip_ratio_low=1", "algorithm.clip_ratio_low: input should be less than 1, got 1"),
+        ("rollout.temperature=0", "rollout.temperature: input should be greater than 0"),
+        ("rollout.group_size=1", "rollout.group_size: input should be greater than or equal to 2"),
+        ("policy.num_images=3", "policy.num_images: input should be 1 or 2, got 3"),
+        ("env.render=nice", "env.render: input should be 'exact' or 'fast', got 'nice'"),
+        ("eval.modes=[best]", "eval.modes: input should be 'greedy' or 'sampled', got 'best'"),
+        ("eval.modes=[]", "eval.modes: list should have at least 1 item"),
+        ("env.task_ids=[]", "env.task_ids: list should have at least 1 item"),
+        ("env.initial_states=[]", "env.initial_states"),
+        ("eval.states=49-50", "eval.states: input should be less than 50, got 50"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_what_came(override, words):
+    assert words in error_of(override)
+
+
+def test_many_wrong_items_and_the_branches_of_a_union_make_one_line():
+    lines = error_of("env.initial_states=0-60").splitlines()
+    assert lines == [
+        "settings of the command line:",
+        "  env.initial_states: input should be less than 50, got 50 (and 10 more)",
+    ]
+
+
+def test_the_branches_of_a_union_are_joined_where_none_fits():
+    line = error_of("env.initial_states=5.5").splitlines()[1]
+    assert line == "  env.initial_states: input should be 'random' or a valid list, got 5.5"
+
+
+def test_two_wrong_settings_are_told_at_once():
+    message = error_of("rollout.num_envs=0", "algorithm.gama=1")
+    assert len(message.splitlines()) == 3 and "rollout.num_envs" in message and "algorithm.gama" in message
+
+
+def test_a_long_value_is_cut():
+    assert len(error_of("rollout.num_envs=" + "x" * 5000)) < 250
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["rollout.num_envs=10", "rollout.group_size=4"],
+            "rollout.num_envs=10 is not a multiple of rollout.group_size=4; use 8 or 12",
+        ),
+        (["rollout.num_envs=2", "rollout.group_size=4"], "use 4"),
+        (["rollout.n_episodes=20"], "rollout.n_episodes=20 is not a multiple of rollout.group_size=8; use 16 or 24"),
+        (["rollout.num_envs=16", "rollout.n_episodes=8"], "rollout.n_episodes=8 leaves some of rollout.num_envs=16"),
+    ],
+)
+def test_grpo_groups_must_fit(overrides, words):
+    assert words in error_of("algorithm.estimator=grpo", *overrides)
+
+
+def test_group_settings_are_not_checked_where_there_are_no_groups():
+    assert load_config(overrides=["rollout.num_envs=3", "rollout.n_steps=64"]).algorithm.estimator == "gae"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["env.task_ids=8-11"], "env.task_ids=[10, 11] outside libero_spatial, which has tasks 0 to 9"),
+        (["env.task_suite=libero_90", "env.task_ids=90"], "which has tasks 0 to 89"),
+        (["env.task_ids=1,2,1"], "env.task_ids has [1] twice; name each once"),
+        (["eval.states=0-4,3-5"], "eval.states has [3, 4] twice"),
+        (["env.initial_states=0-40", "eval.states=40-49"], "env.initial_states and eval.states share [40]"),
+        (["policy.decoder=autoregressive"], "set policy.chunk_size=1 or policy.decoder=parallel"),
+        (["algorithm.micro_batch_size=65"], "algorithm.micro_batch_size=65 is larger than algorithm.minibatch_size=64"),
+        (["rollout.num_envs=2", "rollout.n_steps=31"], "algorithm.minibatch_size=64 is larger than the rollout of 62"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_with_a_way_out(overrides, words):
+    assert words in error_of(*overrides)
+
+
+def test_fixed_states_may_be_trained_on_when_none_of_them_is_evaluated():
+    config = load_config(overrides=["env.initial_states=0-39", "eval.states=40-49"])
+    assert config.env.initial_states == list(range(40))
+
+
+@pytest.mark.parametrize("override", ["actor.learning_rate", "rollout=3", "=3", "seed=1"])
+def test_an_override_that_is_not_a_setting_is_refused_with_an_example(override):
+    assert "write it like actor.learning_rate=1e-4" in error_of(override)
+
+
+def test_an_override_whose_value_is_not_yaml_is_refused():
+    assert "the value is not YAML" in error_of("env.task_ids=[1, 2")
+
+
+def test_an_override_below_a_value_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="rollout is a value, not a section"):
+        load_config(write(tmp_path, "rollout: 3\n"), ["rollout.num_envs=1"])
+
+
+def test_a_missing_file_is_refused_with_the_files_that_there_are(tmp_path):
+    write(tmp_path, "")
+    with pytest.raises(ConfigError, match=r"no settings file .*tpyo\.yaml; there are .*settings\.yaml"):
+        load_config(tmp_path / "tpyo.yaml")
+    with pytest.raises(ConfigError, match="no settings file"):
+        load_config(tmp_path / "nowhere" / "settings.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rollout: [1, 2\n", "is not a YAML file"),
+        ("rollout:\n  a: 1\n b: 2\n", "is not a YAML file"),
+        ("- rollout\n", "expected sections such as 'rollout:', got list"),
+        ("just words\n", "got str"),
+        ("run:\n  seed: 1\nrun:\n  name: b\n", "run is there twice"),
+        ("run:\n  seed: 1\n  seed: 2\n", "seed is there twice"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path, text, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(write(tmp_path, text))
+    assert "settings.yaml" in str(caught.value)
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"settings of .*settings\.yaml:\n  rollout\.num_evns: unknown"):
+        load_config(write(tmp_path, "rollout:\n  num_evns: 2\n"))
+
+
+# the object
+
+
+def test_settings_cannot_be_changed():
+    config = Config()
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.rollout.num_envs = 3
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.policy.lora.rank = 3
+
+
+def test_saved_settings_load_as_the_same_settings(tmp_path):
+    config = load_config(
+        overrides=["env.initial_states=0-9", "eval.states=40-49", "actor.learning_rate=1e-5", "run.name=a b"]
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml").model_dump() == config.model_dump()
+
+
+def test_the_saved_file_has_every_setting_defaults_included(tmp_path):
+    save_config(Config(), tmp_path / "config.yaml")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved["policy"]["lora"]["rank"] == 32 and saved["algorithm"]["target_kl"] is None
+    assert len(flat(saved)) == len([key for key in list_settings() if "." in key])
+
+
+def test_help_lists_every_setting_with_its_default():
+    lines = settings_help().splitlines()
+    defaults = flat(Config().model_dump())
+    assert len(defaults) > 60
+    for key, default in defaults.items():
+        shown = [line.strip() for line in lines if line.startswith(f"  {key}=")]
+        assert len(shown) == 1, key
+        if isinstance(default, int | float | str) and not isinstance(default, bool):
+            assert shown[0].split("=")[1].split(" ")[0] == str(default)
+    assert "  policy.dtype=bfloat16 {float32, bfloat16}" in lines
+    assert "  logging.wandb=false" in lines and "  algorithm.target_kl=null" in lines
+
+
+def test_every_setting_says_what_it_means():
+    assert not [key for key, field in list_settings().items() if "." in key and not field.description]
+
+
+# the files that are shipped
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    result = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_file_loads_and_says_in_its_first_line_what_it_is_for(path):
+    load_config(path)
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(("ppo", "grpo"), [("gae_ppo_config", "grpo_config"), ("tiny_gae_ppo", "tiny_grpo")])
+def test_shipped_ppo_and_grpo_differ_only_in_what_the_estimator_needs(ppo, grpo):
+    folder = Path(__file__).parent.parent / "configs"
+    first, second = (flat(load_config(folder / f"{name}.yaml").model_dump()) for name in (ppo, grpo))
+    different = {key for key in first if first[key] != second[key]}
+    assert "algorithm.estimator" in different
+    estimator = {key for key in first if key.startswith("algorithm.")}
+    assert different <= estimator | {"rollout.group_size", "rollout.n_episodes", "rollout.n_steps"}
