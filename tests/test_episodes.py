@@ -1,0 +1,152 @@
+"""Which episode is played next depends on the seed and on counters, on nothing else."""
+
+import numpy as np
+import pytest
+
+from tests.fakes import make_envs
+from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
+from vla_rl.types import Episode
+
+
+def sampler(tasks=(0,), states="random", seed=0) -> EpisodeSampler:
+    return EpisodeSampler(list(tasks), states, seed)
+
+
+# PPO: endless streams
+
+
+def test_equal_seeds_give_equal_streams_and_other_seeds_others():
+    def episodes(seed):
+        streams = EpisodeStreams(sampler([0, 1], seed=seed), 3)
+        return [streams.next(i % 3) for i in range(12)]
+
+    assert episodes(5) == episodes(5)
+    assert not {e.seed for e in episodes(5)} & {e.seed for e in episodes(6)}
+
+
+def test_an_environments_episodes_do_not_depend_on_how_fast_the_others_are():
+    together, alone = EpisodeStreams(sampler(range(4)), 2), EpisodeStreams(sampler(range(4)), 2)
+    first = []
+    for _ in range(5):
+        first.append(together.next(1))
+        together.next(0), together.next(0), together.next(0)
+    assert first == [alone.next(1) for _ in range(5)]
+
+
+def test_a_stream_goes_on_from_its_counters():
+    streams = EpisodeStreams(sampler(range(3)), 2)
+    whole = [streams.next(0) for _ in range(6)]
+    resumed = EpisodeStreams(sampler(range(3)), 2)
+    resumed.played = [4, 0]
+    assert [resumed.next(0), resumed.next(0)] == whole[4:]
+
+
+def test_no_two_episodes_of_a_run_start_alike():
+    streams = EpisodeStreams(sampler(), 8)
+    assert len({streams.next(i).seed for i in range(8) for _ in range(50)}) == 400
+
+
+def test_with_fewer_tasks_than_environments_each_environment_keeps_its_task():
+    streams = EpisodeStreams(sampler([4, 7, 9]), 8)
+    tasks = [{streams.next(i).task_id for _ in range(5)} for i in range(8)]
+    assert tasks == [{4}, {7}, {9}, {4}, {7}, {9}, {4}, {7}]
+
+
+def test_with_more_tasks_than_environments_every_task_is_played_in_turn():
+    streams = EpisodeStreams(sampler([0, 1, 2, 3, 4]), 2)
+    assert [streams.next(0).task_id for _ in range(6)] == [0, 2, 4, 0, 2, 4]
+    assert [streams.next(1).task_id for _ in range(4)] == [1, 3, 1, 3]
+
+
+def test_random_placements_have_no_fixed_state():
+    assert sampler().draw(0, 0, 3).initial_state is None and sampler().draw(0, 0, 3).task_id == 3
+
+
+def test_a_named_subset_is_never_left_and_all_of_it_is_used():
+    streams = EpisodeStreams(sampler(states=[3, 17, 40]), 2)
+    assert {streams.next(i).initial_state for i in range(2) for _ in range(50)} == {3, 17, 40}
+
+
+# GRPO: groups
+
+
+def test_the_episodes_of_a_group_share_task_state_and_seed():
+    episodes = group_episodes(sampler([2, 5], states=list(range(40))), 0, num_groups=6, group_size=4)
+    groups = [episodes[i : i + 4] for i in range(0, 24, 4)]
+    assert all(len(set(group)) == 1 for group in groups)
+    assert len({group[0].seed for group in groups}) == 6
+    assert [group[0].task_id for group in groups] == [2, 5, 2, 5, 2, 5]
+
+
+def test_groups_go_on_where_the_last_iteration_ended():
+    source = sampler([0, 1, 2], seed=4)
+    assert group_episodes(source, 0, 5, 2) == group_episodes(source, 0, 2, 2) + group_episodes(source, 2, 3, 2)
+
+
+def test_groups_stay_in_a_named_subset():
+    episodes = group_episodes(sampler(states=[7, 8]), 0, num_groups=30, group_size=2)
+    assert {e.initial_state for e in episodes} == {7, 8}
+
+
+# the queue
+
+
+def test_the_queue_gives_episodes_in_order_to_whoever_is_free():
+    queue = EpisodeQueue([Episode(0, i, 0) for i in range(4)])
+    assert [queue.next(i).initial_state for i in (1, 0, 1, 2)] == [0, 1, 2, 3]
+    assert queue.playing == {1: 2, 0: 1, 2: 3}
+
+
+def test_an_empty_queue_leaves_the_environment_idle():
+    queue = EpisodeQueue([Episode(0, 0, 0)])
+    queue.next(1)
+    assert queue.next(0) is None and queue.playing == {1: 0}
+    assert queue.next(1) is None and queue.playing == {}
+
+
+# resets
+
+
+@pytest.fixture
+def envs():
+    vector = make_envs(3)
+    yield vector
+    vector.close()
+
+
+def start(envs) -> EpisodeQueue:
+    queue = EpisodeQueue([Episode(task, None, seed=task) for task in range(4)])
+    reset_finished(envs, np.ones(3, dtype=bool), queue)
+    return queue
+
+
+def test_all_environments_start_with_the_first_episodes(envs):
+    queue = EpisodeQueue([Episode(task, None, seed=task) for task in range(4)])
+    obs, reset = reset_finished(envs, np.ones(3, dtype=bool), queue)
+    assert obs.instructions == ("do task 0", "do task 1", "do task 2") and reset.tolist() == [True] * 3
+
+
+def test_only_finished_environments_are_reset(envs):
+    queue = start(envs)
+    envs.step(np.zeros(envs.action_space.shape, np.float32))
+    obs, reset = reset_finished(envs, np.array([False, True, False]), queue)
+    assert reset.tolist() == [False, True, False]
+    assert obs.instructions == ("do task 0", "do task 3", "do task 2")
+    assert obs.proprio[:, 0].tolist() == [2, 0, 2]  # simulator steps so far, in chunks of 2
+    assert queue.playing == {0: 0, 1: 3, 2: 2}
+
+
+def test_an_environment_for_which_nothing_is_left_is_not_reset(envs):
+    queue = start(envs)
+    obs, reset = reset_finished(envs, np.array([True, True, False]), queue)  # one episode left for two
+    assert reset.tolist() == [True, False, False] and obs.instructions[0] == "do task 3"
+    assert sorted(queue.playing) == [0, 2]
+
+
+def test_nothing_to_reset_gives_no_observation(envs):
+    queue = start(envs)
+    obs, reset = reset_finished(envs, np.zeros(3, dtype=bool), queue)
+    assert obs is None and not reset.any()
+    reset_finished(envs, np.array([True, False, False]), queue)
+    obs, reset = reset_finished(envs, np.array([True, False, False]), queue)  # the queue is empty
+    assert obs is None and not reset.any() and 0 not in queue.playing

@@ -1,0 +1,174 @@
+"""Rows stay together from the environment to the minibatch; next values are those of the state really reached."""
+
+import pytest
+import torch
+
+from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches
+from vla_rl.types import PolicyInputs
+
+A, D = 4, 3  # action tokens, hidden size
+
+
+def transition(numbers, values=None, terminated=None, truncated=None) -> Transition:
+    """One row per number, which every field of the row carries."""
+    x = torch.tensor(numbers, dtype=torch.float32)
+    n = len(numbers)
+    no = [False] * n
+    return Transition(
+        inputs=PolicyInputs(
+            x.to(torch.uint8).view(n, 1, 1, 1, 1), x.view(n, 1).expand(n, 8), tuple(str(k) for k in numbers)
+        ),
+        action_tokens=x.long().view(n, 1).expand(n, A),
+        logprobs=-x.view(n, 1).expand(n, A),
+        hidden=x.view(n, 1).expand(n, D),
+        values=x if values is None else torch.tensor(values),
+        rewards=x,
+        terminated=torch.tensor(terminated or no),
+        truncated=torch.tensor(truncated or no),
+        steps=x.long(),
+        episode=x.long(),
+    )
+
+
+def buffer_of(*rows: list[int]) -> RolloutBuffer:
+    buffer = RolloutBuffer()
+    for numbers in rows:
+        buffer.add(transition(numbers), torch.zeros(len(numbers)))
+    return buffer
+
+
+def batch_of(rows: int) -> Minibatch:
+    numbers = torch.arange(rows).float()
+    return buffer_of(list(range(rows))).flatten(numbers, numbers)
+
+
+def numbers_of(batch: Minibatch) -> list[int]:
+    """The number that every field of a row carries; fails if the fields of a row do not agree."""
+    numbers = batch.steps.tolist()
+    x = batch.steps.float()
+    assert batch.inputs.instructions == tuple(str(k) for k in numbers)
+    assert batch.inputs.images.flatten().tolist() == numbers and torch.equal(batch.inputs.proprio[:, 0], x)
+    assert torch.equal(batch.action_tokens, batch.steps.view(-1, 1).expand(-1, A))
+    assert torch.equal(batch.old_logprobs, -x.view(-1, 1).expand(-1, A))
+    assert torch.equal(batch.hidden, x.view(-1, 1).expand(-1, D))
+    assert torch.equal(batch.advantages, x)
+    for optional in (batch.returns, batch.reference_logprobs):
+        assert optional is None or torch.equal(optional.view(len(x), -1)[:, 0], x)
+    return numbers
+
+
+# rows
+
+
+def test_row_t_of_each_field_belongs_to_decision_t():
+    buffer = buffer_of([0, 1], [2, 3], [4, 5])
+    assert len(buffer) == 3
+    assert buffer.stack("rewards").tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert buffer.stack("hidden").shape == (3, 2, D)
+    assert buffer.rows("steps").tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_flat_rows_are_in_the_order_of_flattened_stacks():
+    buffer = buffer_of([0, 1], [2, 3], [4, 5])
+    assert torch.equal(buffer.rows("values"), buffer.stack("values").flatten())
+
+
+def test_decisions_may_have_different_numbers_of_playing_environments():
+    buffer = buffer_of([0, 1, 2], [3], [4, 5])
+    batch = buffer.flatten(torch.arange(6.0), None)
+    assert numbers_of(batch) == [0, 1, 2, 3, 4, 5] and batch.returns is None
+
+
+@pytest.mark.parametrize("field", ["values", "logprobs", "inputs", "episode"])
+def test_a_field_with_another_number_of_rows_is_refused_with_the_counts(field):
+    good, bad = transition([1, 2]), transition([1])
+    mixed = Transition(**{**vars(good), field: getattr(bad, field)})
+    with pytest.raises(ValueError, match=f"one row per environment.*'{field}': 1"):
+        RolloutBuffer().add(mixed, torch.zeros(2))
+
+
+def test_bootstrap_values_with_another_number_of_rows_are_refused():
+    buffer = RolloutBuffer()
+    with pytest.raises(ValueError, match="one row per environment"):
+        buffer.add(transition([1, 2]), torch.zeros(1))
+    assert len(buffer) == 0
+
+
+# next values
+
+
+def test_next_values_are_the_next_rows_the_final_observations_or_the_last_bootstrap():
+    # env 0 is truncated at t = 1 (final observation worth 50); env 1 terminates at t = 0 (ignored by GAE); the rollout
+    # ends after t = 2 in states worth 70 and 80
+    buffer = RolloutBuffer()
+    buffer.add(transition([0, 0], values=[1.0, 2.0], terminated=[False, True]), torch.tensor([0.0, 0.0]))
+    buffer.add(transition([0, 0], values=[3.0, 4.0], truncated=[True, False]), torch.tensor([50.0, 0.0]))
+    buffer.add(transition([0, 0], values=[5.0, 6.0]), torch.tensor([70.0, 80.0]))
+    next_values = buffer.next_values()
+    assert next_values[:, 0].tolist() == [3, 50, 70]
+    assert next_values[1:, 1].tolist() == [6, 80]
+
+
+def test_an_episode_truncated_at_the_rollouts_end_bootstraps_from_its_own_final_observation():
+    buffer = RolloutBuffer()
+    buffer.add(transition([0], values=[1.0]), torch.tensor([9.0]))  # not truncated: 9 is not used
+    buffer.add(transition([0], values=[2.0], truncated=[True]), torch.tensor([7.0]))
+    assert buffer.next_values().tolist() == [[2], [7]]
+
+
+# flat batches
+
+
+def test_unusable_rows_are_left_out_of_every_field():
+    usable = torch.tensor([True, False, False, True, True, False])
+    batch = buffer_of([0, 1, 2], [3, 4, 5]).flatten(torch.arange(6.0), torch.arange(6.0), usable)
+    assert numbers_of(batch) == [0, 3, 4] and batch.returns.tolist() == [0, 3, 4]
+
+
+def test_no_usable_row_gives_an_empty_batch():
+    assert len(buffer_of([0, 1]).flatten(torch.zeros(2), None, torch.zeros(2).bool())) == 0
+
+
+def test_picked_rows_keep_the_optional_fields():
+    batch = batch_of(4)
+    with_reference = Minibatch(**{**vars(batch), "reference_logprobs": torch.arange(4.0).view(4, 1).expand(4, A)})
+    assert numbers_of(with_reference.rows(torch.tensor([2, 0]))) == [2, 0]
+    assert with_reference.rows(torch.tensor([2, 0])).reference_logprobs.tolist() == [[2] * A, [0] * A]
+
+
+# minibatches
+
+
+@pytest.mark.parametrize(("rows", "size"), [(12, 4), (13, 4), (3, 8), (9, 1), (17, 16)])
+def test_an_epoch_has_each_row_once_in_parts_of_nearly_equal_size(rows, size):
+    parts = [numbers_of(part) for part in minibatches(batch_of(rows), size, torch.Generator().manual_seed(0))]
+    assert sorted(number for part in parts for number in part) == list(range(rows))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
+    assert len(parts) == len(range(0, rows, size))
+
+
+def test_the_order_comes_from_the_generator_alone():
+    def epoch(generator):
+        return [numbers_of(part) for part in minibatches(batch_of(12), 5, generator)]
+
+    torch.manual_seed(1)
+    first = epoch(torch.Generator().manual_seed(3))
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert epoch(torch.Generator().manual_seed(3)) == first
+    assert epoch(torch.Generator().manual_seed(4)) != first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_epoch_has_a_fresh_order():
+    generator = torch.Generator().manual_seed(0)
+    epochs = [[numbers_of(part) for part in minibatches(batch_of(12), 4, generator)] for _ in range(2)]
+    assert epochs[0] != epochs[1] and epochs[0] != [list(range(i, i + 4)) for i in (0, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("size", "parts"), [(2, [[0, 1], [2, 3], [4]]), (5, [[0, 1, 2, 3, 4]]), (9, [[0, 1, 2, 3, 4]])]
+)
+def test_a_minibatch_splits_into_micro_batches_in_order(size, parts):
+    assert [numbers_of(part) for part in batch_of(5).split(size)] == parts
