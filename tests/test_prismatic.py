@@ -28,8 +28,6 @@ MEAN = torch.tensor([0.485, 0.456, 0.406, 0.5, 0.5, 0.5])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225, 0.5, 0.5, 0.5])[:, None, None]
 TOLERANCE = 2e-4  # a wrong rms_norm_eps shows as 4e-4
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture(scope="module")
 def official():
@@ -192,7 +190,7 @@ def test_slots_equal_an_independent_construction(network, network_with_proprio, 
 
 @torch.no_grad()
 def test_slots_do_not_depend_on_the_placeholder_but_on_the_stop_token(network):
-    rows, pixels, ids, mask = two_prompts("left")
+    _, pixels, ids, mask = two_prompts("left")
     prompt = network.embed_prompt(ids, mask, pixels)
     before = network.forward_slots(prompt, 56)
     embeddings = network.language_model.model.embed_tokens.weight
@@ -217,7 +215,7 @@ def test_every_position_of_the_slots_sees_the_last_one(network):
 
 @pytest.mark.parametrize("slots", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(slots):
-    rows, pixels, ids, mask = two_prompts("left")
+    _, pixels, ids, mask = two_prompts("left")
     gradients = []
     for checkpointing in (False, True):
         network = load_network(TINY)
@@ -365,7 +363,7 @@ def test_other_models_are_refused(checkpoint, change, message):
 def test_missing_files_are_named(checkpoint, network):
     save_checkpoint(checkpoint, network.named_parameters(), max_shard_bytes=300_000)
     next(checkpoint.glob("model-00002*")).unlink()
-    with pytest.raises(ConfigError, match="1 of .* weight files are missing .* such as model-00002"):
+    with pytest.raises(ConfigError, match=r"1 of .* weight files are missing .* such as model-00002"):
         load_network(checkpoint)
     (checkpoint / "model.safetensors.index.json").unlink()
     (checkpoint / "model.safetensors").unlink()

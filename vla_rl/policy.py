@@ -579,10 +579,7 @@ def has_proprio_weights(folder: Path) -> bool:
 def load_statistics(folder: Path) -> dict[str, dict]:
     """dataset_statistics.json, which fine-tuning writes, else norm_stats of config.json (the pre-training data)."""
     path = folder / "dataset_statistics.json"
-    if path.is_file():
-        statistics = json.loads(path.read_text())
-    else:
-        statistics = read_config(folder).raw.get("norm_stats")
+    statistics = json.loads(path.read_text()) if path.is_file() else read_config(folder).raw.get("norm_stats")
     if not statistics:
         raise ConfigError(
             f"no action statistics in {folder}: expected dataset_statistics.json or norm_stats in config.json"

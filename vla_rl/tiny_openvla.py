@@ -202,3 +202,5 @@ def initialize(name: str, weight: Tensor, generator: torch.Generator) -> None:
     else:
         # logits of standard deviation 1: an entropy about 0.5 nats below the uniform distribution's log 256 = 5.55
         weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        weight.mul_(2)  # attention that selects; else it averages the image away and all observations look alike

@@ -1,0 +1,507 @@
+"""vla_rl/policy.py: one distribution for sampling and scoring, the official code's numbers, LoRA that touches no base weight."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vla_rl.config import ConfigError, LoraConfig
+from vla_rl.policy import OpenVLAPolicy, append_space, check_checkpoint, prompt_text
+from vla_rl.prismatic import load_network
+from vla_rl.tiny_openvla import ensure_tiny_openvla
+from vla_rl.types import Observation, PolicyInputs
+
+DATA = Path(__file__).parent / "data"
+RECORDED = DATA / "tiny_openvla"  # the official layout, with the official code's numbers, without a tokenizer
+DECODERS = ("autoregressive", "parallel")
+TASKS = (
+    "pick up the black bowl between the plate and the ramekin and place it on the plate",
+    "open the drawer",
+    "Lift",
+)
+
+
+def make_policy(decoder: str = "parallel", path="tiny-openvla", seed: int = 0, **settings) -> OpenVLAPolicy:
+    settings = {"lora": LoraConfig(rank=4, alpha=8), "unnorm_key": "libero_spatial"} | settings
+    torch.manual_seed(seed)
+    return OpenVLAPolicy.from_checkpoint(path, decoder=decoder, **settings)
+
+
+def make_obs(n: int = 3, num_images: int = 1, seed: int = 0) -> Observation:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, num_images, 128, 128, 3), dtype=np.uint8)
+    proprio = rng.normal([0, 0, 1.1, 3, 0, 0, 0.02, -0.02], 0.05, (n, 8)).astype(np.float32)
+    return Observation(images, proprio, tuple(TASKS[i % 3] for i in range(n)))
+
+
+def move_adapters(policy: OpenVLAPolicy, size: float = 0.05) -> None:
+    """Adapters start at B = 0, where the adapted model is the base; this makes it another one."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def policy(request):
+    """Adapted away from the base. Tests that change it make their own."""
+    policy = make_policy(request.param)
+    move_adapters(policy)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def parallel():
+    return make_policy("parallel")
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return OpenVLAPolicy.from_checkpoint(RECORDED)
+
+
+@pytest.fixture(scope="module")
+def official():
+    return np.load(DATA / "openvla.npz")
+
+
+def official_inputs(policy, official, case: str):
+    ids = torch.from_numpy(official[f"{case}/prompt_ids_with_29871"])[None]
+    with np.load(DATA / "images.npz") as images:
+        image = torch.from_numpy(images[str(official[f"{case}/image_key"])])
+    return ids, torch.ones_like(ids), policy.pixel_values(image[None, None])
+
+
+# ---------------------------------------------------------------------- against the official code
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+def test_greedy_decoding_gives_the_official_tokens_logprobs_and_action(recorded, official, case):
+    tokens, logprobs, hidden = recorded.generate(*official_inputs(recorded, official, case), greedy=True)
+    assert tokens[0].tolist() == official[f"{case}/action_token_ids"].tolist()
+    expected = official[f"{case}/logp_action256"]  # NaN where the token is no action token
+    np.testing.assert_allclose(logprobs[0], expected, atol=2e-5, rtol=0)  # cached keys; teacher forcing holds 1e-5
+    np.testing.assert_allclose(recorded.dataset_actions(tokens)[0, 0], official[f"{case}/action"], atol=1e-12)
+    np.testing.assert_allclose(hidden[0], official[f"{case}/hidden_last_layer_at_7"][0], atol=2e-4)
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+def test_forward_logits_are_the_official_ones(recorded, official, case):
+    inputs = official_inputs(recorded, official, case)
+    tokens = torch.from_numpy(official[f"{case}/sampled_token_ids"])[None]
+    logits, hidden = recorded.forward_logits(*inputs, tokens)
+    assert logits.shape == (1, 7, 256) and logits.dtype == torch.float32
+    np.testing.assert_allclose(logits[0].detach(), official[f"{case}/sampled_logits_action256"], atol=2e-4)
+    logprobs = logits.log_softmax(-1).gather(-1, (tokens - 31744)[..., None])[0, :, 0]
+    np.testing.assert_allclose(logprobs.detach(), official[f"{case}/sampled_logp_action256"], atol=1e-5)
+    first, first_hidden = recorded.forward_logits(*inputs)
+    torch.testing.assert_close(first, logits[:, :1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(first_hidden, hidden, atol=1e-5, rtol=0)
+
+
+def test_pixel_values_are_normalised_for_dino_then_siglip_image_by_image():
+    policy = make_policy(num_images=2, lora=None)
+    images = torch.randint(0, 256, (1, 2, 112, 112, 3), dtype=torch.uint8)
+    pixels = policy.pixel_values(images)
+    assert pixels.shape == (1, 12, 112, 112)
+    value = images[0, 1, 5, 6, 2].item() / 255  # blue of the second image
+    assert pixels[0, 6 + 2, 5, 6].item() == pytest.approx((value - 0.406) / 0.225, abs=1e-5)
+    assert pixels[0, 6 + 5, 5, 6].item() == pytest.approx((value - 0.5) / 0.5, abs=1e-5)
+
+
+# ---------------------------------------------------------------------- the prompt
+
+
+def test_prompt_is_the_official_text():
+    cases = json.loads((DATA / "prompts.json").read_text())["cases"]
+    assert len(cases) == 14
+    for case in cases:
+        assert prompt_text(case["task"]) == case["prompt"]
+        assert append_space(case["input_ids"], 29871) == case["input_ids_with_29871"]
+        assert append_space(case["input_ids_with_29871"], 29871) == case["input_ids_with_29871"]
+
+
+def test_prompt_ids_are_bos_text_and_one_space_padded_on_the_left(parallel):
+    ids, mask = parallel.tokenize(TASKS)
+    space = parallel.tokenizer.token_to_id("▁")
+    for task, row, valid in zip(TASKS, ids, mask, strict=True):
+        kept = row[valid.bool()].tolist()
+        assert kept[0] == 1 and kept[-1] == space and kept[-2] != space
+        assert parallel.tokenizer.decode(kept[1:-1]) == prompt_text(task)
+        assert valid.tolist() == sorted(valid.tolist())
+        assert set(row[~valid.bool()].tolist()) <= {960}
+
+
+def test_checkpoint_without_a_tokenizer_fails_only_when_a_prompt_is_needed(recorded):
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json in .*tiny_openvla"):
+        recorded.act(make_obs())
+
+
+def test_prompt_that_does_not_fit_is_an_error(parallel):
+    with pytest.raises(ValueError, match="the model has room for"):
+        parallel.tokenize(("字" * 700,))
+
+
+# ---------------------------------------------------------------------- sampling and scoring
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.6])
+def test_acting_and_scoring_are_the_same_distribution(policy, temperature):
+    out = policy.act(make_obs(), temperature=temperature)
+    scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=temperature)
+    ratio = (scored.logprobs - out.logprobs).exp()
+    assert (ratio - 1).abs().max() < 1e-4
+    torch.testing.assert_close(scored.hidden, out.hidden, atol=1e-4, rtol=0)
+    torch.testing.assert_close(policy.compute_hidden(out.inputs), out.hidden, atol=1e-4, rtol=0)
+    other = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=temperature + 0.3)
+    assert (other.logprobs - out.logprobs).abs().max() > 0.01  # the check above can tell
+
+
+def test_rows_score_alike_alone_and_in_a_batch(policy):
+    out = policy.act(make_obs())
+    for i in range(3):  # three prompts of different lengths
+        alone = policy.evaluate_actions(out.inputs.rows([i]), out.action_tokens[[i]], temperature=1.0)
+        torch.testing.assert_close(alone.logprobs[0], out.logprobs[i], atol=5e-5, rtol=0)
+        torch.testing.assert_close(alone.hidden[0], out.hidden[i], atol=5e-5, rtol=0)
+
+
+def test_output_shapes_and_types(policy):
+    out = policy.act(make_obs())
+    chunk, tokens = policy.chunk_size, 7 * policy.chunk_size
+    assert out.action_tokens.shape == out.logprobs.shape == (3, tokens)
+    assert out.action_tokens.dtype == torch.int64 and out.logprobs.dtype == torch.float32
+    assert out.actions.shape == (3, chunk, 7) and out.actions.dtype == np.float32
+    assert np.abs(out.actions).max() <= 1 and set(np.unique(out.actions[..., 6])) <= {-1.0, 1.0}
+    assert out.hidden.shape == (3, policy.hidden_size) and out.hidden.dtype == torch.float32
+    assert not out.hidden.requires_grad and not out.hidden.is_inference()
+    assert ((out.action_tokens >= 704) & (out.action_tokens < 960)).all()
+    scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.0)
+    assert scored.logprobs.requires_grad and scored.entropy.shape == (3, tokens) and scored.hidden.requires_grad
+    logits, _ = policy.forward_logits(*policy.tensors(out.inputs)[:3], out.action_tokens)
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(scored.entropy, expected, atol=1e-4, rtol=0)
+
+
+def test_sampled_tokens_follow_the_probabilities(policy):
+    obs = make_obs(1)
+    inputs = policy.tensors(
+        policy.prepare(Observation(*(np.repeat(a, 32, 0) for a in (obs.images, obs.proprio)), TASKS[:1] * 32))
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens, logprobs, _ = policy.generate(*inputs, temperature=0.7, generator=generator)
+    logits, _ = policy.forward_logits(*inputs[:3], tokens)
+    probs = (logits.detach() / 0.7).softmax(dim=-1)  # [32, A, 256], given the tokens before
+    counts = torch.bincount(tokens.flatten() - 704, minlength=256).float()
+    expected = probs.sum(dim=(0, 1))
+    order = expected.argsort()
+    counts, expected = counts[order].view(16, 16).sum(1), expected[order].view(16, 16).sum(1)  # 16 groups
+    assert expected.max() > 3 * expected.min()  # far from uniform, so that the next line means something
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 37.7  # 0.1 % point of chi-square with 15 degrees of freedom
+    entropy = -(probs * probs.log()).sum(dim=-1)
+    assert logprobs.mean().item() == pytest.approx(
+        -entropy.mean().item(), abs=4 * logprobs.std().item() / len(tokens.flatten()) ** 0.5
+    )
+
+
+def test_sampling_repeats_with_its_generator(policy):
+    obs = make_obs()
+    first, second, other = (
+        policy.act(obs, generator=torch.Generator().manual_seed(seed)).action_tokens for seed in (1, 1, 2)
+    )
+    assert first.equal(second) and not first.equal(other)
+
+
+def test_greedy_takes_the_most_likely_token_of_the_whole_vocabulary(parallel):
+    obs = make_obs()
+    tokens = parallel.act(obs, greedy=True).action_tokens
+    prompt = parallel.embed(*parallel.tensors(parallel.prepare(obs)))
+    logits = parallel.network.vocabulary_logits(parallel.network.forward_slots(prompt, 56))
+    assert tokens.equal(logits.argmax(dim=-1))
+    outside = (tokens < 704) | (tokens >= 960)
+    assert outside.any()  # random weights: 768 of 1024 ids are no actions
+    assert parallel.act(obs, greedy=True).logprobs.isnan().equal(outside)
+
+
+def test_proprio_and_the_second_image_are_read():
+    policy = make_policy(num_images=2, use_proprio=True, lora=None)
+    obs = make_obs(2, num_images=2)
+    hidden = policy.compute_hidden(policy.prepare(obs))
+    images = obs.images.copy()
+    images[:, 1] = 255 - images[:, 1]
+    for changed in (
+        Observation(images, obs.proprio, obs.instructions),
+        Observation(obs.images, obs.proprio + 0.1, obs.instructions),
+    ):
+        assert (policy.compute_hidden(policy.prepare(changed)) - hidden).abs().max() > 1e-2
+    assert policy.tensors(policy.prepare(obs))[3].abs().max() <= 1
+
+
+# ---------------------------------------------------------------------- LoRA
+
+
+def test_update_moves_the_adapters_and_nothing_else(tmp_path):
+    policy = make_policy()
+    out = policy.act(make_obs())
+    base = {n: p.clone() for n, p in policy.network.named_parameters() if not p.requires_grad}
+    before = policy.reference_logprobs(out.inputs, out.action_tokens, temperature=1.0)
+    torch.testing.assert_close(before, out.logprobs, atol=1e-5, rtol=0)  # B = 0: adapted is base
+    optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=10.0)
+    for _ in range(2):
+        scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.0)
+        (scored.logprobs.mean() + scored.hidden.pow(2).mean()).backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in policy.trainable_parameters())
+    assert all(p.grad is None and p.equal(base[n]) for n, p in policy.network.named_parameters() if n in base)
+    after = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.0).logprobs
+    assert (after - before).abs().max() > 0.01
+    again = policy.reference_logprobs(out.inputs, out.action_tokens, temperature=1.0)
+    torch.testing.assert_close(again, before, atol=1e-6, rtol=0)
+    assert all(p.requires_grad for p in policy.trainable_parameters()) and len(policy.trainable_parameters()) > 0
+
+
+def test_few_steps_teach_it_given_tokens_for_each_observation():
+    """The random base is no obstacle: LoRA alone learns arbitrary tokens, different ones for each observation."""
+    policy = make_policy(lora=LoraConfig(rank=8, alpha=16), chunk_size=1)
+    inputs = policy.prepare(make_obs(4))
+    tokens = torch.randint(704, 960, (4, 7), generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.Adam(policy.trainable_parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = -policy.evaluate_actions(inputs, tokens, temperature=1.0).logprobs.mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] > 5
+    assert losses[-1] < 0.8  # a policy blind to the observation could not get below log 4 = 1.39
+
+
+@pytest.mark.parametrize("target", ["all-linear", "language-model"])
+def test_adapters_sit_where_the_setting_says(target):
+    policy = make_policy(lora=LoraConfig(rank=2, target_modules=target))
+    names = {n.rsplit(".lora_", 1)[0] for n, p in policy.network.named_parameters() if p.requires_grad}
+    plain = load_network(ensure_tiny_openvla())
+    assert names == set(plain.adaptable_linears(language_model_only=target == "language-model"))
+    assert not any("lm_head" in n or "embed" in n for n in names)
+    assert all(n.startswith("language_model.") for n in names) == (target == "language-model")
+
+
+def test_adapter_saves_loads_and_is_read_by_peft(policy, tmp_path):
+    obs = make_obs()
+    policy.save_adapter(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    other = make_policy(policy.decoder, seed=9)
+    tokens = policy.act(obs).action_tokens
+    expected = policy.evaluate_actions(policy.prepare(obs), tokens, temperature=1.0).logprobs
+    assert not torch.allclose(other.evaluate_actions(other.prepare(obs), tokens, temperature=1.0).logprobs, expected)
+    other.load_adapter(tmp_path)
+    assert other.evaluate_actions(other.prepare(obs), tokens, temperature=1.0).logprobs.equal(expected)
+    assert other.fingerprint() == policy.fingerprint()
+
+    plain = make_policy(policy.decoder, lora=None)
+    peft.PeftModel.from_pretrained(plain.network, tmp_path)
+    scored = plain.evaluate_actions(plain.prepare(obs), tokens, temperature=1.0).logprobs
+    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=0)
+
+
+def test_adapter_of_other_settings_is_refused(parallel, tmp_path):
+    parallel.save_adapter(tmp_path)
+    with pytest.raises(ConfigError, match=r"rank 4 and alpha 8.*rank 2 and alpha 8"):
+        make_policy(lora=LoraConfig(rank=2, alpha=8)).load_adapter(tmp_path)
+    with pytest.raises(ConfigError, match="another model or other target modules"):
+        make_policy(lora=LoraConfig(rank=4, alpha=8, target_modules="language-model")).load_adapter(tmp_path)
+    with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
+        parallel.load_adapter(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="this policy has no adapter"):
+        make_policy(lora=None).save_adapter(tmp_path)
+
+
+def test_merged_checkpoint_acts_as_base_and_adapter_together(policy, tmp_path):
+    policy.save_merged(tmp_path)
+    merged = make_policy(policy.decoder, path=tmp_path, lora=None)
+    obs = make_obs()
+    out = policy.act(obs)
+    scored = merged.evaluate_actions(merged.prepare(obs), out.action_tokens, temperature=1.0)
+    torch.testing.assert_close(scored.logprobs, out.logprobs, atol=2e-4, rtol=0)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(ensure_tiny_openvla() / "model.safetensors"))
+
+
+def test_adapters_stay_float32_on_a_bfloat16_base():
+    policy = make_policy(dtype=torch.bfloat16)
+    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
+    assert {p.dtype for p in policy.network.parameters() if not p.requires_grad} == {torch.bfloat16}
+    out = policy.act(make_obs())
+    assert out.hidden.dtype == out.logprobs.dtype == torch.float32
+    scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.0)
+    scored.logprobs.mean().backward()
+    assert scored.logprobs.dtype == torch.float32
+    # the same forward of the same batch, so equal even in bfloat16
+    assert ((scored.logprobs - out.logprobs).exp() - 1).abs().max() < 1e-4
+    assert all(p.grad is not None for p in policy.trainable_parameters())
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    results = []
+    for checkpointing in (False, True):
+        policy = make_policy(gradient_checkpointing=checkpointing)
+        move_adapters(policy)
+        out = policy.act(make_obs(), generator=torch.Generator().manual_seed(0))
+        scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.0)
+        assert not policy.network.training
+        scored.logprobs.mean().backward()
+        results.append((out.action_tokens, scored.logprobs, [p.grad for p in policy.trainable_parameters()]))
+    (tokens, logprobs, gradients), (tokens_c, logprobs_c, gradients_c) = results
+    assert tokens.equal(tokens_c)
+    torch.testing.assert_close(logprobs, logprobs_c, atol=1e-6, rtol=0)
+    for plain, checkpointed in zip(gradients, gradients_c, strict=True):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-3)
+
+
+def test_fingerprint_tells_models_decoders_and_adapter_shapes_apart(tmp_path):
+    first = make_policy().fingerprint()
+    assert make_policy(seed=3).fingerprint() == first  # the adapters' values do not count
+    others = [
+        make_policy("autoregressive"),
+        make_policy(chunk_size=4),
+        make_policy(num_images=2),
+        make_policy(use_proprio=True),
+        make_policy(lora=LoraConfig(rank=8, alpha=8)),
+        make_policy(lora=LoraConfig(rank=4, alpha=4)),
+        make_policy(lora=None),
+    ]
+    shutil.copytree(ensure_tiny_openvla(), tmp_path / "copy")
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
+    assert make_policy(path=tmp_path / "copy").fingerprint() == first  # where it lies does not count
+    weights["projector.fc2.weight"] += 0.1
+    save_file(weights, tmp_path / "copy" / "model.safetensors")
+    others.append(make_policy(path=tmp_path / "copy"))
+    prints = [first, *(policy.fingerprint() for policy in others)]
+    assert len(set(prints)) == len(prints)
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+def test_bad_inputs_are_named(policy):
+    out = policy.act(make_obs())
+    inputs, tokens = out.inputs, out.action_tokens
+    with pytest.raises(ValueError, match=r"action_tokens: expected int64 \[3, "):
+        policy.evaluate_actions(inputs, tokens[:, :-1], temperature=1.0)
+    with pytest.raises(ValueError, match=r"action_tokens: expected int64 .*got torch.int32"):
+        policy.evaluate_actions(inputs, tokens.int(), temperature=1.0)
+    with pytest.raises(ValueError, match=r"outside the action ids 704\.\.959"):
+        policy.evaluate_actions(inputs, tokens - 400, temperature=1.0)
+    with pytest.raises(ValueError, match="temperature=0"):
+        policy.act(make_obs(), temperature=0)
+    with pytest.raises(ValueError, match=r"temperature=-1"):
+        policy.evaluate_actions(inputs, tokens, temperature=-1)
+    with pytest.raises(ValueError, match=r"3 rows of 1 images, got \[3, 2\]"):
+        policy.act(make_obs(num_images=2))
+    obs = make_obs()
+    with pytest.raises(ValueError, match=r"expected uint8 \[N, K, H, W, 3\], got float32"):
+        policy.act(Observation(obs.images.astype(np.float32), obs.proprio, obs.instructions))
+    with pytest.raises(ValueError, match=r"proprio: expected \[3, 8\], got \[3, 7\]"):
+        policy.act(Observation(obs.images, obs.proprio[:, :7], obs.instructions))
+    with pytest.raises(ValueError, match=r"inputs\.images: expected uint8 \[3, 1, 112, 112, 3\]"):
+        policy.compute_hidden(PolicyInputs(inputs.images.float(), inputs.proprio, inputs.instructions))
+    ids, mask, pixels, _ = policy.tensors(inputs)
+    with pytest.raises(ValueError, match="pixel_values: expected float"):
+        policy.forward_logits(ids, mask, pixels[:, :3])
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        policy.forward_logits(ids, mask[:, 1:], pixels)
+    with pytest.raises(ValueError, match="proprio is given, but use_proprio=False"):
+        policy.forward_logits(ids, mask, pixels, proprio=torch.zeros(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decoder": "diffusion"}, "decoder='diffusion'; expected one of autoregressive, parallel"),
+        ({"decoder": "autoregressive", "chunk_size": 8}, "chunk_size=8 with decoder=autoregressive"),
+        ({"num_images": 3}, "num_images=3"),
+        ({"dtype": torch.int8}, "dtype=torch.int8"),
+        ({"unnorm_key": "bridge_orig"}, r"unnorm_key=bridge_orig: .* have libero_10_no_noops, libero_90_no_noops"),
+        ({"unnorm_key": None}, r"unnorm_key=None: the statistics of .* have libero_10"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_loads(settings, message, monkeypatch):
+    monkeypatch.setattr("vla_rl.policy.load_network", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=message):
+        make_policy(**settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error is about a machine without CUDA")
+def test_missing_cuda_is_named():
+    with pytest.raises(ConfigError, match="device=cuda, but torch sees no CUDA device"):
+        make_policy(device="cuda")
+
+
+def test_unnorm_key_is_found_with_and_without_suffix_and_alone(recorded):
+    assert recorded.unnorm_key == "libero_spatial_no_noops"  # the only one there is
+    assert make_policy(unnorm_key="libero_10_no_noops", lora=None).unnorm_key == "libero_10_no_noops"
+
+
+def copy_recorded(folder: Path, leave_out: str = "") -> Path:
+    shutil.copytree(RECORDED, folder, ignore=shutil.ignore_patterns(leave_out))
+    return folder
+
+
+def test_dataset_statistics_are_preferred_over_the_pretraining_ones(tmp_path):
+    folder = copy_recorded(tmp_path / "c")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["norm_stats"] = {"bridge_orig": raw["norm_stats"]["libero_spatial_no_noops"]}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert OpenVLAPolicy.from_checkpoint(folder).unnorm_key == "libero_spatial_no_noops"
+    (folder / "dataset_statistics.json").unlink()
+    assert OpenVLAPolicy.from_checkpoint(folder).unnorm_key == "bridge_orig"
+
+
+def test_missing_checkpoint_says_where_it_looked_and_how_to_get_it(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"no checkpoint folder /no/such/folder; give a folder, a Hugging Face id"):
+        check_checkpoint("/no/such/folder")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConfigError, match=r"not a local folder, not in the Hugging Face cache \(.*\).*hf download no-org/no-model"
+    ):
+        check_checkpoint("no-org/no-model")
+    with pytest.raises(ConfigError, match=r"no config\.json in"):
+        check_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=r"no preprocessor_config\.json"):
+        check_checkpoint(copy_recorded(tmp_path / "c", leave_out="preprocessor*"))
+
+
+def test_proprio_without_a_projector_is_refused(tmp_path):
+    folder = copy_recorded(tmp_path / "c", leave_out="proprio*")
+    with pytest.raises(ConfigError, match="has no proprio projector; set use_proprio=false"):
+        OpenVLAPolicy.from_checkpoint(folder, use_proprio=True)
+
+
+def test_untrained_token_head_beside_an_l1_head_is_warned_about(tmp_path, caplog):
+    folder = copy_recorded(tmp_path / "c")
+    (folder / "action_head--150000_checkpoint.pt").touch()
+    with caplog.at_level(logging.WARNING):
+        OpenVLAPolicy.from_checkpoint(folder, decoder="parallel")
+    assert "its token head, which this policy samples from, was not trained" in caplog.text
+
+
+def test_film_checkpoint_is_refused(tmp_path):
+    folder = copy_recorded(tmp_path / "c")
+    (folder / "vision_backbone--150000_checkpoint.pt").touch()
+    with pytest.raises(ConfigError, match="FiLM"):
+        check_checkpoint(folder)
+
+
+def test_loading_needs_no_second_copy():
+    """The network is filled tensor by tensor: nothing stays on the meta device and nothing is initialised first."""
+    network = load_network(RECORDED, use_proprio=True)
+    assert {t.device.type for t in [*network.parameters(), *network.buffers()]} == {"cpu"}
