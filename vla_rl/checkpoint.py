@@ -33,6 +33,9 @@ class CheckpointError(ConfigError):
 def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Callable[[Path], None], keep: int) -> Path:
     """Writes root/name atomically and removes the oldest ones beyond `keep`.
 
+    Later checkpoints, which are there after a resume from an earlier one, are renamed to superseded-NAME: they are not
+    of this run's history, so a resume must not find them.
+
     Args:
         fingerprint: of the model; a checkpoint is refused for another one.
         write_files: fills the folder that it is given.
@@ -51,7 +54,7 @@ def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Calla
         "files": {str(p.relative_to(unfinished)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files},
     }
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, unfinished / MANIFEST, unfinished]:
+    for path in [*unfinished.rglob("*"), unfinished]:
         sync(path)
     final = root / name
     replaced = root / f".{name}.old"
@@ -60,6 +63,11 @@ def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Calla
     os.replace(unfinished, final)
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
+    for later in list_checkpoints(root):
+        if later.name > name:
+            superseded = root / f"superseded-{later.name}"
+            shutil.rmtree(superseded, ignore_errors=True)
+            os.replace(later, superseded)
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -82,6 +90,10 @@ def find_checkpoint(run: Path) -> Path:
     if run.name.startswith("iteration-"):
         verify(run)
         return run
+    for replaced in (run / "checkpoints").glob(".iteration-*.old"):  # killed between the two renames
+        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
+        if not final.exists():
+            os.replace(replaced, final)
     found = list_checkpoints(run / "checkpoints")
     if not found:
         raise CheckpointError(f"{run} has no checkpoint in {run / 'checkpoints'}; the run ended before its first one")

@@ -1,0 +1,237 @@
+"""A checkpoint is whole or it is not there; whatever was damaged is refused by name."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from vla_rl import checkpoint
+from vla_rl.checkpoint import (
+    CheckpointError,
+    cpu_copy,
+    find_checkpoint,
+    list_checkpoints,
+    load_trainer_state,
+    verify,
+    write_checkpoint,
+)
+from vla_rl.config import ConfigError
+
+
+def fill(folder: Path, text: str = "weights") -> None:
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_model.safetensors").write_text(text)
+    torch.save({"iteration": 3, "moments": torch.arange(4.0)}, folder / "trainer.pt")
+
+
+def write(run: Path, iteration: int, keep: int = 3, write_files=fill, fingerprint: str = "model-a") -> Path:
+    return write_checkpoint(run / "checkpoints", f"iteration-{iteration:06d}", fingerprint, write_files, keep)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+# writing
+
+
+def test_a_written_checkpoint_is_found_verified_and_read(tmp_path):
+    folder = write(tmp_path, 3)
+    assert find_checkpoint(tmp_path) == folder == tmp_path / "checkpoints" / "iteration-000003"
+    assert (folder / "adapter" / "adapter_model.safetensors").read_text() == "weights"
+    state = load_trainer_state(folder)
+    assert state["iteration"] == 3 and torch.equal(state["moments"], torch.arange(4.0))
+
+
+def test_the_manifest_names_every_file_with_its_size(tmp_path):
+    folder = write(tmp_path, 3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"adapter/adapter_model.safetensors", "trainer.pt"}
+    assert manifest["files"]["adapter/adapter_model.safetensors"]["bytes"] == len("weights")
+    # sha256 of "weights" by coreutils: printf weights | sha256sum
+    digest = subprocess.run(["sha256sum"], input=b"weights", capture_output=True, check=True).stdout.split()[0].decode()
+    assert manifest["files"]["adapter/adapter_model.safetensors"]["sha256"] == digest
+
+
+def test_no_unfinished_folder_stays_behind(tmp_path):
+    write(tmp_path, 3)
+    assert names(tmp_path) == ["iteration-000003"]
+
+
+def test_a_failed_write_leaves_no_checkpoint_and_keeps_the_old_ones(tmp_path):
+    old = write(tmp_path, 1)
+
+    def fail(folder):
+        fill(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path, 2, write_files=fail)
+    assert list_checkpoints(tmp_path / "checkpoints") == [old] and find_checkpoint(tmp_path) == old
+    assert find_checkpoint(write(tmp_path, 2)).name == "iteration-000002"  # the next attempt is not in the way
+
+
+def test_the_newest_are_kept_and_the_oldest_removed(tmp_path):
+    for iteration in (8, 9, 10, 11, 100):
+        write(tmp_path, iteration, keep=2)
+    assert names(tmp_path) == ["iteration-000011", "iteration-000100"]
+
+
+def test_one_is_kept_when_one_is_asked_for(tmp_path):
+    for iteration in (1, 2):
+        write(tmp_path, iteration, keep=1)
+    assert names(tmp_path) == ["iteration-000002"]
+
+
+def test_the_same_iteration_written_again_replaces_the_first(tmp_path):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 1, write_files=lambda folder: fill(folder, "newer weights"))
+    verify(folder)
+    assert (folder / "adapter" / "adapter_model.safetensors").read_text() == "newer weights"
+    assert names(tmp_path) == ["iteration-000001"]
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    rename, calls = checkpoint.os.replace, []
+
+    def killed_at_the_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 1, write_files=lambda folder: fill(folder, "newer weights"))
+    monkeypatch.undo()
+    assert (find_checkpoint(tmp_path) / "adapter" / "adapter_model.safetensors").read_text() == "weights"
+
+
+def test_after_a_resume_from_an_earlier_one_the_later_ones_are_set_aside(tmp_path):
+    for iteration in (10, 20, 30):
+        write(tmp_path, iteration)
+    folder = write(tmp_path, 11, keep=1)  # resumed from 10
+    assert find_checkpoint(tmp_path) == folder
+    assert names(tmp_path) == ["iteration-000011", "superseded-iteration-000020", "superseded-iteration-000030"]
+    write(tmp_path, 20), write(tmp_path, 12)  # and once more, with the name taken
+    assert find_checkpoint(tmp_path).name == "iteration-000012"
+
+
+@pytest.mark.parametrize("moment", ["in write_files", "after the manifest"])
+def test_a_process_killed_while_writing_leaves_the_earlier_checkpoint_to_resume_from(tmp_path, moment):
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_and_die():
+        if moment == "after the manifest":
+            checkpoint.sync = die  # in the child process only
+            write(tmp_path, 2)
+        write(tmp_path, 2, write_files=lambda folder: (fill(folder), die()))
+
+    earlier = write(tmp_path, 1)
+    process = multiprocessing.get_context("fork").Process(target=write_and_die)
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert names(tmp_path) == [".iteration-000002.tmp", "iteration-000001"]  # it was in the middle
+    assert find_checkpoint(tmp_path) == earlier
+    assert find_checkpoint(write(tmp_path, 2)).name == "iteration-000002"
+    assert names(tmp_path) == ["iteration-000001", "iteration-000002"]
+
+
+# reading
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def change_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "words"),
+    [
+        (remove, "trainer.pt", "trainer.pt is missing"),
+        (change_a_byte, "trainer.pt", "trainer.pt is not what was written"),
+        (truncate, "trainer.pt", "trainer.pt is not what was written"),
+        (remove, "adapter/adapter_model.safetensors", "adapter/adapter_model.safetensors is missing"),
+        (change_a_byte, "adapter/adapter_model.safetensors", "adapter_model.safetensors is not what was written"),
+        (remove, "manifest.json", "manifest.json cannot be read"),
+        (truncate, "manifest.json", "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_file_and_the_earlier_one_is_named(tmp_path, damage, name, words):
+    earlier, newest = write(tmp_path, 1), write(tmp_path, 2)
+    damage(newest / name)
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(tmp_path)
+    message = str(caught.value)
+    assert f"checkpoint {newest} is torn" in message and words in message
+    assert message.endswith(f"resume from the one before: --resume {earlier}")
+    assert find_checkpoint(earlier) == earlier
+
+
+def test_a_damaged_only_checkpoint_names_no_other(tmp_path):
+    truncate(write(tmp_path, 1) / "trainer.pt")
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(tmp_path)
+    assert "--resume" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_both_names(tmp_path):
+    folder = write(tmp_path, 1, fingerprint="model-a")
+    verify(folder, "model-a")
+    with pytest.raises(CheckpointError, match="of another model: it was made with model-a, this run has model-b"):
+        verify(folder, "model-b")
+
+
+def test_a_checkpoint_folder_is_itself_something_to_resume_from(tmp_path):
+    first, _ = write(tmp_path, 1), write(tmp_path, 2)
+    assert find_checkpoint(first) == first and find_checkpoint(str(first)) == first
+
+
+def test_a_run_that_is_not_there_or_has_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no run folder"):
+        find_checkpoint(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="has no checkpoint in"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_error_is_a_users_error():
+    assert issubclass(CheckpointError, ConfigError)
+
+
+def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
+    torch.save({"harmful": Path("x")}, tmp_path / "trainer.pt")
+    with pytest.raises(Exception, match="weights_only"):
+        load_trainer_state(tmp_path)
+
+
+# copies
+
+
+def test_a_copy_does_not_change_with_the_original():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    original = {"state": {0: {"step": 1, "moment": weight}}, "list": [torch.ones(1), (2, 3)], "none": None}
+    copy = cpu_copy(original)
+    with torch.no_grad():
+        weight += 1
+    original["list"][0] += 1
+    original["state"][0]["step"] = 9
+    assert copy["state"][0]["step"] == 1 and copy["state"][0]["moment"].tolist() == [0, 0]
+    assert copy["list"] == [torch.ones(1), [2, 3]] and copy["none"] is None
+    assert not copy["state"][0]["moment"].requires_grad
