@@ -98,8 +98,9 @@ def set_aside_later_lines(path: Path, iteration: int) -> None:
     records = read_metrics(path)
     later = [record for record in records if record["iteration"] > iteration]
     earlier = [record for record in records if record["iteration"] <= iteration]
-    with (path.parent / "metrics.superseded.jsonl").open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in later)
+    if later:
+        with (path.parent / "metrics.superseded.jsonl").open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in later)
     rewritten = path.with_suffix(".tmp")
     rewritten.write_text("".join(json.dumps(record) + "\n" for record in earlier))
     os.replace(rewritten, path)
@@ -110,25 +111,38 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     panels = {
         title: [n for n in names if any(r.get(n) is not None for r in records)] for title, names in CURVES.items()
     }
     panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        return
     columns = 3
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False)
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for name in names:
-            points = [(r["timesteps"], r[name]) for r in records if r.get(name) is not None]
-            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None, linewidth=1)
+            points = [r for r in records if r.get(name) is not None]
+            x = [r["timesteps"] for r in points]
+            marker = "." if len(points) < 30 else None
+            (line,) = axis.plot(x, [r[name] for r in points], label=name, marker=marker, linewidth=1)
+            if all(r.get(f"{name}_low") is not None for r in points):  # the interval of an evaluation
+                low, high = ([r[f"{name}_{end}"] for r in points] for end in ("low", "high"))
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("timesteps", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=7)
         if title == "success rate":
             axis.set_ylim(-0.05, 1.05)
+        if title == "gradient norm":  # one peak would flatten the rest
+            axis.set_yscale("log", nonpositive="mask")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.tight_layout()
@@ -143,7 +157,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
 
     settings = config.logging
     offline = settings.wandb_mode == "offline" or os.environ.get("WANDB_MODE") == "offline"
-    if not offline and wandb.api.api_key is None:
+    if not offline and not wandb.login(prompt=False, verify=False):  # looks for a key; asks nobody
         raise ConfigError(
             "logging.wandb=true, but you are not logged in to Weights & Biases; run `wandb login`, or set "
             "logging.wandb_mode=offline, or pass --no-wandb"

@@ -1,0 +1,264 @@
+"""metrics.jsonl survives kills and resumes; curves are drawn; wandb is touched only when it is asked for."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vla_rl.config import Config, load_config
+from vla_rl.metrics import CURVES, MetricsLogger, read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def logger(tmp_path) -> MetricsLogger:
+    return MetricsLogger(tmp_path, Config())
+
+
+def log_iterations(logger: MetricsLogger, *iterations: int, **more) -> None:
+    for iteration in iterations:
+        logger.log({"iteration": iteration, "timesteps": 100 * iteration, **more})
+
+
+def iterations(path: Path) -> list[int]:
+    return [record["iteration"] for record in read_metrics(path)]
+
+
+# lines
+
+
+def test_each_record_is_one_line_of_json(logger):
+    log_iterations(logger, 1, 2, **{"actor/entropy": 1.25, "rollout/success_rate": None})
+    lines = logger.path.read_text().splitlines()
+    assert logger.path.name == "metrics.jsonl" and len(lines) == 2
+    assert json.loads(lines[1]) == {
+        "iteration": 2,
+        "timesteps": 200,
+        "actor/entropy": 1.25,
+        "rollout/success_rate": None,
+    }
+
+
+def test_a_line_is_on_the_disk_as_soon_as_it_is_logged(logger):
+    log_iterations(logger, 1)
+    assert subprocess.run(["wc", "-l", logger.path], capture_output=True, text=True).stdout.startswith("1 ")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_what_json_has_no_number_for_becomes_null(logger, value):
+    log_iterations(logger, 1, **{"actor/policy_loss": value})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(logger.path.read_text(), parse_constant=refuse)["actor/policy_loss"] is None
+
+
+def test_a_torn_last_line_is_left_out(logger):
+    log_iterations(logger, 1, 2)
+    text = logger.path.read_text()
+    logger.path.write_text(text[:-10])
+    assert iterations(logger.path) == [1]
+
+
+def test_a_damaged_line_in_the_middle_is_refused_by_number(logger):
+    log_iterations(logger, 1, 2, 3)
+    lines = logger.path.read_text().splitlines()
+    logger.path.write_text("\n".join([lines[0], lines[1][:-5], lines[2]]) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        read_metrics(logger.path)
+
+
+def test_no_file_has_no_records(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+# resume
+
+
+def test_a_resumed_run_sets_later_lines_aside_and_loses_none(logger, tmp_path):
+    log_iterations(logger, 0, 1, 2, 3, 4)
+    resumed = MetricsLogger(tmp_path, Config(), resume_iteration=2)
+    log_iterations(resumed, 3)
+    assert iterations(resumed.path) == [0, 1, 2, 3]
+    assert iterations(tmp_path / "metrics.superseded.jsonl") == [3, 4]
+
+
+def test_a_second_resume_adds_to_what_was_set_aside(logger, tmp_path):
+    log_iterations(logger, 1, 2)
+    log_iterations(MetricsLogger(tmp_path, Config(), resume_iteration=1), 2, 3)
+    MetricsLogger(tmp_path, Config(), resume_iteration=0)
+    assert iterations(logger.path) == [] and iterations(tmp_path / "metrics.superseded.jsonl") == [2, 1, 2, 3]
+
+
+def test_a_run_killed_in_the_middle_of_a_line_resumes_with_whole_lines(logger, tmp_path):
+    log_iterations(logger, 1, 2)
+    with logger.path.open("a") as file:
+        file.write('{"iteration": 3, "time')
+    log_iterations(MetricsLogger(tmp_path, Config(), resume_iteration=2), 3)
+    assert iterations(logger.path) == [1, 2, 3]
+    assert not (tmp_path / "metrics.superseded.jsonl").exists()
+
+
+def test_a_new_run_leaves_existing_lines_alone(logger, tmp_path):
+    log_iterations(logger, 1)
+    MetricsLogger(tmp_path, Config())
+    assert iterations(logger.path) == [1]
+
+
+# curves
+
+
+def panels_with_ink(path: Path) -> int:
+    """Cells of the 4 x 3 grid in which a line of matplotlib's first colour (31, 119, 180) is drawn."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    blue = np.abs(pixels - [31, 119, 180]).sum(axis=-1) < 30
+    rows = np.array_split(blue, 4, axis=0)
+    return sum(cell.sum() > 20 for row in rows for cell in np.array_split(row, 3, axis=1))
+
+
+def test_every_metric_that_was_logged_is_drawn(logger, tmp_path):
+    names = [name for names in CURVES.values() for name in names]
+    for i in range(5):
+        log_iterations(logger, i, **{name: 0.1 * i for name in names})
+    logger.draw_curves()
+    image = Image.open(tmp_path / "curves.png")
+    assert image.format == "PNG" and image.width > 1000
+    assert panels_with_ink(tmp_path / "curves.png") == len(CURVES) == 12
+    assert not list(tmp_path.glob(".curves*"))
+
+
+def test_curves_of_a_metric_that_is_missing_or_null_now_and_then_are_drawn(logger, tmp_path):
+    log_iterations(logger, 0, **{"eval/success_rate_greedy": 0.5})
+    log_iterations(logger, 1, **{"rollout/success_rate": None, "actor/entropy": 1.0})
+    log_iterations(logger, 2, **{"rollout/success_rate": 0.25, "actor/entropy": float("nan")})
+    logger.draw_curves()
+    assert Image.open(tmp_path / "curves.png").height < 500  # two panels: one row
+
+
+def test_nothing_logged_draws_nothing(logger, tmp_path):
+    logger.draw_curves()
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_run_without_any_known_metric_draws_nothing_and_goes_on(logger, tmp_path):
+    log_iterations(logger, 1)
+    logger.draw_curves()
+
+
+def test_panels_show_only_metrics_that_the_documentation_explains():
+    document = ROOT / "docs" / "metrics.md"
+    if not document.exists():
+        pytest.skip("docs/metrics.md is not written yet")
+    text = document.read_text()
+    assert [name for names in CURVES.values() for name in names if f"`{name}`" not in text] == []
+
+
+# Weights & Biases, each in its own process: what is imported there and where its home is matters
+
+
+def python(code: str, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess:
+    home = tmp_path / "home"
+    home.mkdir()
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "NETRC"))}
+    env |= {"HOME": str(home), "PYTHONPATH": str(ROOT)} | variables
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+
+
+def test_wandb_and_matplotlib_are_not_imported_when_they_are_not_used(tmp_path):
+    code = """
+        import sys
+        from pathlib import Path
+        from vla_rl.config import Config
+        from vla_rl.metrics import MetricsLogger
+        logger = MetricsLogger(Path(sys.argv[1]), Config())
+        logger.log({"iteration": 1, "timesteps": 1})
+        logger.close()
+        print([name for name in ("wandb", "matplotlib", "torch") if name in sys.modules])
+    """
+    result = python(code, tmp_path)
+    assert result.stdout == "[]\n", result.stderr
+
+
+WANDB = """
+    import socket, sys
+    from pathlib import Path
+    from vla_rl.config import ConfigError, load_config
+    from vla_rl.metrics import MetricsLogger
+
+    def connect(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("localhost", "127.0.0.1"):
+            print("NETWORK", address)
+            raise OSError("no network in this test")
+        return original(self, address)
+
+    original = socket.socket.connect
+    socket.socket.connect = connect
+    try:
+        config = load_config(overrides=["logging.wandb=true", "logging.wandb_mode=MODE"])
+        logger = MetricsLogger(Path(sys.argv[1]), config)
+        logger.log({"iteration": 1, "timesteps": 64, "actor/entropy": 1.5, "critic/value_loss": float("nan")})
+        logger.close()
+        print("logged")
+    except ConfigError as error:
+        print(f"ConfigError: {error}")
+"""
+
+
+def test_wandb_offline_writes_into_the_run_folder_without_a_network(tmp_path):
+    result = python(WANDB.replace("MODE", "offline"), tmp_path, WANDB_SILENT="true")
+    assert result.stdout == "logged\n", result.stdout + result.stderr
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert run.stem == "run-" + (tmp_path / "wandb_id").read_text() and run.stat().st_size > 1000
+    assert iterations(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_wandb_online_without_a_login_is_a_users_error_that_names_three_ways_out(tmp_path):
+    result = python(WANDB.replace("MODE", "online"), tmp_path)
+    assert result.stdout.startswith("ConfigError: logging.wandb=true, but you are not logged in"), result.stderr
+    assert all(way in result.stdout for way in ("wandb login", "logging.wandb_mode=offline", "--no-wandb"))
+    assert not (tmp_path / "wandb_id").exists() and "deprecated" not in result.stderr
+
+
+def test_wandb_gets_the_settings_and_continues_its_run(tmp_path, monkeypatch):
+    calls = []
+
+    class FakeRun:
+        id = "abc123"
+
+        def log(self, values, step):
+            calls.append((values, step))
+
+        def finish(self):
+            calls.append("finished")
+
+    class FakeWandb:
+        class errors:
+            Error = RuntimeError
+
+        login = staticmethod(lambda **kwargs: True)
+
+        @staticmethod
+        def init(**kwargs):
+            calls.append(kwargs)
+            return FakeRun()
+
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb)
+    config = load_config(overrides=["logging.wandb=true", "logging.wandb_project=p", "logging.wandb_entity=e"])
+    logger = MetricsLogger(tmp_path, config)
+    logger.log({"iteration": 1, "timesteps": 64, "a": 1.0, "b": float("nan"), "c": None})
+    logger.close()
+    MetricsLogger(tmp_path, config, resume_iteration=1)
+    first, line, end, second = calls
+    assert (first["project"], first["entity"], first["mode"], first["id"]) == ("p", "e", "online", None)
+    assert first["config"]["algorithm"]["gamma"] == 0.99
+    assert line == ({"iteration": 1, "timesteps": 64, "a": 1.0}, 64) and end == "finished"
+    assert second["id"] == "abc123" and second["resume"] == "allow"
