@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,8 +132,11 @@ class OpenVLAPPO:
     def train(self) -> None:
         """Rollout, advantages, update, until the timesteps are used up; evaluates and saves in between.
 
+        Whatever ends it early, the state after the last finished iteration is saved: an unfinished one leaves no trace.
+
         Raises:
-            NonFiniteError, InvariantError: something is wrong; the state before this iteration has been saved.
+            NonFiniteError, InvariantError: what is trained or measured is wrong.
+            RuntimeError: a simulator died, the GPU is out of memory, ...
         """
         try:
             if self.iteration == 0 or self.evaluation_due():
@@ -143,9 +147,13 @@ class OpenVLAPPO:
                 self.evaluate()
             self.save_checkpoint()
             self.logger.draw_curves()
-        except StopTraining:
-            self.rollback()
-            log.warning("stopped at %d timesteps; resume from %s", self.timesteps, self.save_checkpoint())
+        except BaseException as error:
+            self.set_state(self.boundary)
+            checkpoint = self.save_checkpoint()
+            asked = isinstance(error, StopTraining)
+            log.warning("%s at %d timesteps, saved in %s", "stopped" if asked else "failed", self.timesteps, checkpoint)
+            if not asked:
+                raise
 
     def train_iteration(self) -> None:
         start = time.perf_counter()
@@ -478,10 +486,9 @@ class OpenVLAPPO:
         """
         error = metrics["actor/ratio_error"]
         if self.config.policy.dtype == "float32" and error > RATIO_TOLERANCE_FLOAT32:
-            self.rollback()
             raise InvariantError(
                 f"actor/first_minibatch_ratio_error is {error:.2e}, expected below {RATIO_TOLERANCE_FLOAT32:.0e}: the "
-                f"policy scores its own actions differently than it sampled them; state saved in {self.save_checkpoint()}"
+                "policy scores its own actions differently than it sampled them (another temperature, mask or precision)"
             )
 
     def check_finite(self, name: str, value: Tensor, minibatch: Minibatch | None = None) -> None:
@@ -493,11 +500,9 @@ class OpenVLAPPO:
         if minibatch is not None:
             dump = self.logger.folder / f"nonfinite_iteration_{iteration:06d}.pt"
             torch.save(asdict(minibatch), dump)
-            where = f" Its minibatch is in {dump}."
-        self.rollback()
+            where = f"; its minibatch is in {dump}"
         raise NonFiniteError(
-            f"{name} is not finite in iteration {iteration}.{where} The state before that iteration is in "
-            f"{self.save_checkpoint()}; resume from it with another seed or a lower learning rate."
+            f"{name} is not finite in iteration {iteration}{where}. Resume with a lower learning rate or another seed."
         )
 
     def request_stop(self) -> None:
@@ -556,7 +561,7 @@ class OpenVLAPPO:
                 "running_lengths": torch.from_numpy(self.running_lengths),
                 "episodes_under_way": [
                     {"episode": state["episode"], "actions": torch.from_numpy(state["actions"])}
-                    for state in (self.envs.call("episode_state") if between_rollouts else [])
+                    for state in (self.envs.episode_states() if between_rollouts else [])
                 ],
                 "sampling_generator": self.sampling_generator.get_state(),
                 "order_generator": self.order_generator.get_state(),
@@ -586,14 +591,10 @@ class OpenVLAPPO:
             self.value_head.load_state_dict(state["value_head"])
             self.critic_optimizer.load_state_dict(copy.deepcopy(state["critic_optimizer"]))
 
-    def rollback(self) -> None:
-        """Back to the state after the last finished iteration: an unfinished one leaves no trace."""
-        self.set_state(self.boundary)
-
-    def save_checkpoint(self) -> Any:
+    def save_checkpoint(self) -> Path:
         """Writes the state after the last finished iteration; returns the folder."""
 
-        def write_files(folder) -> None:
+        def write_files(folder: Path) -> None:
             self.policy.save_adapter(folder / "adapter")
             trainer_state = {key: value for key, value in self.boundary.items() if key not in ("adapter", "value_head")}
             torch.save(trainer_state, folder / "trainer.pt")
@@ -604,7 +605,7 @@ class OpenVLAPPO:
         root, name = self.logger.folder / "checkpoints", f"iteration-{self.iteration:06d}"
         return write_checkpoint(root, name, self.fingerprint(), write_files, self.config.logging.keep_checkpoints)
 
-    def load_checkpoint(self, folder) -> None:
+    def load_checkpoint(self, folder: Path) -> None:
         """Continues from a checkpoint as if the run had never stopped: the simulators replay their episodes.
 
         Raises:
@@ -620,7 +621,7 @@ class OpenVLAPPO:
         episodes = state["episodes_under_way"]
         if episodes:
             episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in episodes]
-            self.obs = Observation.stack(self.envs.call("restore_episodes", episodes))
+            self.obs = Observation.from_vector_env(self.envs.restore_episodes(episodes))
         self.boundary = cpu_copy(state | {"adapter": self.actor_parameters})
 
     def fingerprint(self) -> str:

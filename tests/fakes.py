@@ -86,6 +86,14 @@ class FakeVectorEnv(SyncVectorEnv):
         self._autoreset_envs[:] = False
         return super().step(actions)
 
+    def episode_states(self):
+        return list(self.call("episode_state"))
+
+    def restore_episodes(self, states):
+        observations = self.call("restore_episodes", states)
+        batch = {name: np.stack([obs[name] for obs in observations]) for name in ("images", "proprio")}
+        return batch | {"instruction": tuple(obs["instruction"] for obs in observations)}
+
 
 def make_envs(num_envs: int, **kwargs) -> FakeVectorEnv:
     fns = [lambda i=i: FakeEnv(i, **kwargs) for i in range(num_envs)]

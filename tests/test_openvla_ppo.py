@@ -417,10 +417,27 @@ def test_nan_loss_stops_the_run_names_it_and_saves_the_last_good_state(tmp_path)
         return type(evaluation)(evaluation.logprobs * factor, evaluation.entropy, evaluation.hidden)
 
     trainer.policy.evaluate_actions = broken
-    with pytest.raises(NonFiniteError, match=r"actor/policy_loss is not finite in iteration 2.*iteration-000001"):
-        trainer.train_iteration()
+    with pytest.raises(NonFiniteError, match="actor/policy_loss is not finite in iteration 2"):
+        trainer.train()
     dump = torch.load(tmp_path / "nonfinite_iteration_000002.pt", weights_only=True)
     assert dump["action_tokens"].shape == (16, 7 * CHUNK)
+    resumed = make_trainer(tmp_path)
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), good, strict=True))
+
+
+def test_any_failure_saves_the_last_good_state(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_iteration()
+    good = final_state(trainer)
+    trainer.evaluated_iteration = 1
+
+    def dies(actions):
+        raise RuntimeError("simulator worker 2 died")
+
+    trainer.envs.step = dies
+    with pytest.raises(RuntimeError, match="worker 2 died"):
+        trainer.train()
     resumed = make_trainer(tmp_path)
     resumed.load_checkpoint(find_checkpoint(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), good, strict=True))

@@ -40,15 +40,6 @@ class Observation:
         """The dict that a gymnasium.vector.VectorEnv over LiberoEnv returns. Arrays are copied: they are reused."""
         return cls(obs["images"].copy(), obs["proprio"].copy(), tuple(obs["instruction"]))
 
-    @classmethod
-    def stack(cls, observations: Sequence[dict]) -> Observation:
-        """From the dict of each environment, as vla_rl.libero_env.LiberoEnv returns it."""
-        return cls(
-            np.stack([obs["images"] for obs in observations]),
-            np.stack([obs["proprio"] for obs in observations]),
-            tuple(obs["instruction"] for obs in observations),
-        )
-
     def __len__(self) -> int:
         return len(self.instructions)
 

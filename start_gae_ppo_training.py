@@ -1,0 +1,262 @@
+"""Command line: flags and YAML -> settings -> parts -> OpenVLAPPO.train(). The only place where parts are built."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vla_rl.config import Config, ConfigError, config_from_dict, load_config, read_yaml, save_config, settings_help
+
+log = logging.getLogger("start_gae_ppo_training")
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CONFIG = "configs/gae_ppo_config.yaml"
+TINY_CONFIG = "configs/tiny_gae_ppo.yaml"
+
+# flag -> setting: short names of what is set most
+FLAGS = {
+    "task_suite": "env.task_suite",
+    "timesteps": "run.timesteps",
+    "seed": "run.seed",
+    "output_dir": "run.output_dir",
+    "checkpoint": "policy.checkpoint",
+    "wandb_project": "logging.wandb_project",
+    "wandb_entity": "logging.wandb_entity",
+}
+
+# what a resumed run must share with the one that it continues: its episodes and optimizers are of these
+FIXED_ON_RESUME = ("policy", "value_head", "env", "rollout.num_envs", "algorithm.estimator", "run.seed")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="start_gae_ppo_training.py",
+        description="Fine-tune OpenVLA on LIBERO with PPO and GAE (or GRPO).\n\n"
+        f"On a CPU: start_gae_ppo_training.py --config {TINY_CONFIG} --task-id 0 --timesteps 1000 --no-wandb",
+        epilog=f"settings, given as section.key=value (defaults shown; units in the text):\n{settings_help()}",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="section.key=value", help="any setting, for example actor.learning_rate=1e-4")
+    add("--config", metavar="YAML", help=f"settings file (default {DEFAULT_CONFIG}, the 7B model on one 80 GB GPU)")
+    add("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    add("--task-suite", metavar="SUITE", help="libero_spatial, _object, _goal, _10 or _90 (env.task_suite)")
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument("--task-id", type=int, metavar="I", help="one task of the suite (env.task_ids)")
+    tasks.add_argument("--task-ids", type=int, nargs="+", metavar="I", help="several tasks at once (env.task_ids)")
+    add("--timesteps", type=int, metavar="N", help="simulator steps to train for (run.timesteps)")
+    add("--seed", type=int, metavar="S", help="(run.seed)")
+    add("--output-dir", metavar="DIR", help="where runs are kept (run.output_dir)")
+    add("--checkpoint", metavar="PATH", help="OpenVLA checkpoint: folder or Hugging Face id (policy.checkpoint)")
+    add("--wandb-project", metavar="P", help="log to this Weights & Biases project (logging.wandb_project)")
+    add("--wandb-entity", metavar="E", help="of this user or team (logging.wandb_entity)")
+    add("--no-wandb", action="store_true", help="no Weights & Biases, whatever the settings say")
+    # intermixed: section.key=value may stand before, between and after the flags
+    return parser.parse_intermixed_args(argv)
+
+
+def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
+    """The run's settings and, for --resume, the verified checkpoint to continue from.
+
+    Raises:
+        ConfigError: see vla_rl.config.load_config; or the checkpoint is missing, torn, or of other settings.
+    """
+    flags: dict[str, Any] = {setting: getattr(args, flag) for flag, setting in FLAGS.items()}
+    flags["env.task_ids"] = args.task_ids if args.task_id is None else [args.task_id]
+    flags["logging.wandb"] = False if args.no_wandb else (args.wandb_project or args.wandb_entity) and True
+    if args.resume is None:
+        return load_config(find_config(args.config or DEFAULT_CONFIG), args.overrides, flags), None
+    if args.config is not None:
+        raise ConfigError("--resume takes the settings of the run; give --config or --resume, not both")
+
+    from vla_rl.checkpoint import find_checkpoint  # torch: not before the arguments are known to be sound
+
+    checkpoint = find_checkpoint(Path(args.resume))
+    before = config_from_dict(read_yaml(checkpoint / "config.yaml"), f"{checkpoint}/config.yaml")
+    config = load_config(checkpoint / "config.yaml", args.overrides, flags)
+    changed = [name for name in FIXED_ON_RESUME if setting(before, name) != setting(config, name)]
+    if changed:
+        raise ConfigError(f"--resume {args.resume}: {', '.join(changed)} cannot change within a run; start a new one")
+    return config, checkpoint
+
+
+def setting(config: Config, name: str) -> Any:
+    value = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def find_config(path: str) -> Path:
+    """The settings file, looked for here and beside this script, so that the script works from any folder."""
+    found = Path(path)
+    return found if found.exists() or found.is_absolute() else ROOT / found if (ROOT / found).exists() else found
+
+
+def make_run_folder(config: Config) -> Path:
+    tasks = "-".join(map(str, config.env.task_ids[:4])) + ("-etc" if len(config.env.task_ids) > 4 else "")
+    name = config.run.name or (
+        f"{config.env.task_suite}_task{tasks}_{config.algorithm.estimator}_seed{config.run.seed}_"
+        f"{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    folder = Path(config.run.output_dir) / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(
+            f"run folder {folder} exists; choose another run.name, or continue it with --resume {folder}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"run.output_dir={config.run.output_dir}: cannot make {folder} ({error.strerror})") from None
+    save_config(config, folder / "config.yaml")
+    return folder
+
+
+def check_device(config: Config) -> None:
+    import torch
+
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "run.device=cuda, but torch finds no CUDA GPU on this machine; use a machine with one (80 GB for the 7B "
+            f"model), or train the small model on the CPU: --config {TINY_CONFIG}"
+        )
+
+
+def train(config: Config, checkpoint: Path | None) -> None:
+    """Builds the parts, cheap and fallible ones first, and trains."""
+    check_device(config)
+
+    import torch
+
+    from OpenVLA_PPO import OpenVLAPPO
+    from vla_rl.libero_env import make_vector_env
+    from vla_rl.metrics import MetricsLogger
+    from vla_rl.policy import OpenVLAPolicy, check_checkpoint
+    from vla_rl.value_head import ValueHead
+
+    check_checkpoint(config.policy.checkpoint)
+    if config.run.torch_threads is not None:
+        torch.set_num_threads(config.run.torch_threads)
+    torch.manual_seed(config.run.seed)  # of the adapter's initial weights
+
+    resume_iteration = None if checkpoint is None else int(checkpoint.name.removeprefix("iteration-"))
+    folder = make_run_folder(config) if checkpoint is None else checkpoint.parent.parent
+    logger = MetricsLogger(folder, config, resume_iteration)
+    log.info("run folder %s", folder)
+
+    policy = OpenVLAPolicy.from_checkpoint(
+        config.policy.checkpoint,
+        decoder=config.policy.decoder,
+        num_images=config.policy.num_images,
+        use_proprio=config.policy.use_proprio,
+        lora=config.policy.lora,
+        device=config.run.device,
+        dtype=getattr(torch, config.policy.dtype),
+        chunk_size=config.policy.chunk_size,
+        center_crop=config.policy.center_crop,
+        unnorm_key=config.policy.unnorm_key or config.env.task_suite,
+        gradient_checkpointing=config.policy.gradient_checkpointing,
+    )
+    value_head = None
+    if config.algorithm.estimator == "gae":
+        generator = torch.Generator().manual_seed(config.run.seed)
+        value_head = ValueHead(policy.hidden_size, config.value_head.hidden_sizes, generator).to(config.run.device)
+    log_sizes(policy, value_head)
+
+    num_evaluations = len(config.env.task_ids) * len(config.eval.states)
+    envs = make_vector_env(config, config.rollout.num_envs)
+    eval_envs = make_vector_env(config, min(config.eval.num_envs, num_evaluations), render=config.eval.render)
+    try:
+        trainer = OpenVLAPPO(config, policy, value_head, envs, eval_envs, logger)
+        if checkpoint is not None:
+            trainer.load_checkpoint(checkpoint)
+            log.info("continuing from %s at %d timesteps", checkpoint, trainer.timesteps)
+        stop_on_signals(trainer)
+        trainer.train()
+    finally:
+        envs.close()
+        eval_envs.close()
+        logger.close()
+    log.info("run folder %s", folder)
+
+
+def log_sizes(policy, value_head) -> None:
+    millions = {
+        "policy": sum(p.numel() for p in policy.network.parameters()),
+        "trained (LoRA)": sum(p.numel() for p in policy.trainable_parameters()),
+        "value head": sum(p.numel() for p in value_head.parameters()) if value_head is not None else 0,
+    }
+    log.info("parameters: %s", ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in millions.items()))
+
+
+def stop_on_signals(trainer) -> None:
+    """Ctrl-C or a cluster's SIGTERM: save and end; a second one ends at once."""
+
+    def handle(number, frame) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        log.warning("%s: stopping and saving; once more to stop at once", signal.Signals(number).name)
+        trainer.request_stop()
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, handle)
+
+
+def explain(error: Exception) -> str | None:
+    """What to tell the user of a failure that is not a bug of ours; None if it may be one."""
+    import torch
+
+    from OpenVLA_PPO import InvariantError, NonFiniteError
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"{str(error).splitlines()[0]} Lower algorithm.micro_batch_size (the result is the same), or set "
+            "policy.gradient_checkpointing=true."
+        )
+    if isinstance(error, (NonFiniteError, InvariantError)) or "simulator worker" in str(error):
+        return str(error)
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: trained or stopped and saved; 1: the run failed; 2: a mistake in the settings or arguments; 130: interrupted."""
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "robosuite_logs", "libero"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        config, checkpoint = settings_from(args)
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        with logging_redirect_tqdm():
+            train(config, checkpoint)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        hint = explain(error)
+        if hint is None:
+            raise  # ours to mend: with its stack
+        print(f"error: {hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())
