@@ -1,0 +1,101 @@
+"""What a person sees: right numbers, and a dash where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vla_rl.progress import (
+    FinishedEpisode,
+    episodes_text,
+    evaluation_text,
+    peak_memory_gib,
+    progress_bar,
+    rollout_metrics,
+    summary_line,
+    update_text,
+)
+
+EPISODES = [FinishedEpisode(1.0, 100, True), FinishedEpisode(0.0, 220, False), FinishedEpisode(0.0, 220, False)]
+TIMES = {"time/rollout_s": 12.34, "time/update_s": 56.78, "system/peak_memory_gib": 38.21}
+
+
+def test_rollout_metrics_by_hand():
+    metrics = rollout_metrics(EPISODES, env_steps=4096)
+    assert metrics == {
+        "rollout/episodes": 3,
+        "rollout/success_rate": pytest.approx(1 / 3),
+        "rollout/return": pytest.approx(1 / 3),
+        "rollout/length": 180,  # (100 + 220 + 220) / 3
+        "rollout/env_steps": 4096,
+    }
+
+
+def test_a_rollout_in_which_no_episode_ended_has_no_rate():
+    metrics = rollout_metrics([], env_steps=64)
+    assert metrics["rollout/episodes"] == 0 and metrics["rollout/env_steps"] == 64
+    assert metrics["rollout/success_rate"] is metrics["rollout/return"] is metrics["rollout/length"] is None
+
+
+def test_the_summary_line_has_step_success_kl_clip_times_and_memory():
+    metrics = rollout_metrics(EPISODES, 4096) | TIMES
+    metrics |= {"actor/approx_kl": 0.0123, "actor/clip_fraction": 0.087, "critic/explained_variance": 0.456}
+    line = summary_line(7, 28672, 100000, metrics)
+    for text in (
+        "iteration 7",
+        "28672/100000",
+        "success 33.3% of 3",
+        "kl 1.23e-02",
+        "clip 8.7%",
+        "ev 0.46",
+        "rollout 12.3 s",
+        "update 56.8 s",
+        "38.2 GiB",
+    ):
+        assert text in line, text
+    assert "\n" not in line
+
+
+def test_the_summary_line_shows_a_dash_for_what_is_not_known():
+    line = summary_line(1, 64, 100, rollout_metrics([], 64) | TIMES | {"critic/explained_variance": None})
+    for text in ("success - of 0", "kl -", "clip -", "ev -", "v -"):
+        assert text in line, text
+
+
+def test_the_rollout_bar_counts_episodes_and_successes():
+    assert episodes_text(EPISODES) == "eps=3, succ=33.3%, len=180"
+    assert episodes_text([]) == "eps=0"
+
+
+def test_the_update_bar_shows_the_sides_that_are_trained():
+    assert update_text({"critic/value_loss": 0.25, "critic/grad_norm": 2.0}) == "v=0.25, |g_c|=2"
+    both = {"actor/policy_loss": -0.0123, "actor/grad_norm": 1.0, "critic/value_loss": 0.5, "critic/grad_norm": 3.0}
+    assert update_text(both) == "pi=-0.0123, v=0.5, |g_a|=1, |g_c|=3"
+
+
+def test_the_evaluation_line_has_rates_counts_and_intervals():
+    metrics = {
+        "eval/success_rate_greedy": 0.8,
+        "eval/success_rate_greedy_low": 0.49016,
+        "eval/success_rate_greedy_high": 0.94332,
+        "eval/episodes_greedy": 10,
+    }
+    assert evaluation_text(metrics) == "greedy success 80.0% of 10 (95% interval 49.0% to 94.3%)"
+    sampled = {name.replace("greedy", "sampled"): value for name, value in metrics.items()}
+    assert evaluation_text(metrics | sampled).count("80.0% of 10") == 2
+
+
+def test_peak_memory_is_the_kernels_high_water_mark_in_gib():
+    shown = peak_memory_gib(torch.device("cpu"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kib,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    assert shown == pytest.approx(kib / 1024 / 1024, rel=0.05)
+
+
+def test_a_hidden_bar_writes_nothing_and_a_shown_one_does(capfd):
+    with progress_bar("rollout", 3, "dec", shown=False) as bar:
+        bar.update()
+    assert capfd.readouterr() == ("", "")
+    with progress_bar("rollout", 3, "dec", shown=True) as bar:
+        bar.update(3)
+    assert "rollout: 100%" in capfd.readouterr().err
