@@ -1,0 +1,166 @@
+"""The command line: what a user types becomes settings, or a clear error before anything heavy loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from start_gae_ppo_training import ROOT, main, parse_args, settings_from
+from tests.test_openvla_ppo import make_trainer
+from vla_rl.config import list_settings, save_config
+
+TINY = "configs/tiny_gae_ppo.yaml"
+
+
+def config_of(*argv: str):
+    return settings_from(parse_args(list(argv)))[0]
+
+
+def test_documented_calls_become_the_settings_they_promise():
+    config = config_of("--task-id", "0", "--timesteps", "100000", "--wandb-project", "P", "--wandb-entity", "E")
+    assert (config.env.task_ids, config.run.timesteps, config.run.device) == ([0], 100_000, "cuda")
+    assert (config.logging.wandb, config.logging.wandb_project, config.logging.wandb_entity) == (True, "P", "E")
+    assert config_of("--config", "configs/grpo_config.yaml").algorithm.estimator == "grpo"
+    assert config_of("--task-ids", "0", "1", "2", "3").env.task_ids == [0, 1, 2, 3]
+    assert config_of("--task-suite", "libero_object").env.task_suite == "libero_object"
+    assert config_of("actor.learning_rate=1e-4", "--task-id", "2", "env.render=fast").actor.learning_rate == 1e-4
+    assert not config_of("--wandb-project", "P", "--no-wandb").logging.wandb
+    assert not config_of("--config", TINY, "--no-wandb").logging.wandb
+
+
+def test_flags_win_over_overrides_and_overrides_over_the_file():
+    config = config_of("--config", TINY, "run.timesteps=5", "run.seed=7", "--seed", "8")
+    assert (config.run.timesteps, config.run.seed, config.rollout.num_envs) == (5, 8, 4)
+
+
+def test_settings_file_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_of("--config", TINY).run.device == "cpu"
+
+
+def test_help_lists_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"{name}=" in text or f"{name}:" in text for name in list_settings())
+    assert "actor.learning_rate=1e-05" in text
+    assert "simulator steps" in text
+
+
+def test_help_and_bad_settings_do_not_load_torch():
+    code = (
+        "import sys; from start_gae_ppo_training import main\n"
+        "assert main(['--config', 'configs/tiny_gae_ppo.yaml', 'actor.learning_rat=1']) == 2\n"
+        "assert 'torch' not in sys.modules and 'mujoco' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["actor.learnin_rate=1"], "did you mean actor.learning_rate?"),
+        (["actor.learning_rate=fast"], "actor.learning_rate: input should be a valid number"),
+        (["algorithm.gamma=1.5"], "algorithm.gamma: input should be less than or equal to 1, got 1.5"),
+        (["run.timesteps=-1"], "run.timesteps"),
+        (["timesteps=5"], "'timesteps=5' is not a setting"),
+        (["--config", "configs/tiny_grpo.yaml", "rollout.num_envs=10"], "use 8 or 12"),
+        (["--task-id", "10"], "libero_spatial, which has tasks 0 to 9"),
+        (["--config", "configs/missing.yaml"], "no settings file"),
+        (["--config", TINY, "--checkpoint", "no/such/folder"], "no checkpoint folder no/such/folder"),
+        (["--resume", "runs/none"], "no run folder runs/none"),
+        (["env.initial_states=0-9", "eval.states=5-20"], "make them disjoint"),
+    ],
+)
+def test_mistakes_get_a_clear_error_exit_code_2_and_leave_nothing(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "--config" not in argv and "--resume" not in argv:
+        argv = ["--config", TINY, *argv]
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_settings_on_a_machine_without_one_name_the_tiny_config(capsys, tmp_path):
+    assert main(["--task-id", "0", "--output-dir", str(tmp_path)]) == 2
+    assert "configs/tiny_gae_ppo.yaml" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_hub_checkpoint_that_cannot_be_had_says_where_it_looked_and_how_to_get_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["--config", TINY, "--checkpoint", "openvla/no-such-model", "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "Hugging Face cache" in error
+    assert "hf download openvla/no-such-model" in error
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run folder of the small trainer with two checkpoints."""
+    trainer = make_trainer(tmp_path / "run")
+    save_config(trainer.config, tmp_path / "run" / "config.yaml")
+    trainer.train_iteration()
+    trainer.save_checkpoint()
+    trainer.train_iteration()
+    trainer.save_checkpoint()
+    return tmp_path / "run"
+
+
+def test_resume_takes_the_newest_checkpoint_and_its_settings(run):
+    config, checkpoint = settings_from(parse_args(["--resume", str(run), "--timesteps", "999"]))
+    assert checkpoint.name == "iteration-000002"
+    assert (config.run.timesteps, config.rollout.n_steps) == (999, 8)
+
+
+def test_torn_checkpoint_is_refused_and_the_earlier_one_named(run, capsys):
+    torn = run / "checkpoints" / "iteration-000002" / "trainer.pt"
+    torn.write_bytes(torn.read_bytes()[:-10])
+    before = sorted(p.name for p in run.rglob("*"))
+    assert main(["--resume", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "trainer.pt" in error
+    assert "--resume" in error
+    assert "iteration-000001" in error
+    assert sorted(p.name for p in run.rglob("*")) == before
+
+
+def test_resume_refuses_settings_that_do_not_fit_the_run(run, capsys):
+    assert main(["--resume", str(run), "policy.chunk_size=4", "--task-id", "3"]) == 2
+    assert "policy, env cannot change within a run" in capsys.readouterr().err
+    assert main(["--resume", str(run), "--config", TINY]) == 2
+
+
+def test_resume_of_another_model_is_refused_before_the_run_is_touched(run, capsys, monkeypatch):
+    """The settings fit, but the model behind them does not: here the checkpoint is of the tests' small policy."""
+    config = (run / "checkpoints/iteration-000002/config.yaml").read_text()
+    manifest = run / "checkpoints/iteration-000002/manifest.json"
+    files = json.loads(manifest.read_text())
+    assert "tiny-openvla" in config
+    before = (run / "metrics.jsonl").read_text()
+    assert main(["--resume", str(run)]) == 2
+    assert "of another model" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == before
+    assert json.loads(manifest.read_text()) == files
+
+
+def test_existing_run_folder_is_not_written_into(capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.jsonl").write_text("{}\n")
+    assert main(["--config", TINY, "--output-dir", str(tmp_path), "run.name=mine"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "metrics.jsonl").read_text() == "{}\n"
+    shutil.rmtree(tmp_path / "mine")
