@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vla_rl.config import ConfigError, LoraConfig
+from vla_rl.image_transform import preprocess
 from vla_rl.policy import OpenVLAPolicy, append_space, check_checkpoint, prompt_text
 from vla_rl.prismatic import load_network
 from vla_rl.tiny_openvla import ensure_tiny_openvla
@@ -184,10 +185,10 @@ def test_output_shapes_and_types(policy):
     assert out.hidden.shape == (3, policy.hidden_size) and out.hidden.dtype == torch.float32
     assert not out.hidden.requires_grad and not out.hidden.is_inference()
     assert ((out.action_tokens >= 704) & (out.action_tokens < 960)).all()
-    scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.0)
+    scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.6)
     assert scored.logprobs.requires_grad and scored.entropy.shape == (3, tokens) and scored.hidden.requires_grad
     logits, _ = policy.forward_logits(*policy.tensors(out.inputs)[:3], out.action_tokens)
-    expected = torch.distributions.Categorical(logits=logits).entropy()
+    expected = torch.distributions.Categorical(logits=logits / 1.6).entropy()
     torch.testing.assert_close(scored.entropy, expected, atol=1e-4, rtol=0)
 
 
@@ -230,6 +231,14 @@ def test_greedy_takes_the_most_likely_token_of_the_whole_vocabulary(parallel):
     outside = (tokens < 704) | (tokens >= 960)
     assert outside.any()  # random weights: 768 of 1024 ids are no actions
     assert parallel.act(obs, greedy=True).logprobs.isnan().equal(outside)
+
+
+def test_images_are_preprocessed_at_the_models_size_with_or_without_crop():
+    obs = make_obs(2)
+    for center_crop in (True, False):
+        images = make_policy(center_crop=center_crop, lora=None).prepare(obs).images
+        assert images.shape == (2, 1, 112, 112, 3) and images.dtype == torch.uint8
+        np.testing.assert_array_equal(images[1, 0], preprocess(obs.images[1, 0], center_crop, 112))
 
 
 def test_proprio_and_the_second_image_are_read():
