@@ -242,6 +242,14 @@ def test_masked_mean_divides_by_the_valid_entries_or_by_what_is_given():
     assert masked_mean(x, mask).item() == 2 and masked_mean(x, mask, 12).item() == 0.5
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_masked_mean_takes_no_notice_of_what_is_masked(bad):
+    x = torch.tensor([2.0, bad], requires_grad=True)
+    mean = masked_mean(x, torch.tensor([True, False]))
+    mean.backward()
+    assert mean.item() == 2 and x.grad.tolist() == [1, 0]
+
+
 # diagnostics
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125])
