@@ -22,8 +22,11 @@ from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, Observation
 
 libero = pytest.mark.libero
 SIZE, CHUNK = 64, 8
-FIXED = Episode(task_id=0, initial_state=7, seed=3)
-RANDOM = Episode(task_id=0, initial_state=None, seed=11)
+# Task 4 starts with a bowl in the drawer of a cabinet that moves: a soft reset that does not put the cabinet back first
+# leaves the bowl 26 cm off. In task 2 this seed shows the warm start: without its two forward passes 8e-13 off.
+FIXED = Episode(task_id=4, initial_state=7, seed=3)
+RANDOM = Episode(task_id=4, initial_state=None, seed=11)
+OTHER_TASK = Episode(task_id=2, initial_state=None, seed=12)
 REST = np.tile(np.float32([0, 0, 0, 0, 0, 0, -1]), (CHUNK, 1))
 
 
@@ -65,38 +68,43 @@ def stock():
     from robosuite.utils.transform_utils import quat2axisangle
 
     benchmark = libero_env.load_benchmark("libero_spatial")
-    env = OffScreenRenderEnv(
-        bddl_file_name=benchmark.get_task_bddl_file_path(0), camera_heights=SIZE, camera_widths=SIZE
-    )
 
-    def row(obs):
+    def row(env, obs):
         images = np.stack([np.rot90(obs[f"{name}_image"], 2) for name in ("agentview", "robot0_eye_in_hand")])
         angle = quat2axisangle(obs["robot0_eef_quat"].copy())
         proprio = np.concatenate([obs["robot0_eef_pos"], angle, obs["robot0_gripper_qpos"]])
         return physics(env.env), images, proprio.astype(np.float32)
 
-    def play(episode, actions):
+    def play(env, episode, actions):
+        # Stock adds the drawer's sampler once more at each hard reset, and so draws other places each time. Once is meant.
+        env.env.object_property_initializers.clear()
         env.seed(episode.seed)
         obs = env.reset()
         if episode.initial_state is not None:
-            obs = env.set_init_state(benchmark.get_task_init_states(0)[episode.initial_state])
+            obs = env.set_init_state(benchmark.get_task_init_states(episode.task_id)[episode.initial_state])
         for _ in range(10):
             obs, *_ = env.step([0, 0, 0, 0, 0, 0, -1])
-        rows = [row(obs)]
+        rows = [row(env, obs)]
         for chunk in actions:
             for action in chunk:
                 obs, *_ = env.step(action.tolist())
-            rows.append(row(obs))
+            rows.append(row(env, obs))
         return rows
 
-    rows = {FIXED: play(FIXED, random_actions(0)), RANDOM: play(RANDOM, random_actions(1, chunks=1))}
-    env.close()
+    plays = {FIXED: random_actions(0), RANDOM: random_actions(1, chunks=1), OTHER_TASK: []}
+    rows = {}
+    for task_id in (4, 2):
+        env = OffScreenRenderEnv(
+            bddl_file_name=benchmark.get_task_bddl_file_path(task_id), camera_heights=SIZE, camera_widths=SIZE
+        )
+        rows |= {episode: play(env, episode, plays[episode]) for episode in plays if episode.task_id == task_id}
+        env.close()
     return rows
 
 
 @pytest.fixture(scope="module")
 def env(stock):
-    env = LiberoEnv("libero_spatial", chunk_size=CHUNK, num_images=2, image_size=SIZE)
+    env = LiberoEnv("libero_spatial", (4, 2), chunk_size=CHUNK, num_images=2, image_size=SIZE)
     yield env
     env.close()
 
@@ -126,17 +134,17 @@ def test_random_placement_and_chunk_equal_the_stock_environment(env, stock):
 def test_reset_forgets_earlier_episodes(env, stock):
     for seed in range(3):
         env.reset(seed=100 + seed)
+        env._simulator.sim.data.set_joint_qpos("flat_stove_1_button", 1.0)  # turned on: LIBERO shows the burner
         for chunk in random_actions(seed):
             env.step(chunk)
-        env._simulator.sim.model.site_rgba[:, 3] *= -1  # as LIBERO shows and hides a burner
     assert_equal_rows(run(env, FIXED, random_actions(0)), stock[FIXED])
 
 
 @libero
 def test_placement_depends_on_the_seed_and_repeats_with_it(env):
-    first = run(env, Episode(0, None, 1), [])
-    other = run(env, Episode(0, None, 2), [])
-    assert_equal_rows(run(env, Episode(0, None, 1), []), first)
+    first = run(env, Episode(4, None, 1), [])
+    other = run(env, Episode(4, None, 2), [])
+    assert_equal_rows(run(env, Episode(4, None, 1), []), first)
     assert np.abs(first[0][0] - other[0][0]).max() > 0.005  # metres: another place, not rounding
     env.reset(seed=1)  # no episode: a random placement of the first task with this seed
     np.testing.assert_array_equal(physics(env._simulator), first[0][0])
@@ -152,9 +160,8 @@ def test_observation_fits_its_space_and_names_the_task(env):
     assert obs["images"].flags.c_contiguous
     # the BDDL file's name, which is not what the code reads
     assert obs["instruction"] == info["instruction"]
-    assert obs["instruction"].replace(" ", "_") in libero_env.load_benchmark("libero_spatial").get_task_bddl_file_path(
-        0
-    )
+    file = libero_env.load_benchmark("libero_spatial").get_task_bddl_file_path(4)
+    assert os.path.basename(file) == obs["instruction"].replace(" ", "_") + ".bddl"
     # right way up: the wooden table in the lower half is brighter than the robot's wall in the upper
     agentview = obs["images"][0].astype(float)
     assert agentview[SIZE // 2 :].mean() > agentview[: SIZE // 2].mean() + 20
@@ -266,7 +273,7 @@ def test_restored_start_and_end_equal_the_original(env, monkeypatch):
 @libero
 def test_impossible_requests_are_refused(env):
     with pytest.raises(ValueError, match=r"initial_state=50 does not exist.*0 to 49"):
-        env.reset(options={"episode": Episode(0, 50, 0)})
+        env.reset(options={"episode": Episode(4, 50, 0)})
     with pytest.raises(ValueError, match="task_id=10 outside libero_spatial"):
         env.reset(options={"episode": Episode(10, 0, 0)})
     with pytest.raises(ValueError, match="no episode for environment 0"):
@@ -282,11 +289,9 @@ def test_impossible_requests_are_refused(env):
 
 @libero
 def test_task_can_be_switched_and_fast_rendering_changes_pixels_only(env, stock):
-    env.reset(options={"episode": Episode(1, 0, 0)})
-    obs, _ = env.reset(options={"episode": FIXED})
-    assert obs["instruction"] == task_languages("libero_spatial")[0]
     exact = run(env, FIXED, random_actions(0))
-    assert_equal_rows(exact, stock[FIXED])
+    assert_equal_rows(run(env, OTHER_TASK, []), stock[OTHER_TASK])
+    assert env.reset(options={"episode": OTHER_TASK})[0]["instruction"] == task_languages("libero_spatial")[2]
     env.close()
 
     fast_env = LiberoEnv("libero_spatial", chunk_size=CHUNK, num_images=1, image_size=SIZE, render="fast")
@@ -360,9 +365,9 @@ def test_vector_env_resets_by_mask_restores_and_names_a_killed_worker(env, stock
         {"env": {"task_ids": [0, 1], "image_size": SIZE, "max_steps": 12}, "policy": {"num_images": 2}}, "test"
     )
     envs = make_vector_env(config, 2)
-    pids = [process.pid for process in envs.processes]
+    pids, languages = [process.pid for process in envs.processes], task_languages("libero_spatial")
     obs, _ = envs.reset(options={"episodes": {0: FIXED, 1: Episode(1, 4, 0)}})
-    assert Observation.from_vector_env(obs).instructions == tuple(task_languages("libero_spatial")[:2])
+    assert Observation.from_vector_env(obs).instructions == (languages[4], languages[1])
     np.testing.assert_array_equal(obs["images"][0], stock[FIXED][0][1])
     assert obs["images"].shape == (2, 2, SIZE, SIZE, 3) and envs.observation_space.contains(obs)
     for pid in pids:
@@ -387,7 +392,7 @@ def test_vector_env_resets_by_mask_restores_and_names_a_killed_worker(env, stock
     obs, _ = envs.reset(options={"reset_mask": mask, "episodes": {1: FIXED}})
     np.testing.assert_array_equal(obs["images"][0], after["images"][0])  # left alone
     np.testing.assert_array_equal(obs["images"][1], stock[FIXED][0][1])
-    assert obs["instruction"] == (task_languages("libero_spatial")[0],) * 2
+    assert obs["instruction"] == (languages[4], languages[4])
     _, _, _, truncated, infos = envs.step(actions)
     assert infos["steps"].tolist() == [0, 8] and truncated.tolist() == [True, False]
 
