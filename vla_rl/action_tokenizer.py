@@ -23,7 +23,7 @@ class ActionTokenizer:
     def __init__(self, vocab_size: int, n_bins: int = 256):
         """
         Args:
-            vocab_size: ids of the language model before its padding; 32000 for LLaMA-2 (its padded embedding has 32064).
+            vocab_size: ids of the language model before its padding; 32000 in LLaMA-2 (its embedding has 32064).
             n_bins: action ids; 256 in every published checkpoint. The bins are the n_bins - 1 intervals between
                 as many edges, so the two lowest ids decode alike.
 
@@ -91,7 +91,7 @@ def unnormalize(normalized: np.ndarray, stats: Mapping[str, Any], oft: bool) -> 
 def to_environment(actions: np.ndarray) -> np.ndarray:
     """Actions for robosuite's OSC_POSE: the gripper becomes -1 (opens) or +1 (closes), all is clipped to -1..1.
 
-    gripper = -sign(2a - 1). A gripper of exactly 0.5 gives 0, as in the official code; robosuite then holds the fingers.
+    gripper = -sign(2a - 1). A gripper of exactly 0.5 gives 0, as officially; robosuite then holds the fingers.
     The clip changes nothing, since robosuite's controller clips as well; it keeps actions inside the action space.
 
     Args:

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Everything a change must pass: setup, shellcheck, ruff, pytest. Flags go to pytest: tests/run.sh -m "not libero"
+set -Eeuo pipefail
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
+bin=$PWD/.venv/bin
+
+run() { # name, command...
+    echo "== $1" >&2
+    local status=0
+    "${@:2}" || status=$?
+    if ((status)); then
+        echo "tests/run.sh: FAILED in: $1 (exit status $status)" >&2
+        exit "$status"
+    fi
+}
+
+run "setup" ./start_gae_ppo_training.sh --setup-only
+run "shellcheck" "$bin/shellcheck" start_gae_ppo_training.sh tests/*.sh .ci/run
+run "ruff check" "$bin/ruff" check
+run "ruff format --check" "$bin/ruff" format --check
+run "pytest" "$bin/python" -m pytest "$@"
