@@ -365,9 +365,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         policy = make_policy(gradient_checkpointing=checkpointing)
         move_adapters(policy)
         out = policy.act(make_obs(), generator=torch.Generator().manual_seed(0))
+        runs = []
+        for module in (
+            policy.network.language_model.model.layers[0],
+            policy.network.vision_backbone.featurizer.blocks[0],
+        ):
+            module.mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.0)
         assert not policy.network.training
         scored.logprobs.mean().backward()
+        assert len(runs) == (4 if checkpointing else 2)  # each block runs once more in the backward pass
         results.append((out.action_tokens, scored.logprobs, [p.grad for p in policy.trainable_parameters()]))
     (tokens, logprobs, gradients), (tokens_c, logprobs_c, gradients_c) = results
     assert tokens.equal(tokens_c)
