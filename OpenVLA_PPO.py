@@ -24,7 +24,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from vla_rl.advantages import compute_gae, compute_grpo_advantages, normalize
-from vla_rl.checkpoint import cpu_copy, load_trainer_state, verify, write_checkpoint
+from vla_rl.checkpoint import cpu_copy, load_trainer_state, set_aside_later_checkpoints, verify, write_checkpoint
 from vla_rl.config import Config, save_config
 from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
 from vla_rl.evaluation import evaluate_policy, evaluation_episodes, success_metrics, write_videos
@@ -612,12 +612,14 @@ class OpenVLAPPO:
             CheckpointError: the checkpoint is torn or of another model.
         """
         verify(folder, self.fingerprint())
+        set_aside_later_checkpoints(folder)
         self.policy.load_adapter(folder / "adapter")
         state = load_trainer_state(folder)
         if self.value_head is not None:
             self.value_head.load(folder / "value_head.safetensors")
             state["value_head"] = self.value_head.state_dict()
         self.set_state(state | {"adapter": self.actor_parameters})
+        self.logger.continue_from(self.iteration)
         episodes = state["episodes_under_way"]
         if episodes:
             episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in episodes]

@@ -142,18 +142,18 @@ def train(config: Config, checkpoint: Path | None) -> None:
 
     from OpenVLA_PPO import OpenVLAPPO
     from vla_rl.libero_env import make_vector_env
-    from vla_rl.metrics import MetricsLogger
+    from vla_rl.metrics import MetricsLogger, check_wandb
     from vla_rl.policy import OpenVLAPolicy, check_checkpoint
     from vla_rl.value_head import ValueHead
 
     check_checkpoint(config.policy.checkpoint)
+    check_wandb(config)
     if config.run.torch_threads is not None:
         torch.set_num_threads(config.run.torch_threads)
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
 
-    resume_iteration = None if checkpoint is None else int(checkpoint.name.removeprefix("iteration-"))
     folder = make_run_folder(config) if checkpoint is None else checkpoint.parent.parent
-    logger = MetricsLogger(folder, config, resume_iteration)
+    logger = MetricsLogger(folder, config)
     log.info("run folder %s", folder)
 
     policy = OpenVLAPolicy.from_checkpoint(

@@ -17,6 +17,7 @@ from vla_rl.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_trainer_state,
+    set_aside_later_checkpoints,
     verify,
     write_checkpoint,
 )
@@ -116,11 +117,14 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path,
 def test_after_a_resume_from_an_earlier_one_the_later_ones_are_set_aside(tmp_path):
     for iteration in (10, 20, 30):
         write(tmp_path, iteration)
-    folder = write(tmp_path, 11, keep=1)  # resumed from 10
+    set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-000010")
+    assert find_checkpoint(tmp_path).name == "iteration-000010"  # even if the resumed run dies before its first one
+    folder = write(tmp_path, 11, keep=1)
     assert find_checkpoint(tmp_path) == folder
     assert names(tmp_path) == ["iteration-000011", "superseded-iteration-000020", "superseded-iteration-000030"]
-    write(tmp_path, 20), write(tmp_path, 12)  # and once more, with the name taken
-    assert find_checkpoint(tmp_path).name == "iteration-000012"
+    write(tmp_path, 20)
+    set_aside_later_checkpoints(folder)  # and once more, with the name taken
+    assert find_checkpoint(tmp_path) == folder
 
 
 @pytest.mark.parametrize("moment", ["in write_files", "after the manifest"])

@@ -54,8 +54,8 @@ def test_with_fewer_tasks_than_environments_each_environment_keeps_its_task():
 
 def test_with_more_tasks_than_environments_every_task_is_played_in_turn():
     streams = EpisodeStreams(sampler([0, 1, 2, 3, 4]), 2)
-    assert [streams.next(0).task_id for _ in range(6)] == [0, 2, 4, 0, 2, 4]
-    assert [streams.next(1).task_id for _ in range(4)] == [1, 3, 1, 3]
+    assert [streams.next(0).task_id for _ in range(6)] == [0, 2, 4, 1, 3, 0]
+    assert [streams.next(1).task_id for _ in range(6)] == [1, 3, 0, 2, 4, 1]
 
 
 def test_random_placements_have_no_fixed_state():

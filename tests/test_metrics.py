@@ -83,9 +83,15 @@ def test_no_file_has_no_records(tmp_path):
 # resume
 
 
+def resume(folder: Path, iteration: int) -> MetricsLogger:
+    logger = MetricsLogger(folder, Config())
+    logger.continue_from(iteration)
+    return logger
+
+
 def test_a_resumed_run_sets_later_lines_aside_and_loses_none(logger, tmp_path):
     log_iterations(logger, 0, 1, 2, 3, 4)
-    resumed = MetricsLogger(tmp_path, Config(), resume_iteration=2)
+    resumed = resume(tmp_path, 2)
     log_iterations(resumed, 3)
     assert iterations(resumed.path) == [0, 1, 2, 3]
     assert iterations(tmp_path / "metrics.superseded.jsonl") == [3, 4]
@@ -93,8 +99,8 @@ def test_a_resumed_run_sets_later_lines_aside_and_loses_none(logger, tmp_path):
 
 def test_a_second_resume_adds_to_what_was_set_aside(logger, tmp_path):
     log_iterations(logger, 1, 2)
-    log_iterations(MetricsLogger(tmp_path, Config(), resume_iteration=1), 2, 3)
-    MetricsLogger(tmp_path, Config(), resume_iteration=0)
+    log_iterations(resume(tmp_path, 1), 2, 3)
+    resume(tmp_path, 0)
     assert iterations(logger.path) == [] and iterations(tmp_path / "metrics.superseded.jsonl") == [2, 1, 2, 3]
 
 
@@ -102,7 +108,7 @@ def test_a_run_killed_in_the_middle_of_a_line_resumes_with_whole_lines(logger, t
     log_iterations(logger, 1, 2)
     with logger.path.open("a") as file:
         file.write('{"iteration": 3, "time')
-    log_iterations(MetricsLogger(tmp_path, Config(), resume_iteration=2), 3)
+    log_iterations(resume(tmp_path, 2), 3)
     assert iterations(logger.path) == [1, 2, 3]
     assert not (tmp_path / "metrics.superseded.jsonl").exists()
 
@@ -154,10 +160,7 @@ def test_a_run_without_any_known_metric_draws_nothing_and_goes_on(logger, tmp_pa
 
 
 def test_panels_show_only_metrics_that_the_documentation_explains():
-    document = ROOT / "docs" / "metrics.md"
-    if not document.exists():
-        pytest.skip("docs/metrics.md is not written yet")
-    text = document.read_text()
+    text = (ROOT / "docs" / "metrics.md").read_text()
     assert [name for names in CURVES.values() for name in names if f"`{name}`" not in text] == []
 
 
@@ -192,7 +195,7 @@ WANDB = """
     import socket, sys
     from pathlib import Path
     from vla_rl.config import ConfigError, load_config
-    from vla_rl.metrics import MetricsLogger
+    from vla_rl.metrics import MetricsLogger, check_wandb
 
     def connect(self, address):
         if self.family != socket.AF_UNIX and address[0] not in ("localhost", "127.0.0.1"):
@@ -204,6 +207,7 @@ WANDB = """
     socket.socket.connect = connect
     try:
         config = load_config(overrides=["logging.wandb=true", "logging.wandb_mode=MODE"])
+        check_wandb(config)
         logger = MetricsLogger(Path(sys.argv[1]), config)
         logger.log({"iteration": 1, "timesteps": 64, "actor/entropy": 1.5, "critic/value_loss": float("nan")})
         logger.close()
@@ -256,7 +260,7 @@ def test_wandb_gets_the_settings_and_continues_its_run(tmp_path, monkeypatch):
     logger = MetricsLogger(tmp_path, config)
     logger.log({"iteration": 1, "timesteps": 64, "a": 1.0, "b": float("nan"), "c": None})
     logger.close()
-    MetricsLogger(tmp_path, config, resume_iteration=1)
+    MetricsLogger(tmp_path, config)
     first, line, end, second = calls
     assert (first["project"], first["entity"], first["mode"], first["id"]) == ("p", "e", "online", None)
     assert first["config"]["algorithm"]["gamma"] == 0.99

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from vla_rl.config import config_from_dict
 from vla_rl.metrics import MetricsLogger, read_metrics
 from vla_rl.value_head import ValueHead
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "run": {"timesteps": 3 * 4 * 8 * CHUNK, "seed": 3, "device": "cpu"},  # three iterations
     "policy": {"dtype": "float32", "chunk_size": CHUNK},
@@ -38,7 +40,7 @@ def settings(**changes):
     )
 
 
-def make_trainer(folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, resume_iteration=None, **changes):
+def make_trainer(folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, **changes):
     config = settings(**changes)
     folder.mkdir(parents=True, exist_ok=True)
     policy = policy or FakePolicy()
@@ -52,7 +54,7 @@ def make_trainer(folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK,
         head,
         make_envs(config.rollout.num_envs, max_steps=max_steps),
         make_envs(config.eval.num_envs, max_steps=max_steps) if evaluate else None,
-        MetricsLogger(folder, config, resume_iteration),
+        MetricsLogger(folder, config),
     )
 
 
@@ -223,7 +225,7 @@ def test_truncated_episode_bootstraps_from_the_observation_it_reached(tmp_path):
     t = int(truncated[:, 0].nonzero()[0])
     envs = make_envs(1)
     number = int((terminated | truncated)[:t, 0].sum())
-    task = trainer.streams.tasks[0][0]
+    task = trainer.sampler.task_ids[0]
     obs, _ = envs.reset(options={"episodes": {0: trainer.sampler.draw(0, number, task)}})
     start = t - 2
     for row in range(start, t + 1):
@@ -369,7 +371,7 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(tmp_path, estimator):
     assert stopped.iteration == 2
 
     checkpoint = find_checkpoint(tmp_path / "stopped")
-    resumed = make_trainer(tmp_path / "stopped", resume_iteration=2, **changes)
+    resumed = make_trainer(tmp_path / "stopped", **changes)
     resumed.load_checkpoint(checkpoint)
     resumed.train()
     assert resumed.iteration == whole.iteration
@@ -391,7 +393,7 @@ def test_stop_in_the_middle_of_an_update_saves_the_state_before_it(tmp_path):
     trainer.evaluated_iteration = 1
     trainer.train()
     assert trainer.iteration == 1
-    resumed = make_trainer(tmp_path, resume_iteration=1)
+    resumed = make_trainer(tmp_path)
     resumed.load_checkpoint(find_checkpoint(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), expected, strict=True))
 
@@ -494,6 +496,9 @@ def test_run_leaves_metrics_checkpoints_curves_and_config(tmp_path):
         assert all(isinstance(line[name], float) for line in training), name
     for name in ("eval/success_rate_greedy", "eval/success_rate_sampled"):
         assert isinstance(lines[-1][name], float)
+    documented = (ROOT / "docs" / "metrics.md").read_text()
+    for name in {name for line in lines for name in line}:
+        assert f"`{name}`" in documented or f"`{re.sub('greedy|sampled', 'MODE', name)}`" in documented, name
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [f"iteration-{i:06d}" for i in (1, 2, 3)]
     assert list((tmp_path / "videos").glob("*.mp4"))

@@ -33,9 +33,6 @@ class CheckpointError(ConfigError):
 def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Callable[[Path], None], keep: int) -> Path:
     """Writes root/name atomically and removes the oldest ones beyond `keep`.
 
-    Later checkpoints, which are there after a resume from an earlier one, are renamed to superseded-NAME: they are not
-    of this run's history, so a resume must not find them.
-
     Args:
         fingerprint: of the model; a checkpoint is refused for another one.
         write_files: fills the folder that it is given.
@@ -63,14 +60,21 @@ def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Calla
     os.replace(unfinished, final)
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
-    for later in list_checkpoints(root):
-        if later.name > name:
-            superseded = root / f"superseded-{later.name}"
-            shutil.rmtree(superseded, ignore_errors=True)
-            os.replace(later, superseded)
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def set_aside_later_checkpoints(folder: Path) -> None:
+    """Renames what is later than a checkpoint that a run resumes from to superseded-NAME.
+
+    They are not of the resumed run's history, so the next resume must not find them; nor must they be lost.
+    """
+    for later in list_checkpoints(folder.parent):
+        if later.name > folder.name:
+            superseded = folder.parent / f"superseded-{later.name}"
+            shutil.rmtree(superseded, ignore_errors=True)
+            os.replace(later, superseded)
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -38,20 +38,21 @@ class EpisodeSampler:
 class EpisodeStreams:
     """Endless episodes for each of num_envs environments (PPO).
 
-    Environment i plays task i mod the number of tasks; with more tasks than environments it takes its share in turn.
+    With at most as many tasks as environments, environment i always plays task i mod the number of tasks: no simulator is
+    ever rebuilt, and if the division has a rest some tasks are played by one environment more than others. With more
+    tasks than environments, all go through all tasks in turn.
     """
 
     def __init__(self, sampler: EpisodeSampler, num_envs: int):
         self.sampler = sampler
         self.played = [0] * num_envs  # episodes handed out to each environment
-        tasks = sampler.task_ids
-        self.tasks = [tasks[i::num_envs] or [tasks[i % len(tasks)]] for i in range(num_envs)]
 
     def next(self, env_index: int) -> Episode:
         number = self.played[env_index]
         self.played[env_index] += 1
-        tasks = self.tasks[env_index]
-        return self.sampler.draw(env_index, number, tasks[number % len(tasks)])
+        tasks, num_envs = self.sampler.task_ids, len(self.played)
+        turn = env_index if len(tasks) <= num_envs else env_index + number * num_envs
+        return self.sampler.draw(env_index, number, tasks[turn % len(tasks)])
 
 
 class EpisodeQueue:

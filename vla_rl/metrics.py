@@ -37,18 +37,19 @@ class MetricsLogger:
 
     Args:
         folder: the run's folder, which exists.
-        resume_iteration: of the checkpoint that the run continues from; later lines are moved aside, not lost.
 
     Raises:
         ConfigError: wandb was asked for and cannot start (not logged in, no network).
     """
 
-    def __init__(self, folder: Path, config: Config, resume_iteration: int | None = None):
+    def __init__(self, folder: Path, config: Config):
         self.folder = folder
         self.path = folder / METRICS_FILE
-        if resume_iteration is not None:
-            set_aside_later_lines(self.path, resume_iteration)
         self.wandb_run = start_wandb(folder, config) if config.logging.wandb else None
+
+    def continue_from(self, iteration: int) -> None:
+        """The run resumes from a checkpoint of this iteration: what was logged later is moved aside, not lost."""
+        set_aside_later_lines(self.path, iteration)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One line; metrics must hold `timesteps` and `iteration`. NaN and infinity become null, as JSON has neither."""
@@ -152,16 +153,31 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def start_wandb(folder: Path, config: Config) -> Any:
+def is_offline(config: Config) -> bool:
+    return config.logging.wandb_mode == "offline" or os.environ.get("WANDB_MODE") == "offline"
+
+
+def check_wandb(config: Config) -> None:
+    """Before anything is made on disk.
+
+    Raises:
+        ConfigError: wandb was asked for, online, and nobody is logged in.
+    """
+    if not config.logging.wandb or is_offline(config):
+        return
     import wandb
 
-    settings = config.logging
-    offline = settings.wandb_mode == "offline" or os.environ.get("WANDB_MODE") == "offline"
-    if not offline and not wandb.login(prompt=False, verify=False):  # looks for a key; asks nobody
+    if not wandb.login(prompt=False, verify=False):  # looks for a key; asks nobody
         raise ConfigError(
             "logging.wandb=true, but you are not logged in to Weights & Biases; run `wandb login`, or set "
             "logging.wandb_mode=offline, or pass --no-wandb"
         )
+
+
+def start_wandb(folder: Path, config: Config) -> Any:
+    import wandb
+
+    settings = config.logging
     id_file = folder / "wandb_id"
     run_id = id_file.read_text().strip() if id_file.exists() else None
     try:
@@ -171,7 +187,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
             name=folder.name,
             dir=str(folder),
             config=config.model_dump(mode="json"),
-            mode="offline" if offline else "online",
+            mode="offline" if is_offline(config) else "online",
             id=run_id,
             resume="allow",
         )
