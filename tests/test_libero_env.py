@@ -404,11 +404,16 @@ def test_vector_env_resets_by_mask_restores_and_names_a_killed_worker(env, stock
 
 
 @libero
-def test_close_leaves_no_processes_and_no_noise(capfd):
+def test_workers_do_not_run_the_main_script_and_close_leaves_nothing(env, capfd, tmp_path, monkeypatch):
+    env.close()
+    marker, script = tmp_path / "marker", tmp_path / "script.py"
+    script.write_text(f"open({str(marker)!r}, 'w')")  # stands for a script that imports torch
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     envs = make_vector_env(config_from_dict({"env": {"image_size": SIZE, "settle_steps": 0}}, "test"), 1)
     envs.reset(seed=[0])
     pids = [process.pid for process in envs.processes]
     envs.close()
-    assert wait_until_gone(pids) == []
+    assert wait_until_gone(pids) == [] and not marker.exists()
     captured = capfd.readouterr()
     assert "EGL" not in captured.err and "robosuite" not in captured.err and "[info]" not in captured.out

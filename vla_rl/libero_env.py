@@ -19,6 +19,8 @@ import logging
 import os
 import signal
 import string
+import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +33,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from vla_rl.config import TASK_SUITES, Config
 
 if TYPE_CHECKING:
-    from vla_rl.types import Episode  # imports torch: about 200 MB and seconds that a worker does not need
+    from vla_rl.types import Episode  # imports torch: 0.4 GB and seconds that a worker does not need
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # in the order of OpenVLA-OFT's images
 ACTION_DIM, PROPRIO_DIM = 7, 8  # as in vla_rl.types
@@ -451,7 +453,7 @@ class LiberoVectorEnv(AsyncVectorEnv):
 
     def __init__(self, env_fns: Sequence[Any]):
         self._instructions = [""] * len(env_fns)
-        with worker_variables():
+        with lean_workers():
             super().__init__(
                 env_fns,
                 shared_memory=True,
@@ -558,14 +560,20 @@ class MakeEnv:
 
 
 @contextlib.contextmanager
-def worker_variables() -> Iterator[None]:
-    """One thread a library in the workers started inside; they read these before any of our code runs."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+def lean_workers() -> Iterator[None]:
+    """Workers started inside use one thread a library, and import this module but not the caller's script.
+
+    A spawned process imports the main script again, here one that imports torch: 0.4 GB and seconds a worker.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read before any of our code runs
     before = {name: os.environ.get(name) for name in names}
+    main = sys.modules["__main__"]
     os.environ.update(dict.fromkeys(names, "1"))
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
+        sys.modules["__main__"] = main
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
