@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -63,8 +64,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--wandb-project", metavar="P", help="log to this Weights & Biases project (logging.wandb_project)")
     add("--wandb-entity", metavar="E", help="of this user or team (logging.wandb_entity)")
     add("--no-wandb", action="store_true", help="no Weights & Biases, whatever the settings say")
-    # intermixed: section.key=value may stand before, between and after the flags
-    return parser.parse_intermixed_args(argv)
+    # section.key=value may stand anywhere, also after --task-ids, which would take it for a task
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [arg for arg in argv if re.match(r"[a-z_]+\.[a-z_.]+=", arg)]
+    args = parser.parse_intermixed_args([arg for arg in argv if arg not in overrides])
+    args.overrides += overrides
+    return args
 
 
 def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:

@@ -28,6 +28,7 @@ def test_documented_calls_become_the_settings_they_promise():
     assert (config.logging.wandb, config.logging.wandb_project, config.logging.wandb_entity) == (True, "P", "E")
     assert config_of("--config", "configs/grpo_config.yaml").algorithm.estimator == "grpo"
     assert config_of("--task-ids", "0", "1", "2", "3").env.task_ids == [0, 1, 2, 3]
+    assert config_of("--task-ids", "0", "1", "run.seed=5", "--timesteps", "7").run.seed == 5
     assert config_of("--task-suite", "libero_object").env.task_suite == "libero_object"
     assert config_of("actor.learning_rate=1e-4", "--task-id", "2", "env.render=fast").actor.learning_rate == 1e-4
     assert not config_of("--wandb-project", "P", "--no-wandb").logging.wandb

@@ -1,0 +1,142 @@
+"""The whole program on the real simulator: the command a user types, killed and resumed, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from start_gae_ppo_training import ROOT
+from tests.test_openvla_ppo import training_lines
+from vla_rl.checkpoint import list_checkpoints, verify
+from vla_rl.metrics import read_metrics
+
+pytestmark = pytest.mark.libero
+
+# 2 environments x 2 decisions; an episode is truncated after 20 steps, in the middle of its third decision, that is in
+# the second iteration: 2 x (8 + 8), 2 x (4 + 8), 2 x (8 + 4) steps
+SETTINGS = [
+    "rollout.num_envs=2",
+    "rollout.n_steps=2",
+    "env.max_steps=20",
+    "algorithm.minibatch_size=3",
+    "algorithm.micro_batch_size=2",
+    "eval.states=0-1",
+    "env.image_size=64",
+    "run.torch_threads=1",
+    "logging.checkpoint_interval=1",
+    "logging.keep_checkpoints=9",
+]
+
+
+def command(folder: Path, *args: str) -> list[str]:
+    return [sys.executable, str(ROOT / "start_gae_ppo_training.py"), "--output-dir", str(folder), "--no-wandb", *args]
+
+
+def start(folder: Path, *args: str) -> subprocess.Popen:
+    fresh = ["--config", "configs/tiny_gae_ppo.yaml", *SETTINGS]
+    args = args if "--resume" in args else (*fresh, *args)
+    return subprocess.Popen(
+        command(folder, *args), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, str]:
+    """A run of three iterations that nobody stops: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(folder, "--timesteps", "70", "run.name=whole")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return folder / "whole", output
+
+
+def test_training_run_leaves_what_the_readme_promises(whole):
+    run, output = whole
+    lines = read_metrics(run / "metrics.jsonl")
+    training = [line for line in lines if "actor/policy_loss" in line]
+    assert [line["iteration"] for line in training] == [1, 2, 3]
+    assert [line["timesteps"] for line in training] == [32, 56, 80]
+    for line in training:
+        assert line["actor/first_minibatch_ratio_error"] < 1e-4
+        assert abs(line["actor/first_minibatch_kl"]) < 1e-6
+    assert training[1]["rollout/length"] == 20  # both episodes were truncated, in the middle of a chunk
+    evaluations = [line for line in lines if "eval/success_rate_greedy" in line]
+    assert [line["iteration"] for line in evaluations] == [0, 3]
+    assert all(line["eval/episodes_sampled"] == 2 for line in evaluations)
+    for bar in ("rollout: 100%", "update: 100%", "evaluate greedy: 100%", "eps=2, succ=0.0%, len=20"):
+        assert bar in output
+    assert (run / "curves.png").exists()
+    assert list((run / "videos").glob("*_failure.mp4"))
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    verify(newest)
+    assert {p.name for p in newest.iterdir()} >= {"adapter", "value_head.safetensors", "trainer.pt", "config.yaml"}
+
+
+def test_no_worker_survives_the_run(whole):
+    run, _ = whole
+    mine = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(run.parent).encode() in read_bytes(p)]
+    assert mine == []
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has just ended
+        return b""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_run_that_is_killed_and_resumed_equals_one_that_was_not(whole, tmp_path, how):
+    """Killed in the second iteration or later, while episodes are under way; the metrics and the weights are the same."""
+    process = start(tmp_path, "--timesteps", "70", "run.name=killed")
+    run = tmp_path / "killed"
+    deadline = time.monotonic() + 240
+    while not list_checkpoints(run / "checkpoints") and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, how)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == (0 if how == signal.SIGTERM else -signal.SIGKILL), output
+    assert len([line for line in read_metrics(run / "metrics.jsonl") if "actor/policy_loss" in line]) < 3
+
+    resumed = start(tmp_path, "--resume", str(run))
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
+    assert training_lines(run) == training_lines(whole[0])
+    final, expected = (list_checkpoints(folder / "checkpoints")[-1] for folder in (run, whole[0]))
+    for name in ("adapter/adapter_model.safetensors", "value_head.safetensors"):
+        weights, wanted = load_file(final / name), load_file(expected / name)
+        assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
+
+
+def test_grpo_runs_by_a_change_of_settings_alone_and_wandb_offline_without_network(tmp_path):
+    args = ["--config", "configs/tiny_grpo.yaml", "--timesteps", "60", "--task-ids", "0", "1"]
+    changes = [s for s in SETTINGS if "n_steps" not in s]
+    changes += [
+        "rollout.group_size=2",
+        "rollout.n_episodes=4",
+        "algorithm.drop_uniform_groups=false",
+        "run.name=grpo",
+        "logging.wandb=true",
+        "logging.wandb_mode=offline",
+    ]
+    parts = [part for part in command(tmp_path, *args, *changes) if part != "--no-wandb"]
+    done = subprocess.run(parts, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "grpo" / "metrics.jsonl")
+    training = [line for line in lines if "actor/policy_loss" in line]
+    assert training[0]["rollout/episodes"] == 4
+    assert training[0]["rollout/env_steps"] == 80
+    assert training[0]["rollout/dropped_groups"] == 2  # nobody succeeds: no signal
+    assert training[0]["actor/grad_norm"] == 0
+    assert not any("critic/value_loss" in line for line in lines)
+    assert "eval/success_rate_greedy/task_1" in lines[0]
+    assert list((tmp_path / "grpo").rglob("*.wandb"))
+    assert not (list_checkpoints(tmp_path / "grpo" / "checkpoints")[-1] / "value_head.safetensors").exists()
