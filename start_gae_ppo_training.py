@@ -143,41 +143,19 @@ def train(config: Config, checkpoint: Path | None) -> None:
     """Builds the parts, cheap and fallible ones first, and trains."""
     check_device(config)
 
-    import torch
-
     from OpenVLA_PPO import OpenVLAPPO
     from vla_rl.libero_env import make_vector_env
     from vla_rl.metrics import MetricsLogger, check_wandb
-    from vla_rl.policy import OpenVLAPolicy, check_checkpoint
-    from vla_rl.value_head import ValueHead
+    from vla_rl.policy import check_checkpoint
 
     check_checkpoint(config.policy.checkpoint)
     check_wandb(config)
-    if config.run.torch_threads is not None:
-        torch.set_num_threads(config.run.torch_threads)
-    torch.manual_seed(config.run.seed)  # of the adapter's initial weights
-
     folder = make_run_folder(config) if checkpoint is None else checkpoint.parent.parent
     logger = MetricsLogger(folder, config)
     log.info("run folder %s", folder)
 
-    policy = OpenVLAPolicy.from_checkpoint(
-        config.policy.checkpoint,
-        decoder=config.policy.decoder,
-        num_images=config.policy.num_images,
-        use_proprio=config.policy.use_proprio,
-        lora=config.policy.lora,
-        device=config.run.device,
-        dtype=getattr(torch, config.policy.dtype),
-        chunk_size=config.policy.chunk_size,
-        center_crop=config.policy.center_crop,
-        unnorm_key=config.policy.unnorm_key or config.env.task_suite,
-        gradient_checkpointing=config.policy.gradient_checkpointing,
-    )
-    value_head = None
-    if config.algorithm.estimator == "gae":
-        generator = torch.Generator().manual_seed(config.run.seed)
-        value_head = ValueHead(policy.hidden_size, config.value_head.hidden_sizes, generator).to(config.run.device)
+    policy = build_policy(config)
+    value_head = build_value_head(config, policy.hidden_size)
     log_sizes(policy, value_head)
 
     num_evaluations = len(config.env.task_ids) * len(config.eval.states)
@@ -195,6 +173,42 @@ def train(config: Config, checkpoint: Path | None) -> None:
         eval_envs.close()
         logger.close()
     log.info("run folder %s", folder)
+
+
+def build_policy(config: Config):
+    import torch
+
+    from vla_rl.policy import OpenVLAPolicy
+
+    if config.run.torch_threads is not None:
+        torch.set_num_threads(config.run.torch_threads)
+    torch.manual_seed(config.run.seed)  # of the adapter's initial weights
+    settings = config.policy
+    return OpenVLAPolicy.from_checkpoint(
+        settings.checkpoint,
+        decoder=settings.decoder,
+        num_images=settings.num_images,
+        use_proprio=settings.use_proprio,
+        lora=settings.lora,
+        device=config.run.device,
+        dtype=getattr(torch, settings.dtype),
+        chunk_size=settings.chunk_size,
+        center_crop=settings.center_crop,
+        unnorm_key=settings.unnorm_key or config.env.task_suite,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
+def build_value_head(config: Config, hidden_size: int):
+    """None for GRPO, which has no critic."""
+    import torch
+
+    from vla_rl.value_head import ValueHead
+
+    if config.algorithm.estimator == "grpo":
+        return None
+    generator = torch.Generator().manual_seed(config.run.seed)
+    return ValueHead(hidden_size, config.value_head.hidden_sizes, generator).to(config.run.device)
 
 
 def log_sizes(policy, value_head) -> None:

@@ -22,15 +22,15 @@ BINS = 4  # of each action dimension: two negative, two positive
 
 
 class FakeEnv(gymnasium.Env):
-    """Three times in a row, move to the side that the picture's colour shows: red is left, blue is right.
+    """Move to the side that the picture's colour shows: red is left, blue is right.
 
-    Success (reward 1, terminated) after three right moves; a wrong move makes success impossible and the episode goes on
-    until max_steps simulator steps (truncated), so chance is (1/2)^3 = 12.5 %. The move is the sign of the first number
+    Success (reward 1, terminated) after `needed` right moves. max_steps simulator steps end an episode (truncated), so with
+    three moves and three needed chance is (1/2)^3 = 12.5 %. The move is the sign of the first number
     of the first action of a chunk.
     """
 
-    def __init__(self, index: int = 0, max_steps: int = 3 * CHUNK, tasks: int = 3):
-        self.index, self.max_steps = index, max_steps
+    def __init__(self, index: int = 0, max_steps: int = 3 * CHUNK, needed: int = 3):
+        self.index, self.max_steps, self.needed = index, max_steps, needed
         self.observation_space = spaces.Dict(
             images=spaces.Box(0, 255, (1, 8, 8, 3), np.uint8),
             proprio=spaces.Box(-np.inf, np.inf, (8,), np.float32),
@@ -60,7 +60,7 @@ class FakeEnv(gymnasium.Env):
         self.right += (actions[0, 0] > 0) == bool(self.targets[self.steps // CHUNK])
         executed = min(CHUNK, self.max_steps - self.steps)
         self.steps += executed
-        success = self.right == 3
+        success = self.right == self.needed
         truncated = self.steps >= self.max_steps and not success
         self.ended = (success, truncated) if success or truncated else False
         return self.observe(), float(success), success, truncated, {"steps": executed, "success": success}

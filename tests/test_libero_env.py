@@ -18,7 +18,7 @@ import pytest
 from vla_rl import libero_env
 from vla_rl.config import NUM_FIXED_STATES, TASK_SUITES, config_from_dict
 from vla_rl.libero_env import LiberoEnv, make_vector_env, num_tasks, quat_to_axis_angle, task_languages
-from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, Observation
+from vla_rl.types import ACTION_DIM, Episode, Observation
 
 libero = pytest.mark.libero
 SIZE, CHUNK = 64, 8
@@ -312,10 +312,6 @@ def test_suites_match_the_package():
         assert len(states) == NUM_FIXED_STATES
         space = LiberoEnv(suite, chunk_size=1).observation_space["instruction"]
         assert all(text in space for text in task_languages(suite))
-
-
-def test_constants_match_types():
-    assert (libero_env.ACTION_DIM, libero_env.PROPRIO_DIM) == (ACTION_DIM, PROPRIO_DIM)
 
 
 def test_axis_angle_of_known_rotations():

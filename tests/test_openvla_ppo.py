@@ -14,8 +14,9 @@ import torch
 from OpenVLA_PPO import InvariantError, NonFiniteError, OpenVLAPPO
 from tests.fakes import CHUNK, FakePolicy, make_envs
 from vla_rl.checkpoint import CheckpointError, find_checkpoint
-from vla_rl.config import config_from_dict
+from vla_rl.config import LoraConfig, config_from_dict
 from vla_rl.metrics import MetricsLogger, read_metrics
+from vla_rl.policy import OpenVLAPolicy
 from vla_rl.value_head import ValueHead
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,7 @@ def settings(**changes):
     )
 
 
-def make_trainer(folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, **changes):
+def make_trainer(folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, needed=3, **changes):
     config = settings(**changes)
     folder.mkdir(parents=True, exist_ok=True)
     policy = policy or FakePolicy()
@@ -52,8 +53,8 @@ def make_trainer(folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK,
         config,
         policy,
         head,
-        make_envs(config.rollout.num_envs, max_steps=max_steps),
-        make_envs(config.eval.num_envs, max_steps=max_steps) if evaluate else None,
+        make_envs(config.rollout.num_envs, max_steps=max_steps, needed=needed),
+        make_envs(config.eval.num_envs, max_steps=max_steps, needed=needed) if evaluate else None,
         MetricsLogger(folder, config),
     )
 
@@ -520,3 +521,26 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     assert np.isfinite(runs[0].numpy()).all()
+
+
+def test_real_policy_makes_good_tokens_likelier_and_bad_ones_rarer(tmp_path):
+    """The sign, through losses, trainer, LoRA and the whole network: rows with A = +1 gain log-probability, others lose."""
+    torch.manual_seed(0)
+    policy = OpenVLAPolicy.from_checkpoint(
+        "tiny-openvla", "parallel", lora=LoraConfig(rank=8), chunk_size=CHUNK, unnorm_key="libero_spatial"
+    )
+    base = {name: p.clone() for name, p in policy.network.named_parameters() if not p.requires_grad}
+    changes = {"n_epochs": 4, "value_coef": 0.0, "minibatch_size": 16, "micro_batch_size": 8}
+    trainer = make_trainer(
+        tmp_path, policy=policy, rollout={"n_steps": 4}, algorithm=changes, actor={"learning_rate": 1e-3}
+    )
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    signs = torch.where(torch.arange(len(batch)) % 2 == 0, 1.0, -1.0)
+    metrics = trainer.update(type(batch)(**vars(batch) | {"advantages": signs}))
+    assert metrics["actor/first_minibatch_ratio_error"] < 1e-4
+    with torch.no_grad():
+        after = policy.evaluate_actions(batch.inputs, batch.action_tokens, temperature=1.0).logprobs
+    change = (after - batch.old_logprobs).mean(dim=1)  # per row
+    assert (change[signs > 0] > 0).all()
+    assert (change[signs < 0] < 0).all()
+    assert all(torch.equal(p, base[n]) for n, p in policy.network.named_parameters() if not p.requires_grad)

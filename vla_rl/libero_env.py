@@ -23,7 +23,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -31,12 +31,9 @@ from gymnasium.spaces import Box, Dict, Text
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from vla_rl.config import TASK_SUITES, Config
-
-if TYPE_CHECKING:
-    from vla_rl.types import Episode  # imports torch: 0.4 GB and seconds that a worker does not need
+from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # in the order of OpenVLA-OFT's images
-ACTION_DIM, PROPRIO_DIM = 7, 8  # as in vla_rl.types
 MAX_INSTRUCTION = 200  # characters; the longest of the five suites has 88
 REST = np.array(
     [0, 0, 0, 0, 0, 0, -1], np.float64
@@ -463,10 +460,6 @@ class LiberoVectorEnv(AsyncVectorEnv):
             )
 
     def reset_async(self, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> None:
-        if options and "episodes" in options:
-            # plain dicts: an Episode would make the worker import vla_rl.types and with it torch
-            episodes = {int(i): as_dict(episode) for i, episode in options["episodes"].items()}
-            options = options | {"episodes": episodes}
         with self._naming_dead_workers():
             super().reset_async(seed, options)
 

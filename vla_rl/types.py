@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # simulator workers import this file, and have no use for torch
+    import torch
+    from torch import Tensor
 
 ACTION_DIM = 7  # end-effector translation (3), rotation (3), gripper (1)
 PROPRIO_DIM = 8  # end-effector position (3), axis-angle (3), gripper joints (2)
@@ -65,6 +67,8 @@ class PolicyInputs:
 
     @staticmethod
     def concatenate(parts: Sequence[PolicyInputs]) -> PolicyInputs:
+        import torch
+
         return PolicyInputs(
             torch.cat([p.images for p in parts]),
             torch.cat([p.proprio for p in parts]),
