@@ -377,6 +377,8 @@ class OpenVLAPolicy:
                 f"no tokenizer.json in {self.folder}, which a prompt needs; copy it from openvla/openvla-7b"
             )
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()  # the file keeps both settings of the last call before it was saved
+        tokenizer.no_padding()
         if tokenizer.token_to_id(SPACE) is None:
             raise ConfigError(f"{path} has no token {SPACE!r}, which ends the prompt; it is not a Llama tokenizer")
         return tokenizer
