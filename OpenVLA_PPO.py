@@ -13,7 +13,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vla_rl.advantages import compute_gae, compute_grpo_advantages, normalize
 from vla_rl.checkpoint import cpu_copy, load_trainer_state, set_aside_later_checkpoints, verify, write_checkpoint
-from vla_rl.config import Config, save_config
+from vla_rl.config import Config, OptimizerConfig, save_config
 from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
 from vla_rl.evaluation import evaluate_policy, evaluation_episodes, success_metrics, write_videos
 from vla_rl.losses import (
@@ -51,7 +52,7 @@ from vla_rl.progress import (
     update_text,
 )
 from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches
-from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyOutput
+from vla_rl.types import ACTION_DIM, NonFiniteError, Observation, Policy, PolicyOutput, SimulatorDied
 from vla_rl.value_head import ValueHead
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,6 @@ log = logging.getLogger(__name__)
 # before the first optimizer step the ratio is 1 but for the order of float32 sums; above this the log-probabilities that
 # were sampled and those that are scored are not of one distribution (openvla fixtures: 1e-5 on log-probabilities)
 RATIO_TOLERANCE_FLOAT32 = 1e-4
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, gradient or output was NaN or infinite."""
 
 
 class InvariantError(RuntimeError):
@@ -123,6 +120,9 @@ class OpenVLAPPO:
         self.obs: Observation | None = None  # of episodes under way between iterations (PPO)
         self.running_returns = np.zeros(envs.num_envs)  # of the episodes under way
         self.running_lengths = np.zeros(envs.num_envs, dtype=np.int64)
+        # what must be equal for a checkpoint to fit
+        head = [list(parameter.shape) for parameter in self.critic_parameters]
+        self.fingerprint = f"policy {policy.fingerprint()}, value head {head}, {envs.num_envs} environments, {config.algorithm.estimator}"
         self.stop_requested = False
         self.warned_no_hidden = False
         self.boundary = self.state()  # the last state between two iterations: what a stop goes back to
@@ -139,7 +139,7 @@ class OpenVLAPPO:
             RuntimeError: a simulator died, the GPU is out of memory, ...
         """
         try:
-            if self.iteration == 0 or self.evaluation_due():
+            if self.evaluated_iteration < 0 or self.evaluation_due():
                 self.evaluate()
             while self.timesteps < self.config.run.timesteps:
                 self.train_iteration()
@@ -148,12 +148,15 @@ class OpenVLAPPO:
             self.save_checkpoint()
             self.logger.draw_curves()
         except BaseException as error:
-            self.set_state(self.boundary)
-            checkpoint = self.save_checkpoint()
-            asked = isinstance(error, StopTraining)
-            log.warning("%s at %d timesteps, saved in %s", "stopped" if asked else "failed", self.timesteps, checkpoint)
-            if not asked:
-                raise
+            try:
+                log.warning("ended at %d timesteps, saved in %s", self.boundary["timesteps"], self.save_checkpoint())
+            except OSError as problem:
+                log.error("the state at %d timesteps could not be saved: %s", self.boundary["timesteps"], problem)
+                raise error from None
+            # a signal to the whole process group ends the simulators too: that is no failure
+            if isinstance(error, StopTraining) or (self.stop_requested and isinstance(error, SimulatorDied)):
+                return
+            raise
 
     def train_iteration(self) -> None:
         start = time.perf_counter()
@@ -198,7 +201,7 @@ class OpenVLAPPO:
         queue = None if self.uses_critic else EpisodeQueue(self.draw_groups())
         source = queue or self.streams
         if queue is not None or self.obs is None:
-            self.obs, _ = reset_finished(self.envs, np.ones(num_envs, dtype=bool), source)
+            self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), source)
         playing = list(range(num_envs))
         first_timestep = self.timesteps
         bar = progress_bar(
@@ -254,8 +257,7 @@ class OpenVLAPPO:
                     self.running_returns[index] = self.running_lengths[index] = 0
             finished = np.zeros(num_envs, dtype=bool)
             finished[playing] = done.numpy()
-            obs_after_reset, _ = reset_finished(self.envs, finished, source)
-            self.obs = obs_after_reset or next_obs
+            self.obs = reset_finished(self.envs, finished, source) or next_obs
             if queue is not None:
                 playing = sorted(queue.playing)
             bar.update(len(done))
@@ -272,12 +274,20 @@ class OpenVLAPPO:
         return episodes
 
     def hidden_of(self, output: PolicyOutput) -> Tensor:
-        """The cached hidden state [N, D] on the CPU; from one more forward, with a warning, if the policy gave none."""
+        """The cached hidden state [N, D] on the CPU; from one more forward, with a warning, if the policy gave none.
+
+        [N, 0] without a critic, which alone needs it.
+        """
+        if self.value_head is None:
+            return torch.zeros(len(output.inputs), 0)
         if output.hidden is not None:
             return output.hidden.cpu()
         if not self.warned_no_hidden:
             self.warned_no_hidden = True
-            log.warning("the policy returned no hidden state: computing it from scratch, one more forward a decision")
+            log.warning(
+                "the policy returned no hidden state: computing it from scratch, one more forward a decision, without "
+                "gradients of the value loss for the policy"
+            )
         return self.policy.compute_hidden(output.inputs).cpu()
 
     def predict_values(self, hidden: Tensor) -> Tensor:
@@ -292,6 +302,7 @@ class OpenVLAPPO:
         if self.uses_critic and wanted.any():
             inputs = self.policy.prepare(obs.rows(wanted.nonzero().flatten().tolist()))
             values[wanted] = self.predict_values(self.policy.compute_hidden(inputs))
+            self.check_finite("values of the observations reached", values)
         return values
 
     # ----------------------------------------------------------------------------------------------------- advantages
@@ -324,7 +335,7 @@ class OpenVLAPPO:
         advantages, informative = compute_grpo_advantages(returns, self.config.rollout.group_size)
         usable = informative[episode] if algorithm.drop_uniform_groups else None
         num_groups = len(returns) // self.config.rollout.group_size
-        metrics = {"rollout/dropped_groups": num_groups - informative.sum().item() / self.config.rollout.group_size}
+        metrics = {"rollout/uniform_groups": num_groups - informative.sum().item() / self.config.rollout.group_size}
         return rollout.flatten(advantages[episode], None, usable), metrics
 
     # --------------------------------------------------------------------------------------------------------- update
@@ -339,9 +350,9 @@ class OpenVLAPPO:
         if len(batch) == 0:
             log.warning("every group's returns are equal: no signal, no update in this iteration")
             return {}
-        if algorithm.kl_coef > 0:
-            batch = replace(batch, reference_logprobs=self.reference_logprobs(batch))
         train_actor = not self.uses_critic or self.iteration >= algorithm.critic_warmup_iterations
+        if algorithm.kl_coef > 0 and train_actor:
+            batch = replace(batch, reference_logprobs=self.reference_logprobs(batch))
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
         bar = progress_bar("update", steps_planned, "step", self.config.logging.progress)
         first: dict[str, float] = {}  # metrics of the first minibatch
@@ -350,14 +361,14 @@ class OpenVLAPPO:
         for minibatch in self.minibatches_of_epochs(batch):
             self.check_stop()
             metrics = self.minibatch_gradients(minibatch, train_actor, score_actor=train_actor or not first)
+            history.append(metrics)
             if not first:
                 first = metrics
                 self.check_first_minibatch(metrics)
-            stopped_by_kl = algorithm.target_kl is not None and metrics.get("actor/approx_kl", 0) > algorithm.target_kl
-            if stopped_by_kl:
+            elif algorithm.target_kl is not None and metrics.get("actor/approx_kl", 0) > algorithm.target_kl:
+                stopped_by_kl = True
                 break
             metrics |= self.optimizer_steps(minibatch, train_actor)
-            history.append(metrics)
             bar.update()
             bar.set_postfix_str(update_text(metrics))
         bar.close()
@@ -366,7 +377,7 @@ class OpenVLAPPO:
         return means | {
             "actor/first_minibatch_ratio_error": first["actor/ratio_error"],
             "actor/first_minibatch_kl": first["actor/approx_kl"],
-            "actor/optimizer_steps": len(history) if train_actor else 0,
+            "actor/optimizer_steps": len(history) - stopped_by_kl if train_actor else 0,
             "actor/stopped_by_kl": float(stopped_by_kl),
         }
 
@@ -412,7 +423,9 @@ class OpenVLAPPO:
             loss.backward()
         return totals
 
-    def actor_losses(self, micro: Minibatch, token_count: Tensor, ratio_count: Tensor) -> tuple[Tensor, dict, Tensor]:
+    def actor_losses(
+        self, micro: Minibatch, token_count: Tensor, ratio_count: Tensor
+    ) -> tuple[Tensor, dict, Tensor | None]:
         """Policy loss, entropy bonus and KL penalty of a micro-batch, each divided by the minibatch's valid entries.
 
         Args:
@@ -450,7 +463,9 @@ class OpenVLAPPO:
                 "actor/ratio_error": ratio_error.item(),
             }
         hidden = evaluation.hidden
-        return loss, metrics, self.policy.compute_hidden(micro.inputs) if hidden is None else hidden
+        if hidden is None and self.value_head is not None:
+            hidden = self.policy.compute_hidden(micro.inputs)
+        return loss, metrics, hidden
 
     def optimizer_steps(self, minibatch: Minibatch, train_actor: bool) -> dict[str, float]:
         """Clips each side's gradient by its own norm, then steps both optimizers; neither if a norm is not finite."""
@@ -499,10 +514,11 @@ class OpenVLAPPO:
         where = ""
         if minibatch is not None:
             dump = self.logger.folder / f"nonfinite_iteration_{iteration:06d}.pt"
-            torch.save(asdict(minibatch), dump)
-            where = f"; its minibatch is in {dump}"
+            with suppress(OSError):  # a full disk must not hide what went wrong
+                torch.save(asdict(minibatch), dump)
+                where = f"; its minibatch is in {dump}"
         raise NonFiniteError(
-            f"{name} is not finite in iteration {iteration}{where}. Resume with a lower learning rate or another seed."
+            f"{name} is not finite in iteration {iteration}{where}. Resume with a lower learning rate."
         )
 
     def request_stop(self) -> None:
@@ -573,7 +589,7 @@ class OpenVLAPPO:
         )
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """The inverse of state(), but for the environments' episodes."""
+        """The inverse of state(), but for the environments' episodes and the optimizers' settings."""
         self.iteration = state["iteration"]
         self.timesteps = state["timesteps"]
         self.groups_played = state["groups_played"]
@@ -586,24 +602,27 @@ class OpenVLAPPO:
         with torch.no_grad():
             for parameter, value in zip(self.actor_parameters, state["adapter"], strict=True):
                 parameter.copy_(value)
-        self.actor_optimizer.load_state_dict(copy.deepcopy(state["actor_optimizer"]))
+        load_optimizer(self.actor_optimizer, state["actor_optimizer"], self.config.actor)
         if self.value_head is not None:
             self.value_head.load_state_dict(state["value_head"])
-            self.critic_optimizer.load_state_dict(copy.deepcopy(state["critic_optimizer"]))
+            load_optimizer(self.critic_optimizer, state["critic_optimizer"], self.config.critic)
 
     def save_checkpoint(self) -> Path:
-        """Writes the state after the last finished iteration; returns the folder."""
+        """Writes the state after the last finished iteration; returns the folder.
+
+        From the CPU copy alone: it can be written when the present state is half updated or the GPU has failed.
+        """
+        state = self.boundary
 
         def write_files(folder: Path) -> None:
-            self.policy.save_adapter(folder / "adapter")
-            trainer_state = {key: value for key, value in self.boundary.items() if key not in ("adapter", "value_head")}
-            torch.save(trainer_state, folder / "trainer.pt")
+            self.policy.save_adapter(folder / "adapter", state["adapter"])
+            torch.save({k: v for k, v in state.items() if k not in ("adapter", "value_head")}, folder / "trainer.pt")
             if self.value_head is not None:
-                self.value_head.save(folder / "value_head.safetensors")
+                save_file(state["value_head"], folder / "value_head.safetensors")
             save_config(self.config, folder / "config.yaml")
 
-        root, name = self.logger.folder / "checkpoints", f"iteration-{self.iteration:06d}"
-        return write_checkpoint(root, name, self.fingerprint(), write_files, self.config.logging.keep_checkpoints)
+        root, name = self.logger.folder / "checkpoints", f"iteration-{state['iteration']:06d}"
+        return write_checkpoint(root, name, self.fingerprint, write_files, self.config.logging.keep_checkpoints)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Continues from a checkpoint as if the run had never stopped: the simulators replay their episodes.
@@ -611,13 +630,12 @@ class OpenVLAPPO:
         Raises:
             CheckpointError: the checkpoint is torn or of another model.
         """
-        verify(folder, self.fingerprint())
+        verify(folder, self.fingerprint)
         set_aside_later_checkpoints(folder)
         self.policy.load_adapter(folder / "adapter")
         state = load_trainer_state(folder)
         if self.value_head is not None:
-            self.value_head.load(folder / "value_head.safetensors")
-            state["value_head"] = self.value_head.state_dict()
+            state["value_head"] = load_file(folder / "value_head.safetensors")
         self.set_state(state | {"adapter": self.actor_parameters})
         self.logger.continue_from(self.iteration)
         episodes = state["episodes_under_way"]
@@ -626,24 +644,28 @@ class OpenVLAPPO:
             self.obs = Observation.from_vector_env(self.envs.restore_episodes(episodes))
         self.boundary = cpu_copy(state | {"adapter": self.actor_parameters})
 
-    def fingerprint(self) -> str:
-        """What must be equal for a checkpoint to fit: the model, the value head, the environments and the estimator."""
-        head = "none" if self.value_head is None else "-".join(str(len(p)) for p in self.critic_parameters)
-        estimator = self.config.algorithm.estimator
-        return f"{self.policy.fingerprint()} value_head={head} num_envs={self.envs.num_envs} estimator={estimator}"
-
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def adamw(parameters: list[torch.nn.Parameter], settings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
+def adamw(parameters: list[torch.nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, **adamw_settings(settings))
+
+
+def adamw_settings(settings: OptimizerConfig) -> dict[str, Any]:
+    return {
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+
+
+def load_optimizer(optimizer: torch.optim.AdamW, state: dict[str, Any], settings: OptimizerConfig) -> None:
+    """The moments of the checkpoint with the settings of this run: a resumed run may have another learning rate."""
+    optimizer.load_state_dict(copy.deepcopy(state))
+    for group in optimizer.param_groups:
+        group.update(adamw_settings(settings))
 
 
 def accumulate(totals: dict[str, float], metrics: dict[str, float]) -> None:

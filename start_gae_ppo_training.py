@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
 import signal
 import sys
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,10 @@ FLAGS = {
 }
 
 # what a resumed run must share with the one that it continues: its episodes and optimizers are of these
-FIXED_ON_RESUME = ("policy", "value_head", "env", "rollout.num_envs", "algorithm.estimator", "run.seed")
+FIXED_ON_RESUME = (
+    *("policy", "value_head", "env", "rollout.num_envs", "algorithm.estimator"),
+    *("run.seed", "run.output_dir", "run.name"),
+)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -66,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--no-wandb", action="store_true", help="no Weights & Biases, whatever the settings say")
     # section.key=value may stand anywhere, also after --task-ids, which would take it for a task
     argv = sys.argv[1:] if argv is None else argv
-    overrides = [arg for arg in argv if re.match(r"[a-z_]+\.[a-z_.]+=", arg)]
+    overrides = [arg for arg in argv if re.match(r"[a-z_]+\.[a-z0-9_.]+=", arg)]
     args = parser.parse_intermixed_args([arg for arg in argv if arg not in overrides])
     args.overrides += overrides
     return args
@@ -146,9 +151,10 @@ def train(config: Config, checkpoint: Path | None) -> None:
     from OpenVLA_PPO import OpenVLAPPO
     from vla_rl.libero_env import make_vector_env
     from vla_rl.metrics import MetricsLogger, check_wandb
-    from vla_rl.policy import check_checkpoint
+    from vla_rl.policy import check_checkpoint, read_statistics
 
-    check_checkpoint(config.policy.checkpoint)
+    model = check_checkpoint(config.policy.checkpoint, config.policy.use_proprio)
+    read_statistics(model, config.policy.unnorm_key or config.env.task_suite)
     check_wandb(config)
     folder = make_run_folder(config) if checkpoint is None else checkpoint.parent.parent
     logger = MetricsLogger(folder, config)
@@ -159,19 +165,17 @@ def train(config: Config, checkpoint: Path | None) -> None:
     log_sizes(policy, value_head)
 
     num_evaluations = len(config.env.task_ids) * len(config.eval.states)
-    envs = make_vector_env(config, config.rollout.num_envs)
-    eval_envs = make_vector_env(config, min(config.eval.num_envs, num_evaluations), render=config.eval.render)
-    try:
+    with ExitStack() as cleanup:
+        cleanup.callback(logger.close)
+        envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs)))
+        num_eval_envs = min(config.eval.num_envs, num_evaluations)
+        eval_envs = cleanup.enter_context(closing(make_vector_env(config, num_eval_envs, render=config.eval.render)))
         trainer = OpenVLAPPO(config, policy, value_head, envs, eval_envs, logger)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s at %d timesteps", checkpoint, trainer.timesteps)
         stop_on_signals(trainer)
         trainer.train()
-    finally:
-        envs.close()
-        eval_envs.close()
-        logger.close()
     log.info("run folder %s", folder)
 
 
@@ -183,6 +187,7 @@ def build_policy(config: Config):
     if config.run.torch_threads is not None:
         torch.set_num_threads(config.run.torch_threads)
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
+    torch.backends.cudnn.allow_tf32 = False  # convolutions too in true float32, as matrix products are by default
     settings = config.policy
     return OpenVLAPolicy.from_checkpoint(
         settings.checkpoint,
@@ -237,14 +242,17 @@ def explain(error: Exception) -> str | None:
     """What to tell the user of a failure that is not a bug of ours; None if it may be one."""
     import torch
 
-    from OpenVLA_PPO import InvariantError, NonFiniteError
+    from OpenVLA_PPO import InvariantError
+    from vla_rl.types import NonFiniteError, SimulatorDied
 
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{str(error).splitlines()[0]} Lower algorithm.micro_batch_size (the result is the same), or set "
             "policy.gradient_checkpointing=true."
         )
-    if isinstance(error, (NonFiniteError, InvariantError)) or "simulator worker" in str(error):
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error}). Make room, then --resume."
+    if isinstance(error, (NonFiniteError, InvariantError, SimulatorDied)):
         return str(error)
     return None
 

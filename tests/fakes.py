@@ -165,9 +165,9 @@ class FakePolicy:
     def trainable_parameters(self):
         return [self.adapter]
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: Path, values=None) -> None:
         folder.mkdir(parents=True)
-        save_file({"adapter": self.adapter.detach()}, folder / "adapter.safetensors")
+        save_file({"adapter": self.adapter.detach() if values is None else values[0]}, folder / "adapter.safetensors")
 
     def load_adapter(self, folder: Path) -> None:
         with torch.no_grad():

@@ -127,6 +127,14 @@ def test_after_a_resume_from_an_earlier_one_the_later_ones_are_set_aside(tmp_pat
     assert find_checkpoint(tmp_path) == folder
 
 
+def test_what_a_kill_left_over_does_not_block_writing_that_iteration_again(tmp_path):
+    folder = write(tmp_path, 3)
+    (folder.parent / ".iteration-000003.old").mkdir()
+    (folder.parent / ".iteration-000003.old" / "file").write_text("left over")
+    assert write(tmp_path, 3) == find_checkpoint(tmp_path)
+    assert names(tmp_path) == ["iteration-000003"]
+
+
 @pytest.mark.parametrize("moment", ["in write_files", "after the manifest"])
 def test_a_process_killed_while_writing_leaves_the_earlier_checkpoint_to_resume_from(tmp_path, moment):
     def die(*_):

@@ -122,15 +122,14 @@ def start(envs) -> EpisodeQueue:
 
 def test_all_environments_start_with_the_first_episodes(envs):
     queue = EpisodeQueue([Episode(task, None, seed=task) for task in range(4)])
-    obs, reset = reset_finished(envs, np.ones(3, dtype=bool), queue)
-    assert obs.instructions == ("do task 0", "do task 1", "do task 2") and reset.tolist() == [True] * 3
+    obs = reset_finished(envs, np.ones(3, dtype=bool), queue)
+    assert obs.instructions == ("do task 0", "do task 1", "do task 2")
 
 
 def test_only_finished_environments_are_reset(envs):
     queue = start(envs)
     envs.step(np.zeros(envs.action_space.shape, np.float32))
-    obs, reset = reset_finished(envs, np.array([False, True, False]), queue)
-    assert reset.tolist() == [False, True, False]
+    obs = reset_finished(envs, np.array([False, True, False]), queue)
     assert obs.instructions == ("do task 0", "do task 3", "do task 2")
     assert obs.proprio[:, 0].tolist() == [2, 0, 2]  # simulator steps so far, in chunks of 2
     assert queue.playing == {0: 0, 1: 3, 2: 2}
@@ -138,15 +137,15 @@ def test_only_finished_environments_are_reset(envs):
 
 def test_an_environment_for_which_nothing_is_left_is_not_reset(envs):
     queue = start(envs)
-    obs, reset = reset_finished(envs, np.array([True, True, False]), queue)  # one episode left for two
-    assert reset.tolist() == [True, False, False] and obs.instructions[0] == "do task 3"
+    obs = reset_finished(envs, np.array([True, True, False]), queue)  # one episode left for two
+    assert obs.instructions == ("do task 3", "do task 1", "do task 2")
     assert sorted(queue.playing) == [0, 2]
 
 
 def test_nothing_to_reset_gives_no_observation(envs):
     queue = start(envs)
-    obs, reset = reset_finished(envs, np.zeros(3, dtype=bool), queue)
-    assert obs is None and not reset.any()
+    obs = reset_finished(envs, np.zeros(3, dtype=bool), queue)
+    assert obs is None
     reset_finished(envs, np.array([True, False, False]), queue)
-    obs, reset = reset_finished(envs, np.array([True, False, False]), queue)  # the queue is empty
-    assert obs is None and not reset.any() and 0 not in queue.playing
+    obs = reset_finished(envs, np.array([True, False, False]), queue)  # the queue is empty
+    assert obs is None and 0 not in queue.playing

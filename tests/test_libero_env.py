@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -413,3 +414,14 @@ def test_workers_do_not_run_the_main_script_and_close_leaves_nothing(env, capfd,
     assert wait_until_gone(pids) == [] and not marker.exists()
     captured = capfd.readouterr()
     assert "EGL" not in captured.err and "robosuite" not in captured.err and "[info]" not in captured.out
+
+
+def test_closing_after_an_answer_was_half_read_does_not_wait_for_it():
+    """As Ctrl-C in the middle of a step leaves it: one worker's answer has been read, the other's has not."""
+    envs = make_vector_env(config_from_dict({}, "test"), 2)
+    envs.call_async("episode_state")
+    envs.parent_pipes[0].recv()
+    closing = threading.Thread(target=envs.close, daemon=True)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive() and not any(process.is_alive() for process in envs.processes)

@@ -238,8 +238,11 @@ def test_wandb_gets_the_settings_and_continues_its_run(tmp_path, monkeypatch):
     class FakeRun:
         id = "abc123"
 
-        def log(self, values, step):
-            calls.append((values, step))
+        def log(self, values):
+            calls.append(values)
+
+        def define_metric(self, name, step_metric):
+            calls.append((name, step_metric))
 
         def finish(self):
             calls.append("finished")
@@ -261,8 +264,9 @@ def test_wandb_gets_the_settings_and_continues_its_run(tmp_path, monkeypatch):
     logger.log({"iteration": 1, "timesteps": 64, "a": 1.0, "b": float("nan"), "c": None})
     logger.close()
     MetricsLogger(tmp_path, config)
-    first, line, end, second = calls
+    first, axis, line, end, second, _ = calls
+    assert axis == ("*", "timesteps")
     assert (first["project"], first["entity"], first["mode"], first["id"]) == ("p", "e", "online", None)
     assert first["config"]["algorithm"]["gamma"] == 0.99
-    assert line == ({"iteration": 1, "timesteps": 64, "a": 1.0}, 64) and end == "finished"
+    assert line == {"iteration": 1, "timesteps": 64, "a": 1.0} and end == "finished"
     assert second["id"] == "abc123" and second["resume"] == "allow"

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from OpenVLA_PPO import InvariantError, NonFiniteError, OpenVLAPPO
+from OpenVLA_PPO import InvariantError, OpenVLAPPO
 from tests.fakes import CHUNK, FakePolicy, make_envs
 from vla_rl.checkpoint import CheckpointError, find_checkpoint
 from vla_rl.config import LoraConfig, config_from_dict
 from vla_rl.metrics import MetricsLogger, read_metrics
 from vla_rl.policy import OpenVLAPolicy
+from vla_rl.types import NonFiniteError, SimulatorDied
 from vla_rl.value_head import ValueHead
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +42,10 @@ def settings(**changes):
     )
 
 
-def make_trainer(folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, needed=3, **changes):
-    config = settings(**changes)
+def make_trainer(
+    folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, needed=3, policy_settings=None, **changes
+):
+    config = settings(policy=policy_settings or {}, **changes)
     folder.mkdir(parents=True, exist_ok=True)
     policy = policy or FakePolicy()
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -276,7 +279,7 @@ def test_grpo_drops_groups_without_signal_and_says_how_many(tmp_path):
     trainer = make_trainer(tmp_path, algorithm={"estimator": "grpo"}, max_steps=2 * CHUNK)  # nobody can succeed
     rollout, _ = trainer.collect_rollout()
     batch, metrics = trainer.compute_advantages(rollout)
-    assert metrics["rollout/dropped_groups"] == 2
+    assert metrics["rollout/uniform_groups"] == 2
     assert len(batch) == 0
     before = trainer.policy.adapter.clone()
     assert trainer.update(batch) == {}
@@ -292,6 +295,26 @@ def test_target_kl_stops_the_update_before_the_step(tmp_path):
     metrics = trainer.update(batch)
     assert metrics["actor/stopped_by_kl"] == 1
     assert 1 <= metrics["actor/optimizer_steps"] < 100
+
+
+def test_target_kl_counts_the_minibatch_that_was_too_far_and_never_the_first(tmp_path):
+    """A policy whose scores are off by noise, as bfloat16's are, still takes the first step of each update."""
+    trainer = make_trainer(
+        tmp_path, algorithm={"target_kl": 1e-9, "n_epochs": 2}, **{"policy_settings": {"dtype": "bfloat16"}}
+    )
+    evaluate_actions = trainer.policy.evaluate_actions
+
+    def noisy(*args, **kwargs):
+        evaluation = evaluate_actions(*args, **kwargs)
+        noise = 0.01 * torch.randn(evaluation.logprobs.shape, generator=torch.Generator().manual_seed(0))
+        return type(evaluation)(evaluation.logprobs + noise, evaluation.entropy, evaluation.hidden)
+
+    trainer.policy.evaluate_actions = noisy
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    metrics = trainer.update(batch)
+    assert metrics["actor/optimizer_steps"] == 1
+    assert metrics["actor/stopped_by_kl"] == 1
+    assert metrics["actor/approx_kl"] > metrics["actor/first_minibatch_kl"] / 2 > 0
 
 
 def adapter_after_update(folder, **changes):
@@ -399,6 +422,32 @@ def test_stop_in_the_middle_of_an_update_saves_the_state_before_it(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), expected, strict=True))
 
 
+def test_resume_takes_the_learning_rate_of_the_settings_not_of_the_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_iteration()
+    trainer.save_checkpoint()
+    resumed = make_trainer(tmp_path, actor={"learning_rate": 1e-6, "weight_decay": 0.1}, critic={"beta1": 0.5})
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    (actor,), (critic,) = resumed.actor_optimizer.param_groups, resumed.critic_optimizer.param_groups
+    assert (actor["lr"], actor["weight_decay"], critic["betas"]) == (1e-6, 0.1, (0.5, 0.999))
+    moments = resumed.actor_optimizer.state[resumed.policy.adapter]["exp_avg"]
+    assert torch.equal(moments, trainer.actor_optimizer.state[trainer.policy.adapter]["exp_avg"])
+
+
+def test_run_stopped_in_its_first_iteration_does_not_repeat_the_first_evaluation(tmp_path):
+    changes = {"evaluate": True, "run": {"timesteps": 4 * 8 * CHUNK}}
+    stopped = make_trainer(tmp_path / "stopped", **changes)
+    step = stopped.envs.step
+    stopped.envs.step = lambda actions: (stopped.request_stop(), step(actions))[1]
+    stopped.train()
+    resumed = make_trainer(tmp_path / "stopped", **changes)
+    resumed.load_checkpoint(find_checkpoint(tmp_path / "stopped"))
+    resumed.train()
+    whole = make_trainer(tmp_path / "whole", **changes)
+    whole.train()
+    assert training_lines(tmp_path / "stopped") == training_lines(tmp_path / "whole")
+
+
 def test_checkpoint_of_another_model_or_estimator_is_refused(tmp_path):
     make_trainer(tmp_path).save_checkpoint()
     with pytest.raises(CheckpointError, match="another model"):
@@ -436,14 +485,48 @@ def test_any_failure_saves_the_last_good_state(tmp_path):
     trainer.evaluated_iteration = 1
 
     def dies(actions):
-        raise RuntimeError("simulator worker 2 died")
+        with torch.no_grad():  # what lives on the device is lost, as after a CUDA error: only the copy is sound
+            trainer.policy.adapter.fill_(torch.nan)
+        trainer.actor_optimizer.state.clear()
+        raise SimulatorDied("simulator worker 2 died")
 
     trainer.envs.step = dies
-    with pytest.raises(RuntimeError, match="worker 2 died"):
+    with pytest.raises(SimulatorDied, match="worker 2 died"):
         trainer.train()
     resumed = make_trainer(tmp_path)
     resumed.load_checkpoint(find_checkpoint(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), good, strict=True))
+
+
+def test_error_after_a_stop_was_asked_for_is_still_an_error_but_for_simulators_that_got_the_signal_too(tmp_path):
+    for error, raised in ((ValueError("a bug"), True), (SimulatorDied("worker 0 died"), False)):
+        trainer = make_trainer(tmp_path / type(error).__name__)
+
+        def dies(actions, trainer=trainer, error=error):
+            trainer.request_stop()
+            raise error
+
+        trainer.envs.step = dies
+        if raised:
+            with pytest.raises(ValueError, match="a bug"):
+                trainer.train()
+        else:
+            trainer.train()
+        assert find_checkpoint(tmp_path / type(error).__name__).name == "iteration-000000"
+
+
+def test_failing_save_does_not_hide_what_went_wrong(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+
+    def no_room(folder, values=None):
+        raise OSError(28, "No space left on device")
+
+    trainer.policy.save_adapter = no_room
+    trainer.envs.step = lambda actions: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert "could not be saved" in caplog.text
+    assert list((tmp_path / "checkpoints").iterdir()) == []  # and nothing half written stays
 
 
 def test_nan_gradient_is_not_stepped(tmp_path):

@@ -19,7 +19,7 @@ from vla_rl.image_transform import preprocess
 from vla_rl.policy import OpenVLAPolicy, append_space, check_checkpoint, prompt_text
 from vla_rl.prismatic import load_network
 from vla_rl.tiny_openvla import ensure_tiny_openvla
-from vla_rl.types import Observation, PolicyInputs
+from vla_rl.types import NonFiniteError, Observation, PolicyInputs
 
 DATA = Path(__file__).parent / "data"
 RECORDED = DATA / "tiny_openvla"  # the official layout, with the official code's numbers, without a tokenizer
@@ -381,6 +381,27 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     torch.testing.assert_close(logprobs, logprobs_c, atol=1e-6, rtol=0)
     for plain, checkpointed in zip(gradients, gradients_c, strict=True):
         torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-3)
+
+
+def test_nan_in_the_weights_is_named_when_acting():
+    policy = OpenVLAPolicy.from_checkpoint("tiny-openvla", "parallel", unnorm_key="libero_spatial")
+    with torch.no_grad():
+        policy.network.language_model.model.norm.weight[0] = torch.nan
+    obs = Observation(np.zeros((1, 1, 64, 64, 3), np.uint8), np.zeros((1, 8), np.float32), ("pick up the bowl",))
+    for greedy in (False, True):
+        with pytest.raises(NonFiniteError, match="action distribution is not finite"):
+            policy.act(obs, greedy=greedy)
+
+
+def test_values_given_to_save_adapter_are_what_is_written(tmp_path):
+    policy = OpenVLAPolicy.from_checkpoint(
+        "tiny-openvla", "parallel", unnorm_key="libero_spatial", lora=LoraConfig(rank=2)
+    )
+    values = [torch.full_like(p, float(i)) for i, p in enumerate(policy.trainable_parameters())]
+    policy.save_adapter(tmp_path / "a", values)
+    assert not any(torch.equal(p, v) for p, v in zip(policy.trainable_parameters(), values, strict=True))
+    policy.load_adapter(tmp_path / "a")
+    assert all(torch.equal(p, v) for p, v in zip(policy.trainable_parameters(), values, strict=True))
 
 
 def test_fingerprint_tells_models_decoders_and_adapter_shapes_apart(tmp_path):

@@ -29,6 +29,7 @@ def test_documented_calls_become_the_settings_they_promise():
     assert config_of("--config", "configs/grpo_config.yaml").algorithm.estimator == "grpo"
     assert config_of("--task-ids", "0", "1", "2", "3").env.task_ids == [0, 1, 2, 3]
     assert config_of("--task-ids", "0", "1", "run.seed=5", "--timesteps", "7").run.seed == 5
+    assert config_of("--task-ids", "0", "1", "actor.beta1=0.8").actor.beta1 == 0.8
     assert config_of("--task-suite", "libero_object").env.task_suite == "libero_object"
     assert config_of("actor.learning_rate=1e-4", "--task-id", "2", "env.render=fast").actor.learning_rate == 1e-4
     assert not config_of("--wandb-project", "P", "--no-wandb").logging.wandb
@@ -77,6 +78,7 @@ def test_help_and_bad_settings_do_not_load_torch():
         (["--config", "configs/missing.yaml"], "no settings file"),
         (["--config", TINY, "--checkpoint", "no/such/folder"], "no checkpoint folder no/such/folder"),
         (["--resume", "runs/none"], "no run folder runs/none"),
+        (["policy.unnorm_key=bridge_orig"], "unnorm_key=bridge_orig: the statistics of"),
         (["env.initial_states=0-9", "eval.states=5-20"], "make them disjoint"),
     ],
 )
@@ -143,6 +145,7 @@ def test_resume_refuses_settings_that_do_not_fit_the_run(run, capsys):
     assert main(["--resume", str(run), "policy.chunk_size=4", "--task-id", "3"]) == 2
     assert "policy, env cannot change within a run" in capsys.readouterr().err
     assert main(["--resume", str(run), "--config", TINY]) == 2
+    assert main(["--resume", str(run), "--output-dir", "elsewhere"]) == 2
 
 
 def test_resume_of_another_model_is_refused_before_the_run_is_touched(run, capsys, monkeypatch):

@@ -62,23 +62,6 @@ def test_the_gradient_reaches_the_hidden_state_and_every_weight():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.parameters())
 
 
-def test_a_saved_head_loads_bit_for_bit(tmp_path):
-    saved, loaded = head(seed=1), head(seed=2)
-    saved.save(tmp_path / "value_head.safetensors")
-    loaded.load(tmp_path / "value_head.safetensors")
-    assert all(
-        torch.equal(a, b) for a, b in zip(saved.state_dict().values(), loaded.state_dict().values(), strict=True)
-    )
-
-
-def test_a_head_of_another_size_does_not_load(tmp_path):
-    head().save(tmp_path / "value_head.safetensors")
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        head(hidden_size=8).load(tmp_path / "value_head.safetensors")
-    with pytest.raises(RuntimeError, match="Missing key"):
-        head(hidden_sizes=[8, 8]).load(tmp_path / "value_head.safetensors")
-
-
 def test_the_head_can_learn_a_value():
     made = head()
     hidden = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))

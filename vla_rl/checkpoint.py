@@ -44,18 +44,16 @@ def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Calla
     unfinished = root / f".{name}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    write_files(unfinished)
-    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-    manifest = {
-        "fingerprint": fingerprint,
-        "files": {str(p.relative_to(unfinished)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files},
-    }
-    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*unfinished.rglob("*"), unfinished]:
-        sync(path)
+    try:
+        write_files(unfinished)
+        write_manifest(unfinished, fingerprint)
+    except BaseException:  # a full disk, say: leave it as free as it was
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     final = root / name
     replaced = root / f".{name}.old"
-    if final.exists():  # the same iteration again, after a resume from an earlier one
+    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed right here
+    if final.exists():  # the same iteration again: a run that ends right after a periodic checkpoint
         os.replace(final, replaced)
     os.replace(unfinished, final)
     sync(root)
@@ -63,6 +61,17 @@ def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Calla
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def write_manifest(folder: Path, fingerprint: str) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "fingerprint": fingerprint,
+        "files": {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def set_aside_later_checkpoints(folder: Path) -> None:

@@ -40,7 +40,7 @@ class EpisodeStreams:
 
     With at most as many tasks as environments, environment i always plays task i mod the number of tasks: no simulator is
     ever rebuilt, and if the division has a rest some tasks are played by one environment more than others. With more
-    tasks than environments, all go through all tasks in turn.
+    tasks than environments, all tasks together get equal turns.
     """
 
     def __init__(self, sampler: EpisodeSampler, num_envs: int):
@@ -77,26 +77,23 @@ def group_episodes(sampler: EpisodeSampler, first_group: int, num_groups: int, g
     return [e for g in groups for e in [sampler.draw(0, g, tasks[g % len(tasks)])] * group_size]
 
 
-def reset_finished(
-    envs: VectorEnv, finished: np.ndarray, source: EpisodeSource
-) -> tuple[Observation | None, np.ndarray]:
+def reset_finished(envs: VectorEnv, finished: np.ndarray, source: EpisodeSource) -> Observation | None:
     """Gives each finished environment its next episode, as far as there are any.
 
     Args:
         finished: [N] bool.
 
     Returns:
-        The observation of all environments after the resets, None when there was nothing to reset; and [N] bool, the
-        environments that were reset.
+        The observation of all environments after the resets; None when none was reset.
     """
     started: dict[int, Episode] = {}
     for index in np.flatnonzero(finished):
         episode = source.next(int(index))
         if episode is not None:
             started[int(index)] = episode
+    if not started:
+        return None
     mask = np.zeros(len(finished), dtype=np.bool_)
     mask[list(started)] = True
-    if not started:
-        return None, mask
     obs, _ = envs.reset(options={"reset_mask": mask, "episodes": started})
-    return Observation.from_vector_env(obs), mask
+    return Observation.from_vector_env(obs)

@@ -55,7 +55,7 @@ def evaluate_policy(
     Args:
         envs: at most as many environments as episodes.
         temperature: of the sampled mode; greedy ignores it.
-        record: keep the frames of every episode.
+        record: keep the frames of the success and of the failure that end first.
         on_decision: called before each decision; may raise to stop the evaluation.
 
     Returns:
@@ -67,11 +67,12 @@ def evaluate_policy(
     queue = EpisodeQueue(episodes)
     lengths = np.zeros(envs.num_envs, dtype=np.int64)
     frames: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
+    recorded: set[bool] = set()  # outcomes whose frames are kept
     results: list[EpisodeResult | None] = [None] * len(episodes)
     description = "evaluate greedy" if greedy else f"evaluate T={temperature:g}"
     bar = tqdm(total=len(episodes), desc=description, unit="ep", disable=not progress, mininterval=1)
 
-    obs, _ = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
+    obs = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
     while queue.playing:
         on_decision()
         playing = sorted(queue.playing)
@@ -80,7 +81,7 @@ def evaluate_policy(
         actions[playing] = output.actions
         if record:
             for index in playing:
-                frames[index].append(obs.images[index, 0])
+                frames[index].append(obs.images[index, 0].copy())  # not a view that keeps all environments' images
         raw_obs, _, terminated, truncated, info = envs.step(actions)
         obs = Observation.from_vector_env(raw_obs)
         lengths += info["steps"]
@@ -88,13 +89,16 @@ def evaluate_policy(
         finished[playing] = (terminated | truncated)[playing]
         for index in np.flatnonzero(finished):
             number = queue.playing[int(index)]
-            shown = [*frames[index], obs.images[index, 0]] if record else None
-            results[number] = EpisodeResult(episodes[number], bool(terminated[index]), int(lengths[index]), shown)
+            success = bool(terminated[index])
+            shown = None
+            if record and success not in recorded:
+                recorded.add(success)
+                shown = [*frames[index], obs.images[index, 0].copy()]
+            results[number] = EpisodeResult(episodes[number], success, int(lengths[index]), shown)
             lengths[index], frames[index] = 0, []
             bar.update()
             bar.set_postfix_str(f"succ={np.mean([r.success for r in results if r is not None]):.1%}")
-        new_obs, _ = reset_finished(envs, finished, queue)
-        obs = new_obs or obs
+        obs = reset_finished(envs, finished, queue) or obs
     bar.close()
     return results
 

@@ -29,9 +29,10 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.async_vector_env import AsyncState
 
 from vla_rl.config import TASK_SUITES, Config
-from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode
+from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, SimulatorDied
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # in the order of OpenVLA-OFT's images
 MAX_INSTRUCTION = 200  # characters; the longest of the five suites has 88
@@ -504,6 +505,16 @@ class LiberoVectorEnv(AsyncVectorEnv):
         copies = {name: self.observations[name].copy() for name in ("images", "proprio")}
         return self._with_instructions(copies)
 
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        """Ends the workers. One that has died already is no error (a signal to the whole process group), and an answer
+        that was not waited for (Ctrl-C in the middle of a step) is not waited for now: it may have been read in part."""
+        if self._state != AsyncState.DEFAULT:
+            self._state, terminate = AsyncState.DEFAULT, True
+        try:
+            super().close_extras(timeout, terminate)
+        except (EOFError, ConnectionError):
+            super().close_extras(timeout, terminate=True)
+
     def _with_instructions(self, obs: dict[str, Any]) -> dict[str, Any]:
         # gymnasium 1.4.0 decodes a Text in shared memory only once, when the vector is made
         return obs | {"instruction": tuple(self._instructions)}
@@ -520,9 +531,9 @@ class LiberoVectorEnv(AsyncVectorEnv):
             for process in self.processes:
                 process.join(0.2)
             dead = {i: process.exitcode for i, process in enumerate(self.processes) if process.exitcode is not None}
-            self._state = gymnasium.vector.async_vector_env.AsyncState.DEFAULT
+            self._state = AsyncState.DEFAULT
             self.close(terminate=True)
-            raise RuntimeError(describe_death(dead)) from error
+            raise SimulatorDied(describe_death(dead)) from error
 
 
 def describe_death(exitcodes: dict[int, int]) -> str:

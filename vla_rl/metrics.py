@@ -60,7 +60,7 @@ class MetricsLogger:
             os.fsync(file.fileno())
         if self.wandb_run is not None:
             known = {key: value for key, value in record.items() if value is not None}
-            self.wandb_run.log(known, step=record["timesteps"])
+            self.wandb_run.log(known)
 
     def draw_curves(self) -> None:
         """curves.png in the run folder, from metrics.jsonl."""
@@ -196,4 +196,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
             f"Weights & Biases could not start ({error}); set logging.wandb_mode=offline or pass --no-wandb"
         ) from error
     id_file.write_text(run.id)
+    run.define_metric(
+        "*", step_metric="timesteps"
+    )  # its own step only grows: a resumed run logs smaller timesteps again
     return run

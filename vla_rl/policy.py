@@ -40,7 +40,15 @@ from vla_rl.prismatic import (
     weight_files,
 )
 from vla_rl.tiny_openvla import ensure_tiny_openvla
-from vla_rl.types import ACTION_DIM, PROPRIO_DIM, ActionEvaluation, Observation, PolicyInputs, PolicyOutput
+from vla_rl.types import (
+    ACTION_DIM,
+    PROPRIO_DIM,
+    ActionEvaluation,
+    NonFiniteError,
+    Observation,
+    PolicyInputs,
+    PolicyOutput,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +151,8 @@ class OpenVLAPolicy:
             raise ConfigError(
                 "device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch"
             )
-        folder = check_checkpoint(path)
+        folder = check_checkpoint(path, use_proprio)
         read_statistics(folder, unnorm_key)  # before anything heavy loads
-        if use_proprio and find_proprio_file(folder) is None and not has_proprio_weights(folder):
-            raise ConfigError(f"use_proprio=true, but {folder} has no proprio projector; set use_proprio=false")
         if decoder == "parallel" and list(folder.glob("action_head--*")):
             logger.warning(
                 "%s has an L1 action head (%s): its token head, which this policy samples from, was not trained and solves "
@@ -204,6 +210,7 @@ class OpenVLAPolicy:
             if greedy:
                 return network.vocabulary_logits(hidden).argmax(dim=-1)
             probs = torch.softmax(network.action_logits(hidden) / temperature, dim=-1)
+            check_finite(probs)
             at = probs.device if generator is None else generator.device
             drawn = torch.multinomial(probs.flatten(0, -2).to(at), 1, generator=generator)
             return self.action_tokenizer.first_id + drawn.to(probs.device).view(probs.shape[:-1])
@@ -214,6 +221,7 @@ class OpenVLAPolicy:
         else:
             tokens, hidden = network.decode(prompt, self.num_tokens, choose)
         all_logprobs = torch.log_softmax(network.action_logits(hidden) / temperature, dim=-1)  # [B, A, 256]
+        check_finite(all_logprobs)
         index = tokens - self.action_tokenizer.first_id
         inside = (index >= 0) & (index < all_logprobs.shape[-1])
         logprobs = gather(all_logprobs, index.where(inside, 0)).where(inside, torch.nan)
@@ -412,11 +420,15 @@ class OpenVLAPolicy:
         """The adapters' weights, float32, always in the same order; empty without LoRA."""
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
-    def save_adapter(self, folder: Path) -> None:
-        """Writes adapter_config.json and adapter_model.safetensors; PeftModel.from_pretrained(network, folder) reads them."""
+    def save_adapter(self, folder: Path, values: list[Tensor] | None = None) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors; PeftModel.from_pretrained(network, folder) reads them.
+
+        Args:
+            values: of trainable_parameters(), in their order, to be written instead of the present ones.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapter_tensors().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapter_tensors(values).items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self.adapted.peft_config["default"].save_pretrained(folder)
 
@@ -449,11 +461,13 @@ class OpenVLAPolicy:
             for name, tensor in tensors.items():
                 ours[name].copy_(tensor)
 
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """peft's names -> the adapters' own tensors (not copies)."""
+    def adapter_tensors(self, values: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """peft's names -> the adapters' own tensors (not copies), or these values of trainable_parameters()."""
         if self.adapted is None:
             raise ConfigError("this policy has no adapter; give lora=LoraConfig(...) to from_checkpoint")
-        return peft.get_peft_model_state_dict(self.adapted, save_embedding_layers=False)
+        names = [name for name, parameter in self.adapted.named_parameters() if parameter.requires_grad]
+        state = dict(zip(names, self.trainable_parameters() if values is None else values, strict=True))
+        return peft.get_peft_model_state_dict(self.adapted, state_dict=state, save_embedding_layers=False)
 
     def save_merged(self, folder: Path) -> None:
         """Writes a checkpoint in the official layout with the adapters merged into the weights."""
@@ -508,6 +522,13 @@ def gather(logprobs: Tensor, index: Tensor) -> Tensor:
     return logprobs.gather(-1, index[..., None]).squeeze(-1)
 
 
+def check_finite(distribution: Tensor) -> None:
+    if not torch.isfinite(distribution).all():
+        raise NonFiniteError(
+            "the policy's action distribution is not finite: its weights or inputs have a NaN or infinity"
+        )
+
+
 def check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}; expected above 0 (for the most likely token use greedy=True)")
@@ -529,7 +550,7 @@ def add_lora(network: Prismatic, lora: LoraConfig) -> peft.PeftModel:
     return adapted
 
 
-def check_checkpoint(path: str | Path) -> Path:
+def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
     """The folder of a checkpoint, after checking that what the policy needs is in it; loads no weights.
 
     Args:
@@ -546,6 +567,8 @@ def check_checkpoint(path: str | Path) -> Path:
     if list(folder.glob("vision_backbone--*")):
         raise ConfigError(f"{folder} has a FiLM vision backbone (vision_backbone--*), which is not implemented")
     load_statistics(folder)
+    if use_proprio and find_proprio_file(folder) is None and not has_proprio_weights(folder):
+        raise ConfigError(f"use_proprio=true, but {folder} has no proprio projector; set use_proprio=false")
     return folder
 
 

@@ -20,6 +20,14 @@ ACTION_DIM = 7  # end-effector translation (3), rotation (3), gripper (1)
 PROPRIO_DIM = 8  # end-effector position (3), axis-angle (3), gripper joints (2)
 
 
+class NonFiniteError(RuntimeError):
+    """An output, loss or gradient is NaN or infinite."""
+
+
+class SimulatorDied(RuntimeError):
+    """A simulator's worker process has ended by itself."""
+
+
 @dataclass(frozen=True)
 class Episode:
     """Where an episode starts. Two environments that are reset with equal episodes are in equal states."""
@@ -123,7 +131,7 @@ class Policy(Protocol):
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]: ...  # the LoRA weights and no other
 
-    def save_adapter(self, folder: Path) -> None: ...
+    def save_adapter(self, folder: Path, values: list[Tensor] | None = None) -> None: ...  # of trainable_parameters()
 
     def load_adapter(self, folder: Path) -> None: ...
 

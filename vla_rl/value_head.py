@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
@@ -34,9 +32,3 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, D] of any float dtype -> [B] float32."""
         return self.mlp(hidden.float()).squeeze(-1)
-
-    def save(self, path: Path) -> None:
-        save_file(self.state_dict(), path)
-
-    def load(self, path: Path) -> None:
-        self.load_state_dict(load_file(path))
