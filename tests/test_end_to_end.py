@@ -120,6 +120,7 @@ def test_grpo_runs_by_a_change_of_settings_alone_and_wandb_offline_without_netwo
     args = ["--config", "configs/tiny_grpo.yaml", "--timesteps", "60", "--task-ids", "0", "1"]
     changes = [s for s in SETTINGS if "n_steps" not in s]
     changes += [
+        "eval.states=0",  # one a task, so that each worker keeps its task
         "rollout.group_size=2",
         "rollout.n_episodes=4",
         "algorithm.drop_uniform_groups=false",
