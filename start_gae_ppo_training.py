@@ -144,9 +144,19 @@ def check_device(config: Config) -> None:
         )
 
 
+def check_rendering() -> None:
+    backend = os.environ.get("MUJOCO_GL") or "egl"
+    if backend not in ("egl", "osmesa"):
+        raise ConfigError(
+            f"MUJOCO_GL={backend}: the simulators render without a screen, with egl (the default, on a GPU or in software) "
+            "or osmesa (software); unset MUJOCO_GL or set it to one of them"
+        )
+
+
 def train(config: Config, checkpoint: Path | None) -> None:
     """Builds the parts, cheap and fallible ones first, and trains."""
     check_device(config)
+    check_rendering()
 
     from OpenVLA_PPO import OpenVLAPPO
     from vla_rl.libero_env import make_vector_env
@@ -243,7 +253,7 @@ def explain(error: Exception) -> str | None:
     import torch
 
     from OpenVLA_PPO import InvariantError
-    from vla_rl.types import NonFiniteError, SimulatorDied
+    from vla_rl.types import NonFiniteError, RenderingError, SimulatorDied
 
     if isinstance(error, torch.OutOfMemoryError):
         return (
@@ -252,7 +262,7 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error}). Make room, then --resume."
-    if isinstance(error, (NonFiniteError, InvariantError, SimulatorDied)):
+    if isinstance(error, (NonFiniteError, InvariantError, RenderingError, SimulatorDied)):
         return str(error)
     return None
 

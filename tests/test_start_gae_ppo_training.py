@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from start_gae_ppo_training import ROOT, main, parse_args, settings_from
+from OpenVLA_PPO import InvariantError
+from start_gae_ppo_training import ROOT, explain, main, parse_args, settings_from
 from tests.test_openvla_ppo import make_trainer
 from vla_rl.config import list_settings, save_config
+from vla_rl.types import NonFiniteError, RenderingError, SimulatorDied
 
 TINY = "configs/tiny_gae_ppo.yaml"
 
@@ -98,6 +100,21 @@ def test_gpu_settings_on_a_machine_without_one_name_the_tiny_config(capsys, tmp_
     assert main(["--task-id", "0", "--output-dir", str(tmp_path)]) == 2
     assert "configs/tiny_gae_ppo.yaml" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_unknown_rendering_back_end_is_named_with_those_that_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 2
+    assert "MUJOCO_GL=nonsense" in (error := capsys.readouterr().err) and "osmesa" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [NonFiniteError, RenderingError, SimulatorDied, InvariantError])
+def test_failures_that_are_not_bugs_are_told_in_words_and_others_keep_their_stack(kind):
+    assert explain(kind("what happened")) == "what happened"
+    assert "Make room" in explain(OSError(28, "No space left on device"))
+    assert "micro_batch_size" in explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert explain(ValueError("what happened")) is None
 
 
 def test_hub_checkpoint_that_cannot_be_had_says_where_it_looked_and_how_to_get_it(capsys, tmp_path, monkeypatch):

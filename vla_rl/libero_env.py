@@ -32,7 +32,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import AsyncState
 
 from vla_rl.config import TASK_SUITES, Config
-from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, SimulatorDied
+from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError, SimulatorDied
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # in the order of OpenVLA-OFT's images
 MAX_INSTRUCTION = 200  # characters; the longest of the five suites has 88
@@ -406,8 +406,8 @@ def free_parsed_model() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def missing_gl(error: Exception) -> RuntimeError:
-    return RuntimeError(
+def missing_gl(error: Exception) -> RenderingError:
+    return RenderingError(
         f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}\n"
         f"  install the system libraries: apt-get install -y {GL_PACKAGES}\n"
         "  or render in software: apt-get install -y libosmesa6 and set MUJOCO_GL=osmesa"
@@ -416,7 +416,7 @@ def missing_gl(error: Exception) -> RuntimeError:
 
 def prepare_environment() -> None:
     """Settings of the process that LIBERO and robosuite read while they are imported."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # robosuite reads it as a list of numbers
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
     # Data come from the installed package, whatever another LIBERO has left in the home folder

@@ -191,7 +191,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
             id=run_id,
             resume="allow",
         )
-    except wandb.errors.Error as error:
+    except (wandb.errors.Error, ValueError) as error:  # ValueError: of WANDB_* variables
         raise ConfigError(
             f"Weights & Biases could not start ({error}); set logging.wandb_mode=offline or pass --no-wandb"
         ) from error

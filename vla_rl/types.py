@@ -24,6 +24,10 @@ class NonFiniteError(RuntimeError):
     """An output, loss or gradient is NaN or infinite."""
 
 
+class RenderingError(RuntimeError):
+    """OpenGL cannot be used: a library is missing, or MUJOCO_GL names no back-end that is here."""
+
+
 class SimulatorDied(RuntimeError):
     """A simulator's worker process has ended by itself."""
 
