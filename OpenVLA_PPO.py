@@ -21,11 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_rl.advantages import compute_gae, compute_grpo_advantages, normalize
-from vla_rl.checkpoint import cpu_copy, load_trainer_state, set_aside_later_checkpoints, verify, write_checkpoint
+from vla_rl.checkpoint import (
+    cpu_copy,
+    load_trainer_state,
+    save_tensors,
+    save_torch,
+    set_aside_later_checkpoints,
+    verify,
+    write_checkpoint,
+)
 from vla_rl.config import Config, OptimizerConfig, save_config
 from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
 from vla_rl.evaluation import evaluate_policy, evaluation_episodes, success_metrics, write_videos
@@ -141,6 +149,8 @@ class OpenVLAPPO:
         try:
             if self.evaluated_iteration < 0 or self.evaluation_due():
                 self.evaluate()
+            if self.iteration > 0 and self.timesteps >= self.config.run.timesteps:
+                log.info("nothing left to train: %d timesteps are done; give --timesteps more", self.timesteps)
             while self.timesteps < self.config.run.timesteps:
                 self.train_iteration()
             if self.evaluated_iteration < self.iteration:
@@ -150,7 +160,7 @@ class OpenVLAPPO:
         except BaseException as error:
             try:
                 log.warning("ended at %d timesteps, saved in %s", self.boundary["timesteps"], self.save_checkpoint())
-            except OSError as problem:
+            except Exception as problem:
                 log.error("the state at %d timesteps could not be saved: %s", self.boundary["timesteps"], problem)
                 raise error from None
             # a signal to the whole process group ends the simulators too: that is no failure
@@ -208,61 +218,61 @@ class OpenVLAPPO:
             "rollout", n_steps * num_envs if queue is None else None, "dec", self.config.logging.progress
         )
 
-        while playing and (queue is not None or len(buffer) < n_steps):
-            self.check_stop()
-            output = self.policy.act(
-                self.obs if len(playing) == num_envs else self.obs.rows(playing),
-                temperature=self.config.rollout.temperature,
-                generator=self.sampling_generator,
-            )
-            hidden = self.hidden_of(output)  # [N, D]
-            values = self.predict_values(hidden)  # [N]
-            self.check_finite("log-probabilities of the rollout", output.logprobs)
-            self.check_finite("values of the rollout", values)
+        with bar:
+            while playing and (queue is not None or len(buffer) < n_steps):
+                self.check_stop()
+                output = self.policy.act(
+                    self.obs if len(playing) == num_envs else self.obs.rows(playing),
+                    temperature=self.config.rollout.temperature,
+                    generator=self.sampling_generator,
+                )
+                hidden = self.hidden_of(output)  # [N, D]
+                values = self.predict_values(hidden)  # [N]
+                self.check_finite("log-probabilities of the rollout", output.logprobs)
+                self.check_finite("values of the rollout", values)
 
-            actions = np.zeros(self.envs.action_space.shape, dtype=np.float32)  # idle environments ignore theirs
-            actions[playing] = output.actions
-            raw_obs, rewards, terminated, truncated, info = self.envs.step(actions)
-            next_obs = Observation.from_vector_env(raw_obs)
-            rewards, terminated, truncated = (torch.as_tensor(x)[playing] for x in (rewards, terminated, truncated))
-            steps = torch.as_tensor(info["steps"])[playing]  # [N]
-            done = terminated | truncated
+                actions = np.zeros(self.envs.action_space.shape, dtype=np.float32)  # idle environments ignore theirs
+                actions[playing] = output.actions
+                raw_obs, rewards, terminated, truncated, info = self.envs.step(actions)
+                next_obs = Observation.from_vector_env(raw_obs)
+                rewards, terminated, truncated = (torch.as_tensor(x)[playing] for x in (rewards, terminated, truncated))
+                steps = torch.as_tensor(info["steps"])[playing]  # [N]
+                done = terminated | truncated
 
-            # V of the state that was reached, where no next row will tell it
-            last = torch.full_like(done, queue is None and len(buffer) == n_steps - 1)
-            bootstrap_values = self.bootstrap(next_obs.rows(playing), ~terminated & (truncated | last))
-            buffer.add(
-                Transition(
-                    inputs=output.inputs,
-                    action_tokens=output.action_tokens,
-                    logprobs=output.logprobs,
-                    hidden=hidden,
-                    values=values,
-                    rewards=rewards.float(),
-                    terminated=terminated,
-                    truncated=truncated,
-                    steps=steps,
-                    episode=torch.tensor([queue.playing[i] if queue is not None else -1 for i in playing]),
-                ),
-                bootstrap_values,
-            )
+                # V of the state that was reached, where no next row will tell it
+                last = torch.full_like(done, queue is None and len(buffer) == n_steps - 1)
+                bootstrap_values = self.bootstrap(next_obs.rows(playing), ~terminated & (truncated | last))
+                buffer.add(
+                    Transition(
+                        inputs=output.inputs,
+                        action_tokens=output.action_tokens,
+                        logprobs=output.logprobs,
+                        hidden=hidden,
+                        values=values,
+                        rewards=rewards.float(),
+                        terminated=terminated,
+                        truncated=truncated,
+                        steps=steps,
+                        episode=torch.tensor([queue.playing[i] if queue is not None else -1 for i in playing]),
+                    ),
+                    bootstrap_values,
+                )
 
-            self.timesteps += int(steps.sum())
-            self.running_returns[playing] += rewards.numpy()
-            self.running_lengths[playing] += steps.numpy()
-            for row, index in enumerate(playing):
-                if done[row]:
-                    ret, length = float(self.running_returns[index]), int(self.running_lengths[index])
-                    finished_episodes.append(FinishedEpisode(ret, length, success=bool(terminated[row])))
-                    self.running_returns[index] = self.running_lengths[index] = 0
-            finished = np.zeros(num_envs, dtype=bool)
-            finished[playing] = done.numpy()
-            self.obs = reset_finished(self.envs, finished, source) or next_obs
-            if queue is not None:
-                playing = sorted(queue.playing)
-            bar.update(len(done))
-            bar.set_postfix_str(episodes_text(finished_episodes))
-        bar.close()
+                self.timesteps += int(steps.sum())
+                self.running_returns[playing] += rewards.numpy()
+                self.running_lengths[playing] += steps.numpy()
+                for row, index in enumerate(playing):
+                    if done[row]:
+                        ret, length = float(self.running_returns[index]), int(self.running_lengths[index])
+                        finished_episodes.append(FinishedEpisode(ret, length, success=bool(terminated[row])))
+                        self.running_returns[index] = self.running_lengths[index] = 0
+                finished = np.zeros(num_envs, dtype=bool)
+                finished[playing] = done.numpy()
+                self.obs = reset_finished(self.envs, finished, source) or next_obs
+                if queue is not None:
+                    playing = sorted(queue.playing)
+                bar.update(len(done))
+                bar.set_postfix_str(episodes_text(finished_episodes))
         return buffer, rollout_metrics(finished_episodes, self.timesteps - first_timestep)
 
     def draw_groups(self) -> list:
@@ -358,20 +368,20 @@ class OpenVLAPPO:
         first: dict[str, float] = {}  # metrics of the first minibatch
         history: list[dict[str, float]] = []
         stopped_by_kl = False
-        for minibatch in self.minibatches_of_epochs(batch):
-            self.check_stop()
-            metrics = self.minibatch_gradients(minibatch, train_actor, score_actor=train_actor or not first)
-            history.append(metrics)
-            if not first:
-                first = metrics
-                self.check_first_minibatch(metrics)
-            elif algorithm.target_kl is not None and metrics.get("actor/approx_kl", 0) > algorithm.target_kl:
-                stopped_by_kl = True
-                break
-            metrics |= self.optimizer_steps(minibatch, train_actor)
-            bar.update()
-            bar.set_postfix_str(update_text(metrics))
-        bar.close()
+        with bar:
+            for minibatch in self.minibatches_of_epochs(batch):
+                self.check_stop()
+                metrics = self.minibatch_gradients(minibatch, train_actor, score_actor=train_actor or not first)
+                history.append(metrics)
+                if not first:
+                    first = metrics
+                    self.check_first_minibatch(metrics)
+                elif algorithm.target_kl is not None and metrics.get("actor/approx_kl", 0) > algorithm.target_kl:
+                    stopped_by_kl = True
+                    break
+                metrics |= self.optimizer_steps(minibatch, train_actor)
+                bar.update()
+                bar.set_postfix_str(update_text(metrics))
         names = {name for metrics in history for name in metrics} - {"actor/ratio_error"}
         means = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
         return means | {
@@ -515,7 +525,7 @@ class OpenVLAPPO:
         if minibatch is not None:
             dump = self.logger.folder / f"nonfinite_iteration_{iteration:06d}.pt"
             with suppress(OSError):  # a full disk must not hide what went wrong
-                torch.save(asdict(minibatch), dump)
+                save_torch(asdict(minibatch), dump)
                 where = f"; its minibatch is in {dump}"
         raise NonFiniteError(
             f"{name} is not finite in iteration {iteration}{where}. Resume with a lower learning rate."
@@ -616,9 +626,9 @@ class OpenVLAPPO:
 
         def write_files(folder: Path) -> None:
             self.policy.save_adapter(folder / "adapter", state["adapter"])
-            torch.save({k: v for k, v in state.items() if k not in ("adapter", "value_head")}, folder / "trainer.pt")
+            save_torch({k: v for k, v in state.items() if k not in ("adapter", "value_head")}, folder / "trainer.pt")
             if self.value_head is not None:
-                save_file(state["value_head"], folder / "value_head.safetensors")
+                save_tensors(state["value_head"], folder / "value_head.safetensors")
             save_config(self.config, folder / "config.yaml")
 
         root, name = self.logger.folder / "checkpoints", f"iteration-{state['iteration']:06d}"
@@ -631,13 +641,13 @@ class OpenVLAPPO:
             CheckpointError: the checkpoint is torn or of another model.
         """
         verify(folder, self.fingerprint)
-        set_aside_later_checkpoints(folder)
         self.policy.load_adapter(folder / "adapter")
         state = load_trainer_state(folder)
         if self.value_head is not None:
             state["value_head"] = load_file(folder / "value_head.safetensors")
         self.set_state(state | {"adapter": self.actor_parameters})
         self.logger.continue_from(self.iteration)
+        set_aside_later_checkpoints(folder)
         episodes = state["episodes_under_way"]
         if episodes:
             episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in episodes]

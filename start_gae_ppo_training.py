@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from vla_rl.config import Config, ConfigError, config_from_dict, load_config, read_yaml, save_config, settings_help
+from vla_rl.config import (
+    Config,
+    ConfigError,
+    config_from_dict,
+    list_settings,
+    load_config,
+    read_yaml,
+    save_config,
+    settings_help,
+)
 
 log = logging.getLogger("start_gae_ppo_training")
 
@@ -35,7 +47,7 @@ FLAGS = {
 
 # what a resumed run must share with the one that it continues: its episodes and optimizers are of these
 FIXED_ON_RESUME = (
-    *("policy", "value_head", "env", "rollout.num_envs", "algorithm.estimator"),
+    *("policy.", "value_head.", "env.", "rollout.num_envs", "algorithm.estimator"),
     *("run.seed", "run.output_dir", "run.name"),
 )
 
@@ -50,7 +62,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="start_gae_ppo_training.py",
         description="Fine-tune OpenVLA on LIBERO with PPO and GAE (or GRPO).\n\n"
         f"On a CPU: start_gae_ppo_training.py --config {TINY_CONFIG} --task-id 0 --timesteps 1000 --no-wandb",
-        epilog=f"settings, given as section.key=value (defaults shown; units in the text):\n{settings_help()}",
+        epilog="settings, given as section.key=value; the defaults hold where the settings file says nothing:\n"
+        + settings_help(),
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -93,10 +106,14 @@ def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
 
     from vla_rl.checkpoint import find_checkpoint  # torch: not before the arguments are known to be sound
 
-    checkpoint = find_checkpoint(Path(args.resume))
+    checkpoint = find_checkpoint(Path(args.resume).resolve())
     before = config_from_dict(read_yaml(checkpoint / "config.yaml"), f"{checkpoint}/config.yaml")
     config = load_config(checkpoint / "config.yaml", args.overrides, flags)
-    changed = [name for name in FIXED_ON_RESUME if setting(before, name) != setting(config, name)]
+    changed = [
+        f"{name} ({setting(before, name)} -> {setting(config, name)})"
+        for name in list_settings()
+        if name.startswith(FIXED_ON_RESUME) and "." in name and setting(before, name) != setting(config, name)
+    ]
     if changed:
         raise ConfigError(f"--resume {args.resume}: {', '.join(changed)} cannot change within a run; start a new one")
     return config, checkpoint
@@ -154,19 +171,41 @@ def check_rendering() -> None:
 
 
 def train(config: Config, checkpoint: Path | None) -> None:
-    """Builds the parts, cheap and fallible ones first, and trains."""
+    """Checks what the settings need of the machine, makes the run folder, and trains in it."""
     check_device(config)
     check_rendering()
 
-    from OpenVLA_PPO import OpenVLAPPO
-    from vla_rl.libero_env import make_vector_env
-    from vla_rl.metrics import MetricsLogger, check_wandb
+    from vla_rl.metrics import check_wandb
     from vla_rl.policy import check_checkpoint, read_statistics
 
     model = check_checkpoint(config.policy.checkpoint, config.policy.use_proprio)
     read_statistics(model, config.policy.unnorm_key or config.env.task_suite)
     check_wandb(config)
     folder = make_run_folder(config) if checkpoint is None else checkpoint.parent.parent
+    with locked(folder):
+        try:
+            build_and_train(config, checkpoint, folder)
+        finally:
+            if {path.name for path in folder.iterdir()} == {"config.yaml", ".lock"}:  # nothing was made: no such run
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Two processes must not write into one run. The lock goes with the process, however that ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is working on {folder}; wait for its end, or stop it") from None
+        yield
+
+
+def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:
+    from OpenVLA_PPO import OpenVLAPPO
+    from vla_rl.libero_env import make_vector_env
+    from vla_rl.metrics import MetricsLogger
+
     logger = MetricsLogger(folder, config)
     log.info("run folder %s", folder)
 
@@ -260,8 +299,10 @@ def explain(error: Exception) -> str | None:
             f"{str(error).splitlines()[0]} Lower algorithm.micro_batch_size (the result is the same), or set "
             "policy.gradient_checkpointing=true."
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error}). Make room, then --resume."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error}: the run folder must be writable."
     if isinstance(error, (NonFiniteError, InvariantError, RenderingError, SimulatorDied)):
         return str(error)
     return None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_rl.config import Config, load_config
+from vla_rl.config import Config, ConfigError, load_config
 from vla_rl.metrics import CURVES, MetricsLogger, read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def test_a_damaged_line_in_the_middle_is_refused_by_number(logger):
     log_iterations(logger, 1, 2, 3)
     lines = logger.path.read_text().splitlines()
     logger.path.write_text("\n".join([lines[0], lines[1][:-5], lines[2]]) + "\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 is damaged"):
         read_metrics(logger.path)
 
 

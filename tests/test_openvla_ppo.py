@@ -164,6 +164,17 @@ def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(tmp_path, level):
         assert gradients[1][1][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.parametrize("level", ["token", "action", "chunk"])
+def test_policy_loss_is_a_mean_over_ratios_whatever_their_level(tmp_path, level):
+    """At ratio 1 and equal advantages of 2 the loss is -2, however many tokens were masked."""
+    trainer = make_trainer(tmp_path, algorithm={"logprob_level": level}, max_steps=3 * CHUNK - 1)
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    assert (batch.steps < CHUNK).any()
+    batch = type(batch)(**vars(batch) | {"advantages": torch.full((len(batch),), 2.0)})
+    metrics = trainer.minibatch_gradients(batch, train_actor=True, score_actor=True)
+    assert metrics["actor/policy_loss"] == pytest.approx(-2, abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------- value gradient
 
 

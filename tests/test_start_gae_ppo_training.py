@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -74,12 +75,15 @@ def test_help_and_bad_settings_do_not_load_torch():
         (["actor.learning_rate=fast"], "actor.learning_rate: input should be a valid number"),
         (["algorithm.gamma=1.5"], "algorithm.gamma: input should be less than or equal to 1, got 1.5"),
         (["run.timesteps=-1"], "run.timesteps"),
+        (["--seed", "99999999999999999999"], "run.seed"),
+        (["actor.learning_rate=.inf"], "actor.learning_rate"),
+        (["--config", "."], "is a folder"),
         (["timesteps=5"], "'timesteps=5' is not a setting"),
         (["--config", "configs/tiny_grpo.yaml", "rollout.num_envs=10"], "use 8 or 12"),
         (["--task-id", "10"], "libero_spatial, which has tasks 0 to 9"),
         (["--config", "configs/missing.yaml"], "no settings file"),
         (["--config", TINY, "--checkpoint", "no/such/folder"], "no checkpoint folder no/such/folder"),
-        (["--resume", "runs/none"], "no run folder runs/none"),
+        (["--resume", "runs/none"], "runs/none; --resume takes a folder such as"),
         (["policy.unnorm_key=bridge_orig"], "unnorm_key=bridge_orig: the statistics of"),
         (["env.initial_states=0-9", "eval.states=5-20"], "make them disjoint"),
     ],
@@ -112,6 +116,7 @@ def test_unknown_rendering_back_end_is_named_with_those_that_work(capsys, tmp_pa
 @pytest.mark.parametrize("kind", [NonFiniteError, RenderingError, SimulatorDied, InvariantError])
 def test_failures_that_are_not_bugs_are_told_in_words_and_others_keep_their_stack(kind):
     assert explain(kind("what happened")) == "what happened"
+    assert "Read-only file system" in explain(OSError(30, "Read-only file system", "runs/x"))
     assert "Make room" in explain(OSError(28, "No space left on device"))
     assert "micro_batch_size" in explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert explain(ValueError("what happened")) is None
@@ -146,6 +151,29 @@ def test_resume_takes_the_newest_checkpoint_and_its_settings(run):
     assert (config.run.timesteps, config.rollout.n_steps) == (999, 8)
 
 
+def test_resume_from_inside_the_run_folder_still_means_that_run(run, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints")
+    assert settings_from(parse_args(["--resume", "iteration-000001"]))[1] == run / "checkpoints" / "iteration-000001"
+    monkeypatch.chdir(run)
+    assert settings_from(parse_args(["--resume", "."]))[1] == run / "checkpoints" / "iteration-000002"
+
+
+def test_run_that_another_process_works_on_is_refused(run, capsys):
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["--resume", str(run)]) == 2
+    assert "another process" in capsys.readouterr().err
+
+
+def test_run_that_ends_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("start_gae_ppo_training.build_policy", interrupted)
+    assert main(["--config", TINY, "--output-dir", str(tmp_path), "run.name=x"]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_torn_checkpoint_is_refused_and_the_earlier_one_named(run, capsys):
     torn = run / "checkpoints" / "iteration-000002" / "trainer.pt"
     torn.write_bytes(torn.read_bytes()[:-10])
@@ -160,7 +188,7 @@ def test_torn_checkpoint_is_refused_and_the_earlier_one_named(run, capsys):
 
 def test_resume_refuses_settings_that_do_not_fit_the_run(run, capsys):
     assert main(["--resume", str(run), "policy.chunk_size=4", "--task-id", "3"]) == 2
-    assert "policy, env cannot change within a run" in capsys.readouterr().err
+    assert "policy.chunk_size (2 -> 4), env.task_ids ([0] -> [3]) cannot change within a run" in capsys.readouterr().err
     assert main(["--resume", str(run), "--config", TINY]) == 2
     assert main(["--resume", str(run), "--output-dir", "elsewhere"]) == 2
 

@@ -11,6 +11,7 @@ A checkpoint is a folder runs/RUN/checkpoints/iteration-000010 with
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -129,7 +131,9 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
+        files, made_with = dict(manifest["files"]), manifest["fingerprint"]
+        if not files:
+            raise ValueError("it lists no files")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder} is torn: {MANIFEST} cannot be read ({error})") from None
     for name, expected in files.items():
@@ -138,11 +142,22 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
             raise CheckpointError(f"checkpoint {folder} is torn: {name} is missing")
         if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
             raise CheckpointError(f"checkpoint {folder} is torn: {name} is not what was written")
-    if fingerprint is not None and manifest["fingerprint"] != fingerprint:
+    if fingerprint is not None and made_with != fingerprint:
         raise CheckpointError(
-            f"checkpoint {folder} is of another model: it was made with {manifest['fingerprint']}, this run has {fingerprint}"
+            f"checkpoint {folder} is of another model: it was made with {made_with}, this run has {fingerprint}"
         )
     return manifest
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """A safetensors file. Through Python's own write, whose OSError tells of a full disk; so does save_torch."""
+    path.write_bytes(safetensors.torch.save(tensors, metadata or None))
+
+
+def save_torch(value: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def load_trainer_state(folder: Path) -> dict[str, Any]:

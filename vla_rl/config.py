@@ -59,7 +59,9 @@ States = Annotated[list[StateIndex], Field(min_length=1), BeforeValidator(parse_
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -78,7 +80,9 @@ class RunConfig(Section):
     """One training run."""
 
     timesteps: int = Field(100_000, ge=0, description="simulator steps to train for, all environments together (20 Hz)")
-    seed: int = Field(0, ge=0, description="seed of the sampling, the minibatch order, the value head and the episodes")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="seed of the sampling, the minibatch order, the value head and the episodes"
+    )
     device: Literal["cpu", "cuda"] = Field("cuda", description="where the policy runs")
     torch_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice")
     output_dir: str = Field("runs", description="each run makes its own folder in this one")
@@ -199,7 +203,9 @@ class OptimizerConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's running mean")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the squared gradient's running mean")
     eps: float = Field(1e-8, gt=0, description="added to the root of the squared gradient's mean")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
+    max_grad_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="gradients are scaled down to this global norm; .inf never"
+    )
 
 
 class ActorConfig(OptimizerConfig):
@@ -358,6 +364,8 @@ def config_from_dict(values: dict[str, Any], source: str) -> Config:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give the YAML file in it")
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) or sorted(
             str(p) for p in Path("configs").glob("*.yaml")
@@ -366,7 +374,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(), UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a YAML file: {error}") from None
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

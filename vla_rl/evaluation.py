@@ -73,33 +73,33 @@ def evaluate_policy(
     bar = tqdm(total=len(episodes), desc=description, unit="ep", disable=not progress, mininterval=1)
 
     obs = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
-    while queue.playing:
-        on_decision()
-        playing = sorted(queue.playing)
-        output = policy.act(obs.rows(playing), temperature=temperature, greedy=greedy, generator=generator)
-        actions = np.zeros(envs.action_space.shape, dtype=np.float32)  # [N, C, 7]; idle environments ignore theirs
-        actions[playing] = output.actions
-        if record:
-            for index in playing:
-                frames[index].append(obs.images[index, 0].copy())  # not a view that keeps all environments' images
-        raw_obs, _, terminated, truncated, info = envs.step(actions)
-        obs = Observation.from_vector_env(raw_obs)
-        lengths += info["steps"]
-        finished = np.zeros(envs.num_envs, dtype=bool)
-        finished[playing] = (terminated | truncated)[playing]
-        for index in np.flatnonzero(finished):
-            number = queue.playing[int(index)]
-            success = bool(terminated[index])
-            shown = None
-            if record and success not in recorded:
-                recorded.add(success)
-                shown = [*frames[index], obs.images[index, 0].copy()]
-            results[number] = EpisodeResult(episodes[number], success, int(lengths[index]), shown)
-            lengths[index], frames[index] = 0, []
-            bar.update()
-            bar.set_postfix_str(f"succ={np.mean([r.success for r in results if r is not None]):.1%}")
-        obs = reset_finished(envs, finished, queue) or obs
-    bar.close()
+    with bar:
+        while queue.playing:
+            on_decision()
+            playing = sorted(queue.playing)
+            output = policy.act(obs.rows(playing), temperature=temperature, greedy=greedy, generator=generator)
+            actions = np.zeros(envs.action_space.shape, dtype=np.float32)  # [N, C, 7]; idle environments ignore theirs
+            actions[playing] = output.actions
+            if record:
+                for index in playing:
+                    frames[index].append(obs.images[index, 0].copy())  # not a view that keeps all environments' images
+            raw_obs, _, terminated, truncated, info = envs.step(actions)
+            obs = Observation.from_vector_env(raw_obs)
+            lengths += info["steps"]
+            finished = np.zeros(envs.num_envs, dtype=bool)
+            finished[playing] = (terminated | truncated)[playing]
+            for index in np.flatnonzero(finished):
+                number = queue.playing[int(index)]
+                success = bool(terminated[index])
+                shown = None
+                if record and success not in recorded:
+                    recorded.add(success)
+                    shown = [*frames[index], obs.images[index, 0].copy()]
+                results[number] = EpisodeResult(episodes[number], success, int(lengths[index]), shown)
+                lengths[index], frames[index] = 0, []
+                bar.update()
+                bar.set_postfix_str(f"succ={np.mean([r.success for r in results if r is not None]):.1%}")
+            obs = reset_finished(envs, finished, queue) or obs
     return results
 
 

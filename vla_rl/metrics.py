@@ -81,16 +81,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a torn last line (the run was killed while writing it) is left out.
 
     Raises:
-        ValueError: a line that is not the last one is damaged.
+        ConfigError: a line that is not the last one is damaged.
     """
     lines = path.read_text().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+            records.append({"iteration": record["iteration"], **record})
+        except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
+                raise ConfigError(
+                    f"{path}, line {number} is damaged: {line[:80]!r}; mend or remove the line, or move the file away"
+                ) from error
     return records
 
 
@@ -142,6 +145,8 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
             axis.legend(fontsize=7)
         if title == "success rate":
             axis.set_ylim(-0.05, 1.05)
+        if title == "explained variance":  # far below 0 it says no more than below 0
+            axis.set_ylim(max(axis.get_ylim()[0], -1.05), 1.05)
         if title == "gradient norm":  # one peak would flatten the rest
             axis.set_yscale("log", nonpositive="mask")
     for axis in axes.flat[len(panels) :]:

@@ -24,10 +24,11 @@ import tokenizers
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_rl.action_tokenizer import ActionTokenizer, normalize_proprio, to_environment, unnormalize
+from vla_rl.checkpoint import save_tensors
 from vla_rl.config import ConfigError, LoraConfig
 from vla_rl.image_transform import preprocess
 from vla_rl.prismatic import (
@@ -429,7 +430,7 @@ class OpenVLAPolicy:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapter_tensors(values).items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "adapter_model.safetensors", format="pt")
         self.adapted.peft_config["default"].save_pretrained(folder)
 
     def load_adapter(self, folder: Path) -> None:

@@ -68,6 +68,7 @@ def summary_line(iteration: int, timesteps: int, total: int, metrics: dict[str, 
         value = metrics.get(name)
         return "-" if value is None else format(value, form)
 
+    critic_only = " | critic warm-up: no actor step" if metrics.get("actor/optimizer_steps") == 0 else ""
     return (
         f"iteration {iteration} | {timesteps}/{total} steps | success {number('rollout/success_rate', '.1%')} of "
         f"{metrics['rollout/episodes']} | return {number('rollout/return', '.2f')} | "
@@ -75,7 +76,7 @@ def summary_line(iteration: int, timesteps: int, total: int, metrics: dict[str, 
         f"entropy {number('actor/entropy', '.2f')} | pi {number('actor/policy_loss', '.3g')} | "
         f"v {number('critic/value_loss', '.3g')} | ev {number('critic/explained_variance', '.2f')} | "
         f"rollout {metrics['time/rollout_s']:.1f} s, update {metrics['time/update_s']:.1f} s | "
-        f"{metrics['system/peak_memory_gib']:.1f} GiB"
+        f"{metrics['system/peak_memory_gib']:.1f} GiB{critic_only}"
     )
 
 
