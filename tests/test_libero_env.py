@@ -425,3 +425,16 @@ def test_closing_after_an_answer_was_half_read_does_not_wait_for_it():
     closing.start()
     closing.join(timeout=20)
     assert not closing.is_alive() and not any(process.is_alive() for process in envs.processes)
+
+
+def test_settings_reach_the_environments():
+    values = {"task_suite": "libero_goal", "task_ids": [3, 1], "image_size": 72, "settle_steps": 4, "render": "fast"}
+    config = config_from_dict({"env": values, "policy": {"chunk_size": 5, "num_images": 2}}, "test")
+    for render, expected in ((None, "fast"), ("exact", "exact")):
+        envs = make_vector_env(config, 1, render=render)
+        env = envs.env_fns[0]()
+        assert envs.single_observation_space["images"].shape == (2, 72, 72, 3)
+        assert envs.single_action_space.shape == (5, 7)
+        assert (env.task_suite, env.default_task_id, env.settle_steps, env.max_steps) == ("libero_goal", 3, 4, 300)
+        assert env.render_quality == expected
+        envs.close()

@@ -638,3 +638,47 @@ def test_real_policy_makes_good_tokens_likelier_and_bad_ones_rarer(tmp_path):
     assert (change[signs > 0] > 0).all()
     assert (change[signs < 0] < 0).all()
     assert all(torch.equal(p, base[n]) for n, p in policy.network.named_parameters() if not p.requires_grad)
+
+
+# ------------------------------------------------------------------------------- settings of evaluation and of outputs
+
+
+def evaluation_of(folder, **changes):
+    trainer = make_trainer(folder, evaluate=True, run={"timesteps": 0}, **{"eval": {}} | changes)
+    seen, act = [], trainer.policy.act
+    trainer.policy.act = lambda obs, **kwargs: (seen.append(kwargs), act(obs, **kwargs))[1]
+    trainer.train()
+    return read_metrics(folder / "metrics.jsonl")[0], seen
+
+
+def test_evaluation_plays_the_modes_and_states_that_are_set(tmp_path):
+    line, seen = evaluation_of(tmp_path / "a", eval={"modes": ["sampled"], "states": "3-7"})
+    assert line["eval/episodes_sampled"] == 5 and "eval/success_rate_greedy" not in line
+    assert not any(kwargs["greedy"] for kwargs in seen)
+    line, seen = evaluation_of(tmp_path / "b", eval={"modes": ["greedy"]}, env={"task_ids": [0, 2]})
+    assert line["eval/episodes_greedy"] == 8 and all(kwargs["greedy"] for kwargs in seen)
+
+
+def test_evaluation_samples_at_its_own_temperature_or_at_the_rollouts(tmp_path):
+    rollout = {"temperature": 1.5}
+    _, seen = evaluation_of(tmp_path / "a", rollout=rollout, eval={"modes": ["sampled"]})
+    assert {kwargs["temperature"] for kwargs in seen} == {1.5}
+    _, seen = evaluation_of(tmp_path / "b", rollout=rollout, eval={"modes": ["sampled"], "temperature": 0.6})
+    assert {kwargs["temperature"] for kwargs in seen} == {0.6}
+
+
+def test_evaluation_interval_counts_iterations(tmp_path):
+    trainer = make_trainer(tmp_path, evaluate=True, run={"timesteps": 5 * 4 * 8 * CHUNK}, eval={"interval": 2})
+    trainer.train()
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "eval/success_rate_greedy" in line]
+    assert [line["iteration"] for line in lines] == [0, 2, 4, 5]
+
+
+def test_checkpoints_and_curves_come_at_their_intervals_and_only_the_newest_are_kept(tmp_path):
+    logging_settings = {"checkpoint_interval": 2, "keep_checkpoints": 2, "curves_interval": 3}
+    trainer = make_trainer(tmp_path, run={"timesteps": 7 * 4 * 8 * CHUNK}, logging=logging_settings)
+    drawn = []
+    trainer.logger.draw_curves = lambda: drawn.append(trainer.iteration)
+    trainer.train()
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["iteration-000006", "iteration-000007"]
+    assert drawn == [3, 6, 7]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from OpenVLA_PPO import InvariantError
-from start_gae_ppo_training import ROOT, explain, main, parse_args, settings_from
+from start_gae_ppo_training import ROOT, build_policy, build_value_head, explain, main, parse_args, settings_from
 from tests.test_openvla_ppo import make_trainer
 from vla_rl.config import list_settings, save_config
 from vla_rl.types import NonFiniteError, RenderingError, SimulatorDied
@@ -213,3 +213,16 @@ def test_existing_run_folder_is_not_written_into(capsys, tmp_path):
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "mine" / "metrics.jsonl").read_text() == "{}\n"
     shutil.rmtree(tmp_path / "mine")
+
+
+def test_number_of_torch_threads_and_size_of_the_value_head_are_those_set():
+    threads = torch.get_num_threads()
+    try:
+        config = config_of("--config", TINY, "run.torch_threads=3", "value_head.hidden_sizes=[7, 5]")
+        policy = build_policy(config)
+        assert torch.get_num_threads() == 3
+        head = build_value_head(config, policy.hidden_size)
+        assert [list(p.shape) for p in head.parameters() if p.dim() == 2] == [[7, 128], [5, 7], [1, 5]]
+        assert build_value_head(config_of("--config", "configs/tiny_grpo.yaml"), 128) is None
+    finally:
+        torch.set_num_threads(threads)

@@ -26,7 +26,7 @@ LANCZOS_RADIUS = np.float32(3)  # lanczos3
 def preprocess(image_uint8: np.ndarray, center_crop: bool, size: int = 224) -> np.ndarray:
     """The model's image: JPEG at quality 95 -> lanczos3 resize -> (centre crop of 90 % of its area, resized back).
 
-    The first step of the official chain, `rotate_180` of LIBERO's upside-down render, is not in here: the environment
+    The first step of the official chain, turning LIBERO's upside-down render by 180 degrees, is not in here: the environment
     does it. It cannot come later, since JPEG and rotation do not commute exactly.
 
     Args:
@@ -45,12 +45,6 @@ def preprocess(image_uint8: np.ndarray, center_crop: bool, size: int = 224) -> n
         raise ValueError(f"size={size}: expected a side of at least 1 pixel, such as 224")
     image = resize_lanczos3(jpeg_round_trip(image_uint8), size)
     return crop_center(image) if center_crop else image
-
-
-def rotate_180(image_uint8: np.ndarray) -> np.ndarray:
-    """A contiguous copy turned by 180 degrees, for LIBERO's upside-down cameras. uint8 [H, W, 3] in and out."""
-    check_image(image_uint8)
-    return np.ascontiguousarray(image_uint8[::-1, ::-1])
 
 
 def check_image(image: np.ndarray) -> None:

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     config = load_config(find_config(args.config), args.overrides, {"logging.progress": False})
-    figures = {"physics_share_of_a_chunk": physics_share(config)} | measure_training(config, args.rollouts)
+    figures = measure_simulator(config) | measure_training(config, args.rollouts)
     waiting = figures.pop("simulator_share")
     physics = figures["physics_share_of_a_chunk"]
     figures |= {"share_physics": waiting * physics, "share_rendering": waiting * (1 - physics)}
@@ -51,19 +51,22 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def physics_share(config: Config, chunks: int = 12) -> float:
-    """Share of a chunk's time in the simulator's steps, the rest being its one image; one environment, in one worker.
+def measure_simulator(config: Config, chunks: int = 12) -> dict[str, float]:
+    """Seconds of a simulator alone, and the share of a chunk in its steps, the rest being its one image; one worker.
 
     A chunk of C actions is C steps and one image; a chunk of 1 is one step and one image. From the two times follow both.
     """
     size = config.policy.chunk_size
     if size == 1:
         raise SystemExit("policy.chunk_size=1: a chunk has one step and one image, whose times cannot be told apart")
-    times = {}
+    times, figures = {}, {}
     for chunk_size in (1, size):
         changed = config.model_copy(update={"policy": config.policy.model_copy(update={"chunk_size": chunk_size})})
         envs = make_vector_env(changed, 1)
-        envs.reset(options={"episodes": {0: Episode(config.env.task_ids[0], None, seed=0)}})
+        for name in ("seconds_to_build", "seconds_of_a_reset"):  # the first builds the simulator
+            start = time.perf_counter()
+            envs.reset(options={"episodes": {0: Episode(config.env.task_ids[0], None, seed=0)}})
+            figures[name] = time.perf_counter() - start
         actions = np.zeros(envs.action_space.shape, dtype=np.float32)
         envs.step(actions)
         start = time.perf_counter()
@@ -72,7 +75,7 @@ def physics_share(config: Config, chunks: int = 12) -> float:
         times[chunk_size] = (time.perf_counter() - start) / chunks
         envs.close()
     step = (times[size] - times[1]) / (size - 1)
-    return step * size / times[size]
+    return figures | {"seconds_of_a_chunk": times[size], "physics_share_of_a_chunk": step * size / times[size]}
 
 
 def measure_training(config: Config, rollouts: int) -> dict[str, float]:
