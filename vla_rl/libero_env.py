@@ -40,7 +40,7 @@ REST = np.array(
     [0, 0, 0, 0, 0, 0, -1], np.float64
 )  # arm at rest, gripper open (openvla run_libero_eval.py, dummy action)
 MAX_PLACEMENT_TRIES = 100  # LIBERO itself tries for ever; each try already draws 5,000 positions an object
-WORKER_GB = 1.2  # resident memory of a worker at 256 pixels (docs/libero.md)
+WORKER_GB = 1.3  # resident memory of a worker at 256 pixels (docs/libero.md)
 GL_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"
 
 
