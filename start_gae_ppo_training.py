@@ -203,8 +203,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:
     from OpenVLA_PPO import OpenVLAPPO
-    from vla_rl.libero_env import make_vector_env
     from vla_rl.metrics import MetricsLogger
+    from vla_rl.vector_env import make_vector_env
 
     logger = MetricsLogger(folder, config)
     log.info("run folder %s", folder)

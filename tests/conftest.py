@@ -1,6 +1,18 @@
 """What every test runs under."""
 
+import contextlib
+import os
+from pathlib import Path
+
 import torch
+
+from vla_rl.libero_env import prepare_environment
+
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401 (before robosuite's numba: in the other order their two LLVMs end the interpreter)
 
 # small tensors: a second thread costs more than it gives, and much more on a busy machine
 torch.set_num_threads(1)
+# compiled models stay out of the user's home
+os.environ["VLA_RL_CACHE"] = str(Path(__file__).parent.parent / ".pytest_cache" / "models")
+prepare_environment()  # MuJoCo reads it when it is imported

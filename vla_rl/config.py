@@ -151,12 +151,21 @@ class EnvConfig(Section):
         "exact",
         description="exact: stock LIBERO's images; fast: no reflections and no multi-sampling, for CPU rendering",
     )
+    num_workers: int | None = Field(
+        None, ge=1, description="processes that share the environments; null takes one a CPU core"
+    )
+    simulators_per_worker: int = Field(
+        4, ge=1, description="tasks that a worker keeps in memory (0.6 GB each); to come back to another costs seconds"
+    )
+    model_cache_gb: float = Field(
+        3.0, ge=0, description="disk for compiled models in ~/.cache/vla_rl (0.25 GB a task); 0 for none"
+    )
 
 
 class RolloutConfig(Section):
     """Data of one iteration."""
 
-    num_envs: int = Field(8, ge=1, description="environments, one worker process each")
+    num_envs: int = Field(8, ge=1, description="environments")
     n_steps: int = Field(64, ge=1, description="decisions per environment and iteration (gae)")
     group_size: int = Field(8, ge=2, description="episodes that share task and initial state (grpo)")
     n_episodes: int | None = Field(None, ge=1, description="episodes per iteration (grpo); null takes num_envs")
@@ -229,7 +238,7 @@ class EvalConfig(Section):
         ["greedy", "sampled"], min_length=1, description="greedy: most likely tokens; sampled: from the policy"
     )
     temperature: float | None = Field(None, gt=0, description="of the sampled mode; null takes rollout.temperature")
-    num_envs: int = Field(8, ge=1, description="evaluation worker processes, fed from one queue")
+    num_envs: int = Field(8, ge=1, description="evaluation environments, fed from one queue")
     render: Literal["exact", "fast"] | None = Field(None, description="as env.render; null takes env.render")
     video: bool = Field(True, description="write an MP4 of one success and one failure")
 

@@ -1,9 +1,10 @@
-"""One LIBERO task as a gymnasium.Env that executes action chunks, and a vector of them in worker processes.
+"""One LIBERO task as a gymnasium.Env that executes action chunks.
 
-Not here: which episodes are run (the trainer's), how images are preprocessed (vla_rl.image_transform).
-No torch, and no simulator before the first reset, so that worker processes start fast and the main process has no GL.
+Not here: which episodes are run (the trainer's), how images are preprocessed (vla_rl.image_transform), worker processes
+(vla_rl.vector_env), the physics (vla_rl.simulator). No torch, and no simulator before the first reset, so that worker
+processes start fast and the main process has no GL.
 
-N environments, K images, H = W image side in pixels, C steps in a chunk. One simulator step is 50 ms (20 Hz).
+K images, H = W image side in pixels, C steps in a chunk. One simulator step is 50 ms (20 Hz).
 """
 
 from __future__ import annotations
@@ -13,34 +14,32 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import importlib.util
 import io
 import logging
 import os
-import signal
 import string
-import sys
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Text
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
-from gymnasium.vector.async_vector_env import AsyncState
 
-from vla_rl.config import TASK_SUITES, Config
-from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError, SimulatorDied
+from vla_rl.config import TASK_SUITES
+from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError
+
+if TYPE_CHECKING:
+    from vla_rl.simulator import Simulator, SimulatorState
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # in the order of OpenVLA-OFT's images
 MAX_INSTRUCTION = 200  # characters; the longest of the five suites has 88
 REST = np.array(
     [0, 0, 0, 0, 0, 0, -1], np.float64
 )  # arm at rest, gripper open (openvla run_libero_eval.py, dummy action)
-MAX_PLACEMENT_TRIES = 100  # LIBERO itself tries for ever; each try already draws 5,000 positions an object
-WORKER_GB = 1.3  # resident memory of a worker at 256 pixels (docs/libero.md)
+SETTLED_STARTS = 64  # kept of each task: its 50 fixed states and some
 GL_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"
 
 
@@ -60,6 +59,7 @@ class LiberoEnv(gymnasium.Env):
         max_steps: simulator steps until truncation; None takes the suite's own limit.
         settle_steps: steps with a resting arm in `reset`; they do not count.
         index: which of `options["episodes"]` is this environment's.
+        simulators: shared with other environments of the process; None for its own.
     """
 
     metadata = {"render_modes": [], "render_fps": 20}  # noqa: RUF012 (gymnasium's own declaration)
@@ -76,6 +76,7 @@ class LiberoEnv(gymnasium.Env):
         max_steps: int | None = None,
         settle_steps: int = 10,
         index: int = 0,
+        simulators: Simulators | None = None,
     ):
         if task_suite not in TASK_SUITES:
             raise ValueError(f"task_suite={task_suite!r} is unknown; choose one of {', '.join(TASK_SUITES)}")
@@ -91,8 +92,7 @@ class LiberoEnv(gymnasium.Env):
             instruction=Text(MAX_INSTRUCTION, min_length=0, charset=string.ascii_letters + string.digits + " .,_-'"),
         )
         self.action_space = Box(-1, 1, (chunk_size, ACTION_DIM), np.float32)
-        self._simulator: Any = None  # robosuite environment of task self._task_id
-        self._task_id: int | None = None
+        self._simulators = simulators or Simulators()
         self._episode: dict[str, Any] | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
@@ -146,11 +146,7 @@ class LiberoEnv(gymnasium.Env):
         steps_before = len(self._actions)
         ended_before = self._terminated or self._truncated
         if not ended_before:
-            actions = actions[: self.max_steps - steps_before]
-            for i, action in enumerate(actions):
-                self._execute(action, render=i == len(actions) - 1)
-                if self._terminated:
-                    break
+            self._execute(actions[: self.max_steps - steps_before])
         steps = len(self._actions) - steps_before
         reward = float(self._terminated and not ended_before)
         info = {"steps": steps, "success": self._terminated}
@@ -166,8 +162,7 @@ class LiberoEnv(gymnasium.Env):
     def restore_episode(self, state: dict[str, Any]) -> dict:
         """Repeats the episode up to its state, bit for bit, and returns the observation there; renders once."""
         self._start(as_dict(state["episode"]), render=len(state["actions"]) == 0)
-        for i, action in enumerate(state["actions"]):
-            self._execute(action, render=i == len(state["actions"]) - 1)
+        self._execute(state["actions"])
         return self._observe()
 
     def restore_episodes(self, states: Sequence[dict[str, Any] | None]) -> dict | None:
@@ -176,74 +171,64 @@ class LiberoEnv(gymnasium.Env):
         return None if state is None else self.restore_episode(state)
 
     def close(self) -> None:
-        """Frees the simulator and its GL context."""
-        if self._simulator is not None:
-            self._simulator.close()
-            self._simulator, self._task_id, self._episode = None, None, None
-            atexit.unregister(self.close)
+        """Frees the simulators and their OpenGL contexts."""
+        self._simulators.close()
+        self._episode = None
+
+    @property
+    def _simulator(self) -> Simulator:
+        """The episode's simulator, in the state where this environment left it."""
+        fast = self.render_quality == "fast"
+        shared = self._simulators.get(self.task_suite, self._episode["task_id"], self.cameras, self.image_size, fast)
+        if shared.holder is not self:
+            shared.simulator.set_state(self._state)
+            shared.holder = self
+        return shared.simulator
 
     def _start(self, episode: dict[str, Any], render: bool) -> None:
-        self._build(episode["task_id"])
-        state_index, simulator = episode["initial_state"], self._simulator
-        if state_index is not None and not 0 <= state_index < len(self._initial_states):
-            raise ValueError(
-                f"initial_state={state_index} does not exist; {self.task_suite} task {self._task_id} has "
-                f"0 to {len(self._initial_states) - 1}, or None for a random placement"
-            )
+        """Resets and settles the simulator, or puts it into that state if it has been there before."""
+        task_id, state_index, seed = episode["task_id"], episode["initial_state"], episode["seed"]
+        fast = self.render_quality == "fast"
+        shared = self._simulators.get(self.task_suite, task_id, self.cameras, self.image_size, fast)
+        simulator, start = shared.simulator, (state_index, seed, self.settle_steps)
+        if start not in shared.settled:
+            state = None if state_index is None else fixed_state(self.task_suite, task_id, state_index)
+            simulator.reset(seed, state, render=render and self.settle_steps == 0)
+            for i in range(self.settle_steps):
+                simulator.step(REST, render=render and i == self.settle_steps - 1)
+        self._state = shared.settled.get(start) or simulator.state()
+        if render:
+            shared.settled[start] = self._state
+            shared.settled.move_to_end(start)
+            if len(shared.settled) > SETTLED_STARTS:
+                shared.settled.popitem(last=False)
+        simulator.set_state(self._state)  # also where it is in it: body positions are then the same either way
+        shared.holder = self
         self._episode, self._actions = episode, []
         self._terminated = self._truncated = False
+        self._instruction = task_languages(self.task_suite)[task_id]
 
-        render_start = render and self.settle_steps == 0
-        simulator.seed(episode["seed"])  # also moves the fixtures, which a fixed state does not hold
-        simulator.cameras_on = render_start and state_index is None
-        self._raw = simulator.reset_until_placed()
-        if state_index is not None:
-            simulator.cameras_on = render_start
-            self._raw = simulator.set_initial_state(self._initial_states[state_index])
-        for i in range(self.settle_steps):
-            simulator.cameras_on = render and i == self.settle_steps - 1
-            self._raw, _, _, _ = simulator.step(REST)
-
-    def _execute(self, action: np.ndarray, render: bool) -> None:
-        """One simulator step; keeps the camera's old image unless `render`."""
-        self._simulator.cameras_on = render
-        # done is success only: LIBERO's own has no time limit
-        self._raw, _, success, _ = self._simulator.step(np.asarray(action, np.float64))
-        self._actions.append(np.array(action, np.float32))
-        self._terminated = bool(success)
+    def _execute(self, actions: np.ndarray) -> None:
+        """Steps until success or the end of the chunk [<= C, 7]; renders once."""
+        simulator = self._simulator
+        for i, action in enumerate(actions):
+            last = i == len(actions) - 1
+            # done is success only: LIBERO's own has no time limit
+            self._terminated = simulator.step(np.asarray(action, np.float64), render=last)
+            self._actions.append(np.array(action, np.float32))
+            if self._terminated:
+                # Success cannot be foreseen, so this image is taken after the step, 2 ms later than robosuite takes it.
+                # No decision follows from it.
+                simulator.render()
+                break
         self._truncated = not self._terminated and len(self._actions) >= self.max_steps
-        if self._terminated:
-            # Success cannot be foreseen, so this image is taken after the step, 2 ms later than robosuite takes it.
-            # No decision follows from it.
-            self._raw |= self._simulator.render_now()
+        self._state = simulator.state()
 
     def _observe(self) -> dict[str, Any]:
-        # LIBERO's images are upside down and mirrored: rotated by 180 degrees
-        images = np.stack([self._raw[f"{camera}_image"][::-1, ::-1] for camera in self.cameras])  # [K, H, W, 3] uint8
-        proprio = np.concatenate(
-            [
-                self._raw["robot0_eef_pos"],
-                quat_to_axis_angle(self._raw["robot0_eef_quat"]),
-                self._raw["robot0_gripper_qpos"],
-            ]
-        )
+        state = self._state
+        images = np.ascontiguousarray(state.images[:, ::-1, ::-1])  # LIBERO's are upside down and mirrored
+        proprio = np.concatenate([state.eef_pos, quat_to_axis_angle(state.eef_quat), state.gripper_qpos])
         return {"images": images, "proprio": proprio.astype(np.float32), "instruction": self._instruction}
-
-    def _build(self, task_id: int) -> None:
-        """The simulator of the task; an earlier task's is closed first, since a process has one GL context."""
-        if self._simulator is not None and task_id == self._task_id:
-            return
-        languages = task_languages(self.task_suite)
-        if not 0 <= task_id < len(languages):
-            raise ValueError(f"task_id={task_id} outside {self.task_suite}, which has tasks 0 to {len(languages) - 1}")
-        self.close()
-        self._simulator = build_simulator(
-            self.task_suite, task_id, self.cameras, self.image_size, fast=self.render_quality == "fast"
-        )
-        # PyOpenGL complains at interpreter exit about contexts that are still there
-        atexit.register(self.close)
-        self._task_id, self._instruction = task_id, languages[task_id]
-        self._initial_states = load_benchmark(self.task_suite).get_task_init_states(task_id)
 
 
 def as_dict(episode: Episode | Mapping[str, Any]) -> dict[str, Any]:
@@ -275,135 +260,99 @@ def num_tasks(task_suite: str) -> int:
     return len(task_languages(task_suite))
 
 
-# The simulator
+def check_task(task_suite: str, task_id: int) -> None:
+    if not 0 <= task_id < num_tasks(task_suite):
+        raise ValueError(f"task_id={task_id} outside {task_suite}, which has tasks 0 to {num_tasks(task_suite) - 1}")
 
 
-class EpisodeSimulator:
-    """Put in front of LIBERO's problem class: a reset without rebuilding that equals one with, and cameras on demand.
+def fixed_state(task_suite: str, task_id: int, index: int) -> np.ndarray:
+    """One of the benchmark's initial states, float64 [1 + nq + nv]."""
+    states = fixed_states(task_suite, task_id)
+    if not 0 <= index < len(states):
+        raise ValueError(
+            f"initial_state={index} does not exist; {task_suite} task {task_id} has 0 to {len(states) - 1}, "
+            "or None for a random placement"
+        )
+    return states[index]
 
-    A stock hard reset makes a new model, robot and simulation (4 s). What an episode leaves behind in them, and what
-    therefore is undone here, is: positions of fixtures and visibility of sites in the model, the gripper's command in
-    the robot, and the constraint solver's warm start, whose history begins with two forward passes at the model's
-    default pose (robosuite 1.4.0, environments/base.py _initialize_sim and utils/binding_utils.py MjRenderContext).
+
+@functools.cache
+def fixed_states(task_suite: str, task_id: int) -> np.ndarray:
+    """float64 [50, 1 + nq + nv]."""
+    return load_benchmark(task_suite).get_task_init_states(task_id)
+
+
+# The simulators
+
+
+class Simulators:
+    """The simulators of one process, one a task, shared by its environments: 0.6 GB each, however many play in it.
+
+    Args:
+        limit: how many are kept; beyond it, the one that was used longest ago is closed.
+        cache_gb: disk for compiled models (vla_rl.model_cache); 0 for none.
     """
 
-    fast = False
-    cameras_on = True
-    observable_names = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+    def __init__(self, limit: int = 1, cache_gb: float = 0):
+        self.limit, self.cache_gb = limit, cache_gb
+        self.kept: OrderedDict[tuple, Shared] = OrderedDict()
 
-    def _initialize_sim(self, xml_string: str | None = None) -> None:
-        super()._initialize_sim(xml_string)
-        model = self.sim.model
-        if self.fast:  # before the GL context is made, which reads these
-            model.vis.quality.offsamples = 0
-            model.vis.quality.shadowsize = 512
-            model.mat_reflectance[:] = 0
-        self._fresh = {name: getattr(model, name).copy() for name in ("body_pos", "body_quat", "site_rgba")}
+    def get(self, task_suite: str, task_id: int, cameras: Sequence[str], image_size: int, fast: bool) -> Shared:
+        """The simulator of a task; builds it if it is not there, which takes 2 to 5 s.
 
-    def _reset_internal(self) -> None:
-        for name, value in self._fresh.items():
-            getattr(self.sim.model, name)[:] = value
-        for robot in self.robots:
-            robot.gripper.current_action = np.zeros(robot.gripper.dof)
-        self.sim.forward()
-        self.sim.forward()
-        super()._reset_internal()
+        Raises:
+            ValueError: the task does not exist.
+            RuntimeError: LIBERO, a system library or an OpenGL device is missing; says what to install.
+        """
+        key = (task_suite, task_id, tuple(cameras), image_size, fast)
+        if key not in self.kept:
+            while len(self.kept) >= self.limit:
+                self.kept.popitem(last=False)[1].simulator.close()
+                gc.collect()  # robosuite's objects refer to each other
+            self.kept[key] = Shared(build_simulator(*key, cache_gb=self.cache_gb))
+            atexit.unregister(self.close)
+            atexit.register(self.close)  # PyOpenGL complains at interpreter exit about contexts that are still there
+        self.kept.move_to_end(key)
+        return self.kept[key]
 
-    def _setup_observables(self) -> dict[str, Any]:
-        """Only what is read: the other 28 cost Python time in each of the 25 sub-steps of a step."""
-        observables = super()._setup_observables()
-        names = (*self.observable_names, *(f"{camera}_image" for camera in self.camera_names))
-        return {name: observables[name] for name in names}
-
-    def _create_camera_sensors(self, cam_name, cam_w, cam_h, *args, **kwargs):
-        # observable.set_enabled would do the same but resets the observable's clock: images then differ from stock
-        (sensor,), (name,) = super()._create_camera_sensors(cam_name, cam_w, cam_h, *args, **kwargs)
-
-        def camera(obs_cache):
-            if self.cameras_on:
-                return sensor(obs_cache)
-            known = self._observables.get(name)
-            return np.zeros((cam_h, cam_w, 3), np.uint8) if known is None else known.obs
-
-        camera.__modality__ = sensor.__modality__
-        return [camera], [name]
-
-    def reset_until_placed(self) -> dict[str, Any]:
-        """Raises RuntimeError where LIBERO's ControlEnv.reset would swallow every error and loop for ever."""
-        from robosuite.utils.errors import RandomizationError
-
-        for _ in range(MAX_PLACEMENT_TRIES):
-            with contextlib.suppress(RandomizationError):
-                return self.reset()
-        raise RuntimeError(f"no placement of the objects found in {MAX_PLACEMENT_TRIES} tries; use another seed")
-
-    def set_initial_state(self, state: np.ndarray) -> dict[str, Any]:
-        """As LIBERO's ControlEnv.set_init_state."""
-        self.sim.set_state_from_flattened(state)
-        self.sim.forward()
-        self._check_success()
-        self._post_process()
-        self._update_observables(force=True)
-        return self._get_observations()
-
-    def render_now(self) -> dict[str, np.ndarray]:
-        self.cameras_on = True
-        names = [f"{camera}_image" for camera in self.camera_names]
-        return {name: np.array(self._observables[name]._sensor({})) for name in names}
+    def close(self) -> None:
+        """Frees the simulators and their OpenGL contexts; an environment's next reset or step builds its own again."""
+        while self.kept:
+            self.kept.popitem()[1].simulator.close()
+        gc.collect()
+        atexit.unregister(self.close)
 
 
-def build_simulator(task_suite: str, task_id: int, cameras: Sequence[str], image_size: int, fast: bool) -> Any:
-    """A robosuite environment of the task with the arguments of LIBERO's OffScreenRenderEnv; takes about 4 s.
+@dataclasses.dataclass
+class Shared:
+    """A simulator and which environment's state it is in."""
 
-    Raises:
-        RuntimeError: LIBERO, a system library or an OpenGL device is missing; says what to install.
-    """
+    simulator: Simulator
+    holder: LiberoEnv | None = None
+    settled: OrderedDict[tuple, SimulatorState] = dataclasses.field(default_factory=OrderedDict)  # start -> state
+
+
+def build_simulator(
+    task_suite: str, task_id: int, cameras: Sequence[str], image_size: int, fast: bool, cache_gb: float = 0
+) -> Simulator:
+    """As Simulators.get, without sharing."""
     prepare_environment()
     benchmark = load_benchmark(task_suite)
+    check_task(task_suite, task_id)
     try:
         if os.environ["MUJOCO_GL"].lower() == "egl":
             ctypes.CDLL("libEGL.so.1")  # PyOpenGL's own error for this is an AttributeError of None
-        import robosuite
-        from libero.libero.envs import TASK_MAPPING, bddl_utils
+        from vla_rl.simulator import Simulator
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is not installed; run: pip install -r requirements.txt") from error
     except (ImportError, OSError, AttributeError) as error:
         raise missing_gl(error) from error
-    bddl_file = benchmark.get_task_bddl_file_path(task_id)
-    problem = TASK_MAPPING[bddl_utils.get_problem_info(bddl_file)["problem_name"]]
-    simulator_class = type(problem.__name__, (EpisodeSimulator, problem), {"fast": fast, "cameras_on": False})
     try:
-        simulator = simulator_class(
-            bddl_file,
-            robots=["Panda"],
-            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            gripper_types="default",
-            initialization_noise=None,
-            use_camera_obs=True,
-            has_renderer=False,
-            has_offscreen_renderer=True,
-            control_freq=20,
-            ignore_done=True,  # the step limit is LiberoEnv's; robosuite's own horizon of 1,000 would raise an error
-            hard_reset=False,
-            camera_names=list(cameras),
-            camera_heights=image_size,
-            camera_widths=image_size,
-        )
-    except (ImportError, RuntimeError) as error:
-        if "EGL" in str(error) or "GL context" in str(error):
+        return Simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)
+    except Exception as error:
+        if "EGL" in str(error) or "GL context" in str(error) or "OpenGL" in str(error):
             raise missing_gl(error) from error
         raise
-    free_parsed_model()
-    return simulator
-
-
-def free_parsed_model() -> None:
-    """Gives back 0.3 GB: MuJoCo keeps the last parsed XML with its meshes and textures, for mj_saveLastXML."""
-    import mujoco
-
-    for library in Path(mujoco.__file__).parent.glob("libmujoco.so*"):  # the one that mujoco has loaded
-        ctypes.CDLL(str(library)).mj_freeLastXML()
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def missing_gl(error: Exception) -> RenderingError:
@@ -438,164 +387,3 @@ def load_benchmark(task_suite: str) -> Any:
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the order of its tasks
         return get_benchmark(task_suite)()
-
-
-# Worker processes
-
-
-class LiberoVectorEnv(AsyncVectorEnv):
-    """LiberoEnvs in worker processes; a worker that dies is named in the error.
-
-    The caller resets environments that have ended: `reset(options={"reset_mask": bool [N], "episodes": {i: Episode}})`.
-    """
-
-    def __init__(self, env_fns: Sequence[Any]):
-        self._instructions = [""] * len(env_fns)
-        with lean_workers():
-            super().__init__(
-                env_fns,
-                shared_memory=True,
-                context="spawn",  # never fork: the parent has threads, CUDA and perhaps a GL context
-                daemon=True,
-                autoreset_mode=AutoresetMode.DISABLED,
-            )
-
-    def reset_async(self, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> None:
-        with self._naming_dead_workers():
-            super().reset_async(seed, options)
-
-    def reset_wait(self, timeout: float | None = None) -> tuple[dict, dict]:
-        with self._naming_dead_workers():
-            obs, infos = super().reset_wait(timeout)
-        for i in np.flatnonzero(infos.pop("_instruction")):
-            self._instructions[i] = infos["instruction"][i]
-        infos.pop("instruction")
-        return self._with_instructions(obs), infos
-
-    def step_async(self, actions: np.ndarray) -> None:
-        actions = check_actions(actions, self.action_space.shape)  # here, since an error in a worker ends the worker
-        with self._naming_dead_workers():
-            super().step_async(actions)
-
-    def step_wait(self, timeout: float | None = None) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        with self._naming_dead_workers():
-            obs, *rest = super().step_wait(timeout)
-        return self._with_instructions(obs), *rest
-
-    def call_async(self, name: str, /, *args: Any, **kwargs: Any) -> None:
-        with self._naming_dead_workers():
-            super().call_async(name, *args, **kwargs)
-
-    def call_wait(self, timeout: float | None = None) -> tuple[Any, ...]:
-        with self._naming_dead_workers():
-            return super().call_wait(timeout)
-
-    def episode_states(self) -> list[dict[str, Any] | None]:
-        """What `restore_episodes` needs: each environment's episode and the actions executed in it."""
-        return list(self.call("episode_state"))
-
-    def restore_episodes(self, states: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-        """Brings each environment bit for bit to its state, and returns the observations there, as `reset` does."""
-        if len(states) != self.num_envs:
-            raise ValueError(f"{len(states)} episode states for {self.num_envs} environments")
-        for i, obs in enumerate(self.call("restore_episodes", list(states))):
-            if obs is not None:
-                self.observations["images"][i], self.observations["proprio"][i] = obs["images"], obs["proprio"]
-                self._instructions[i] = obs["instruction"]
-        copies = {name: self.observations[name].copy() for name in ("images", "proprio")}
-        return self._with_instructions(copies)
-
-    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        """Ends the workers. One that has died already is no error (a signal to the whole process group), and an answer
-        that was not waited for (Ctrl-C in the middle of a step) is not waited for now: it may have been read in part."""
-        if self._state != AsyncState.DEFAULT:
-            self._state, terminate = AsyncState.DEFAULT, True
-        try:
-            super().close_extras(timeout, terminate)
-        except (EOFError, ConnectionError):
-            super().close_extras(timeout, terminate=True)
-
-    def _with_instructions(self, obs: dict[str, Any]) -> dict[str, Any]:
-        # gymnasium 1.4.0 decodes a Text in shared memory only once, when the vector is made
-        return obs | {"instruction": tuple(self._instructions)}
-
-    def _check_spaces(self) -> None:
-        with self._naming_dead_workers():
-            super()._check_spaces()
-
-    @contextlib.contextmanager
-    def _naming_dead_workers(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, ConnectionError) as error:  # the pipe's other end is gone
-            for process in self.processes:
-                process.join(0.2)
-            dead = {i: process.exitcode for i, process in enumerate(self.processes) if process.exitcode is not None}
-            self._state = AsyncState.DEFAULT
-            self.close(terminate=True)
-            raise SimulatorDied(describe_death(dead)) from error
-
-
-def describe_death(exitcodes: dict[int, int]) -> str:
-    """exitcodes: worker -> exit code, negative for a signal."""
-    workers = ", ".join(str(i) for i in exitcodes) or "(unknown)"
-    causes = {signal.Signals(-code).name if code < 0 else f"exit code {code}" for code in exitcodes.values()}
-    if "SIGKILL" in causes or not causes:
-        hint = f"often out of memory: about {WORKER_GB} GB each; lower rollout.num_envs and eval.num_envs"
-    else:
-        hint = "its own message is above"
-    return f"simulator worker {workers} died ({', '.join(sorted(causes))}; {hint})"
-
-
-@dataclasses.dataclass(frozen=True)
-class MakeEnv:
-    """Builds environment `index`; called in the main process too (for the spaces), hence the check of the process."""
-
-    kwargs: dict[str, Any]
-    parent_pid: int
-
-    def __call__(self) -> LiberoEnv:
-        if os.getpid() != self.parent_pid:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-            devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            if not all(device.strip().isdigit() for device in devices.split(",")):
-                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # robosuite reads numbers only, not GPU-1a2b or MIG-...
-        return LiberoEnv(**self.kwargs)
-
-
-@contextlib.contextmanager
-def lean_workers() -> Iterator[None]:
-    """Workers started inside use one thread a library, and import this module but not the caller's script.
-
-    A spawned process imports the main script again, here one that imports torch: 0.4 GB and seconds a worker.
-    """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read before any of our code runs
-    before = {name: os.environ.get(name) for name in names}
-    main = sys.modules["__main__"]
-    os.environ.update(dict.fromkeys(names, "1"))
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def make_vector_env(config: Config, num_envs: int, *, render: str | None = None) -> LiberoVectorEnv:
-    """`num_envs` worker processes that run the configured suite.
-
-    Args:
-        render: "exact" or "fast"; None takes env.render.
-    """
-    kwargs = {
-        "task_suite": config.env.task_suite,
-        "task_ids": tuple(config.env.task_ids),
-        "chunk_size": config.policy.chunk_size,
-        "num_images": config.policy.num_images,
-        "image_size": config.env.image_size,
-        "render": render or config.env.render,
-        "max_steps": config.max_episode_steps(),
-        "settle_steps": config.env.settle_steps,
-    }
-    return LiberoVectorEnv([MakeEnv(kwargs | {"index": i}, os.getpid()) for i in range(num_envs)])

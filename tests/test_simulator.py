@@ -1,0 +1,223 @@
+"""Simulator against stock LIBERO, bit for bit: positions, velocities, the solver's start, rewards, images.
+
+A process has one current GL context: the stock environment runs first and is closed.
+"""
+
+import numpy as np
+import pytest
+
+from tests import stock_libero
+from tests.stock_libero import CAMERAS, REST, SIZE, Row, assert_equal
+from vla_rl import libero_env, simulator
+from vla_rl.libero_env import build_simulator, fixed_state
+from vla_rl.simulator import SampleClock
+from vla_rl.types import Episode
+
+pytestmark = pytest.mark.libero
+
+STEPS, CHUNK = 60, 8
+# of each suite three tasks: some that begin with an open drawer, a stove that is on, an object on another
+TASKS = [
+    *(("libero_spatial", task) for task in (0, 4, 9)),
+    *(("libero_object", task) for task in (0, 3, 8)),
+    *(("libero_goal", task) for task in (0, 6, 7)),
+    *(("libero_10", task) for task in (2, 3, 8)),
+]
+
+
+def random_actions(seed: int, steps: int = STEPS) -> np.ndarray:
+    """float64 [T, 7]; some are larger than 1, which the controller clips; the gripper opens, closes and holds."""
+    rng = np.random.default_rng(seed)
+    actions = rng.uniform(-1.2, 1.2, (steps, 7))
+    actions[::7, 6] = 0
+    actions[::5, 3:6] = 0  # keeps the last orientation goal
+    return actions
+
+
+def reset(sim, suite: str, episode: Episode, render: bool = False) -> None:
+    state = None if episode.initial_state is None else fixed_state(suite, episode.task_id, episode.initial_state)
+    sim.reset(episode.seed, state, render=False)
+    for i in range(10):
+        sim.step(REST, render=render and i == 9)
+
+
+def row(sim, success: bool = False, rendered: bool = False) -> Row:
+    return Row(
+        qpos=sim.data.qpos,
+        qvel=sim.data.qvel,
+        qacc_warmstart=sim.data.qacc_warmstart,
+        body_pos=sim.model.body_pos,
+        site_rgba=sim.model.site_rgba,
+        gripper=np.array(sim.arm.finger_command),
+        reward=float(success),
+        success=success,
+        eef_pos=sim.eef_pos,
+        eef_quat=sim.eef_quat,
+        gripper_qpos=sim.gripper_qpos,
+        images=sim.images if rendered else None,
+    )
+
+
+def assert_plays_like(sim, suite: str, episode: Episode, actions: np.ndarray, expected: list[Row], what: str) -> None:
+    reset(sim, suite, episode, render=True)
+    assert_equal(row(sim, rendered=True), expected[0], f"after the reset of {what}")
+    for t, action in enumerate(actions, start=1):
+        rendered = t % CHUNK == 0
+        success = sim.step(action, render=rendered)
+        assert_equal(row(sim, success, rendered), expected[t], f"after step {t} of {what}")
+
+
+@pytest.mark.parametrize(("suite", "task"), TASKS)
+def test_everything_equals_stock_and_resets_leave_nothing_behind(suite, task):
+    episodes = [Episode(task, 7, seed=3), Episode(task, 31, seed=0), Episode(task, None, seed=11)]
+    plays = [random_actions(0), random_actions(1), random_actions(2, steps=16)]
+    env = stock_libero.make(suite, task)
+    expected = [stock_libero.play(env, suite, *play, render_every=CHUNK) for play in zip(episodes, plays, strict=True)]
+    env.close()
+    moved = [np.abs(rows[-1].qpos - rows[0].qpos).max() for rows in expected]
+    assert min(moved) > 0.1  # radians and metres: the arm did move
+
+    sim = build_simulator(suite, task, CAMERAS, SIZE, fast=False)
+    for episode, actions, rows in zip(episodes, plays, expected, strict=True):
+        assert_plays_like(sim, suite, episode, actions, rows, str(episode))
+    for seed in range(20):
+        sim.reset(seed, None, render=False)
+        joints = [name for name in sim.env.sim.model.joint_names if "robot0" not in name and "_joint0" not in name]
+        for name in joints:
+            sim.data.joint(name).qpos = sim.model.joint(name).range[1]  # drawers open, stoves on
+        sim.step(random_actions(seed, 1)[0], render=False)
+    assert_plays_like(sim, suite, episodes[0], plays[0], expected[0], "the first episode, after 20 resets")
+    sim.close()
+
+
+@pytest.fixture(scope="module")
+def stove():
+    """libero_goal 7, "turn on the stove": its goal is a joint, and the burner's site changes with it."""
+    sim = build_simulator("libero_goal", 7, CAMERAS[:1], SIZE, fast=False)
+    yield sim
+    sim.close()
+
+
+def test_rendering_each_step_changes_nothing():
+    """Stock renders in each step; the comparisons above let it keep its images within a chunk."""
+    episode, actions = Episode(0, 7, seed=3), random_actions(0, 8)
+    env = stock_libero.make("libero_object", 0)
+    always = stock_libero.play(env, "libero_object", episode, actions)
+    sometimes = stock_libero.play(env, "libero_object", episode, actions, render_every=CHUNK)
+    env.close()
+    for t, (with_images, without) in enumerate(zip(always, sometimes, strict=True)):
+        assert_equal(with_images, without, f"after step {t}")
+
+
+def test_success_is_liberos_and_the_burner_lights_up(stove):
+    reset(stove, "libero_goal", Episode(7, 0, seed=0))
+    assert not stove.step(REST, render=False)
+    off = stove.model.site_rgba.copy()
+    knob = stove.data.joint("flat_stove_1_button")
+    knob.qpos = stove.model.joint("flat_stove_1_button").range[1]
+    assert stove.step(REST, render=False)
+    assert (stove.model.site_rgba != off).any()
+    reset(stove, "libero_goal", Episode(7, 0, seed=0))
+    np.testing.assert_array_equal(stove.model.site_rgba, off)
+
+
+def test_a_state_is_left_and_found_again_bit_for_bit(stove):
+    """What lets environments share a simulator: another episode in between changes nothing."""
+    first, second = random_actions(5, 12), random_actions(6, 12)
+    reset(stove, "libero_goal", Episode(7, 3, seed=1))
+    for action in first[:4]:
+        stove.step(action, render=True)
+    state = stove.state()
+    for action in first[4:]:
+        stove.step(action, render=True)
+    wanted, images = stove.state(), stove.images
+
+    reset(stove, "libero_goal", Episode(7, None, seed=2))
+    for action in second:
+        stove.step(action, render=True)
+    stove.set_state(state)
+    np.testing.assert_array_equal(stove.images, state.images)
+    for action in first[4:]:
+        stove.step(action, render=True)
+    assert_equal_states(stove.state(), wanted)
+    np.testing.assert_array_equal(stove.images, images)
+
+
+def test_a_state_right_after_the_reset_is_found_again(stove):
+    """robosuite's new controller goes by its measurements of the start pose for one sub-step: they belong to the state."""
+    stove.reset(4, None, render=True)
+    state = stove.state()
+    actions = random_actions(7, 3)
+    for action in actions:
+        stove.step(action, render=False)
+    wanted = stove.state()
+    reset(stove, "libero_goal", Episode(7, 3, seed=1))
+    stove.set_state(state)
+    for action in actions:
+        stove.step(action, render=False)
+    assert_equal_states(stove.state(), wanted)
+
+
+def assert_equal_states(state, wanted):
+    for name, value in wanted.arrays.items():
+        np.testing.assert_array_equal(state.arrays[name], value, err_msg=name)
+    assert (state.time, state.outdated, state.finger_command, state.clock) == (
+        wanted.time, wanted.outdated, wanted.finger_command, wanted.clock,
+    )  # fmt: skip
+    np.testing.assert_array_equal(state.goal_ori, wanted.goal_ori)
+    np.testing.assert_array_equal(state.eef_pos, wanted.eef_pos)
+
+
+def test_dynamics_are_computed_again_where_normalising_moves_a_quaternion(stove, monkeypatch):
+    reset(stove, "libero_goal", Episode(7, 0, seed=0))
+    assert stove.quaternions_stay() in (True, False)
+    before = stove.data.qpos.copy()
+    free = stove.model.jnt_qposadr[stove.model.jnt_type == 0][0] + 3
+    stove.data.qpos[free : free + 4] = [1.0, 1e-3, 0, 0]
+    assert not stove.quaternions_stay()
+    np.testing.assert_array_equal(stove.data.qpos[free : free + 4], [1.0, 1e-3, 0, 0])  # left as it was
+    stove.data.qpos[:] = before
+
+
+def test_no_placement_is_an_error_that_names_the_way_out(stove, monkeypatch):
+    def fail():
+        raise simulator.RandomizationError("Cannot place all objects")
+
+    monkeypatch.setattr(stove.env, "reset", fail)
+    with pytest.raises(RuntimeError, match="no placement of the objects found in 100 tries; use another seed"):
+        stove.reset(0, None, render=False)
+
+
+def test_a_mistake_inside_the_reset_is_not_hidden(stove, monkeypatch):
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(stove.env, "reset", fail)
+    with pytest.raises(ZeroDivisionError):
+        stove.reset(0, None, render=False)
+
+
+def test_clock_reads_once_a_control_step_as_robosuite_observables_do():
+    from robosuite.utils.observables import Observable
+
+    def sensor(cache):
+        reads.append(step)
+        return np.zeros(3)
+
+    sensor.__modality__ = "proprio"
+    for forced in (1, 2, 3):
+        reads, ours, step = [], [], -1
+        observable, clock = Observable("x", sensor, sampling_rate=20), SampleClock(1 / 20, 0.002)
+        reads.clear()
+        for step, force in enumerate([True] * forced + [False] * 25 * 400):
+            observable.update(0.002, {}, force=force)
+            if clock.update(force=force):
+                ours.append(step)
+        assert ours == reads and len(ours) > 400
+
+
+def test_suites_have_their_fixed_states():
+    states = libero_env.fixed_states("libero_goal", 7)
+    assert states.shape == (50, 79)
+    with pytest.raises(ValueError, match=r"initial_state=50 does not exist.*0 to 49"):
+        fixed_state("libero_goal", 7, 50)

@@ -1,0 +1,175 @@
+"""LiberoVectorEnv: environments in worker processes, several in each, in order, restored, and what a dead worker says."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from vla_rl.config import config_from_dict
+from vla_rl.libero_env import LiberoEnv, task_languages
+from vla_rl.types import ACTION_DIM, Episode, Observation
+from vla_rl.vector_env import LiberoVectorEnv, make_vector_env
+
+libero = pytest.mark.libero
+SIZE, CHUNK = 64, 8
+SETTINGS = {"task_suite": "libero_spatial", "chunk_size": CHUNK, "num_images": 2, "image_size": SIZE, "max_steps": 12}
+# three environments in two workers: the second worker has an empty place; two tasks
+EPISODES = {0: Episode(4, 7, 3), 1: Episode(1, 4, 0), 2: Episode(4, None, 11)}
+
+
+def random_actions(seed, num_envs=3):
+    return np.random.default_rng(seed).uniform(-1, 1, (num_envs, CHUNK, ACTION_DIM)).astype(np.float32)
+
+
+def wait_until_gone(pids, timeout_s=10):
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end and any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        time.sleep(0.05)
+    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Each episode by itself in a LiberoEnv: observations after the reset and after two chunks."""
+    env = LiberoEnv(**SETTINGS)
+    observations = {}
+    for i, episode in EPISODES.items():
+        observations[i] = [env.reset(options={"episode": episode})[0]]
+        observations[i] += [env.step(random_actions(seed)[i])[0] for seed in (0, 1)]
+    env.close()
+    return observations
+
+
+def assert_shows(obs, row, expected):
+    np.testing.assert_array_equal(obs["images"][row], expected["images"])
+    np.testing.assert_array_equal(obs["proprio"][row], expected["proprio"])
+    assert obs["instruction"][row] == expected["instruction"]
+
+
+@libero
+def test_the_vector_plays_restores_and_names_a_killed_worker(alone):
+    envs = LiberoVectorEnv(SETTINGS, num_envs=3, num_workers=2)
+    pids = [process.pid for process in envs.processes]
+    assert len(pids) == 2
+    obs, _ = envs.reset(options={"episodes": EPISODES})
+    languages = task_languages("libero_spatial")
+    assert Observation.from_vector_env(obs).instructions == (languages[4], languages[1], languages[4])
+    assert obs["images"].shape == (3, 2, SIZE, SIZE, 3) and envs.observation_space.contains(obs)
+    for i in EPISODES:
+        assert_shows(obs, i, alone[i][0])
+    for pid in pids:
+        with open(f"/proc/{pid}/maps") as maps:
+            assert "libtorch" not in maps.read()
+
+    with pytest.raises(ValueError, match="not finite"):  # refused here: the workers live on
+        envs.step(np.full_like(random_actions(0), np.nan))
+    first, *_ = envs.step(random_actions(0))
+    states = envs.episode_states()
+    second, rewards, terminated, truncated, infos = envs.step(random_actions(1))
+    for i in EPISODES:
+        assert_shows(first, i, alone[i][1])  # and a later step does not write into an earlier observation
+        assert_shows(second, i, alone[i][2])
+    assert infos["steps"].tolist() == [4, 4, 4] and truncated.all() and not terminated.any() and not rewards.any()
+
+    restored = envs.restore_episodes(states)
+    for i in EPISODES:
+        assert_shows(restored, i, alone[i][1])
+    again, _, _, truncated, _ = envs.step(random_actions(1))
+    np.testing.assert_array_equal(again["images"], second["images"])
+
+    mask = np.array([False, True, False])
+    obs, _ = envs.reset(options={"reset_mask": mask, "episodes": {1: EPISODES[0]}})
+    assert_shows(obs, 0, alone[0][2])  # left alone
+    assert_shows(obs, 1, alone[0][0])
+    _, _, _, truncated, infos = envs.step(random_actions(0))
+    assert infos["steps"].tolist() == [0, 8, 0] and truncated.tolist() == [True, False, True]
+
+    os.kill(pids[0], signal.SIGINT)  # Ctrl-C reaches the workers too, and is the parent's to handle
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"worker 1 died \(SIGKILL; often out of memory.*lower env.num_workers"):
+        envs.step(random_actions(0))
+    assert envs.workers.closed and wait_until_gone(pids) == []
+    envs.close()
+
+
+@libero
+def test_a_step_of_some_environments_leaves_the_others_as_they_are(alone):
+    """What overlapping needs: halves that step in turns give what they give together."""
+    envs = LiberoVectorEnv(SETTINGS, num_envs=3, num_workers=2)
+    envs.reset(options={"episodes": EPISODES})
+    for active in ([True, False, True], [False, True, False]):
+        envs.step_async(random_actions(0), np.array(active))
+        obs, _, _, _, infos = envs.step_wait()
+        assert infos["steps"].tolist() == [8 if playing else 0 for playing in active]
+        for i in EPISODES:
+            assert_shows(obs, i, alone[i][1 if active[i] or i != 1 else 0])
+    envs.close()
+
+
+@libero
+def test_seeds_without_episodes_are_one_an_environment():
+    envs = LiberoVectorEnv(SETTINGS | {"settle_steps": 0}, num_envs=2, num_workers=1)
+    obs, _ = envs.reset(seed=5)
+    states = envs.episode_states()
+    assert [state["episode"]["seed"] for state in states] == [5, 6]
+    again, _ = envs.reset(seed=[6, 5])
+    np.testing.assert_array_equal(again["images"], obs["images"][::-1])
+    envs.close()
+
+
+@libero
+def test_workers_do_not_run_the_main_script_and_close_leaves_nothing(capfd, tmp_path, monkeypatch):
+    marker, script = tmp_path / "marker", tmp_path / "script.py"
+    script.write_text(f"open({str(marker)!r}, 'w')")  # stands for a script that imports torch
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    envs = make_vector_env(config_from_dict({"env": {"image_size": SIZE, "settle_steps": 0}}, "test"), 1)
+    envs.reset(seed=[0])
+    pids = [process.pid for process in envs.processes]
+    envs.close()
+    assert wait_until_gone(pids) == [] and not marker.exists()
+    captured = capfd.readouterr()
+    assert "EGL" not in captured.err and "robosuite" not in captured.err and "[info]" not in captured.out
+
+
+def test_closing_after_an_answer_was_half_read_does_not_wait_for_it():
+    """As Ctrl-C in the middle of a step leaves it: one worker's answer has been read, the other's has not."""
+    envs = LiberoVectorEnv(SETTINGS, num_envs=2, num_workers=2)
+    envs.workers.call_async("episode_states")
+    envs.workers.parent_pipes[0].recv()
+    closing = threading.Thread(target=envs.close, daemon=True)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive() and not any(process.is_alive() for process in envs.processes)
+
+
+def test_wrong_numbers_are_refused():
+    envs = LiberoVectorEnv(SETTINGS, num_envs=3, num_workers=8)
+    assert len(envs.processes) == 3  # no worker without an environment
+    with pytest.raises(ValueError, match=r"shape \[2, 8, 7\], expected \[3, 8, 7\]"):
+        envs.step(random_actions(0, num_envs=2))
+    with pytest.raises(ValueError, match="2 episode states for 3 environments"):
+        envs.restore_episodes([None, None])
+    envs.close()
+
+
+def test_settings_reach_the_environments():
+    values = {"task_suite": "libero_goal", "task_ids": [3, 1], "image_size": 72, "settle_steps": 4, "render": "fast"}
+    values |= {"num_workers": 2, "simulators_per_worker": 3, "model_cache_gb": 1.5}
+    config = config_from_dict({"env": values, "policy": {"chunk_size": 5, "num_images": 2}}, "test")
+    for render, expected in ((None, "fast"), ("exact", "exact")):
+        envs = make_vector_env(config, 5, render=render)
+        assert envs.num_workers == len(envs.processes) == 2
+        worker = envs.workers.env_fns[1]()
+        assert list(worker.envs) == [1, 3]
+        assert (worker.simulators.limit, worker.simulators.cache_gb) == (3, 1.5)
+        env = worker.envs[3]
+        assert envs.single_observation_space["images"].shape == (2, 72, 72, 3)
+        assert envs.single_action_space.shape == (5, 7)
+        assert (env.task_suite, env.default_task_id, env.settle_steps, env.max_steps) == ("libero_goal", 3, 4, 300)
+        assert env.render_quality == expected
+        envs.close()

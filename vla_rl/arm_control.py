@@ -1,0 +1,138 @@
+"""LIBERO's control of the Panda arm and its gripper: robosuite's numbers, bit for bit, without its waste.
+
+robosuite 1.4.0 (controllers/osc.py, base_controller.py; Khatib 1987) looks up names, allocates arrays and computes each
+Jacobian twice in every one of the 25 sub-steps of a control step. Here the same numbers go through the same compiled
+functions, in the same memory layout: BLAS adds in another order where a matrix lies otherwise in memory.
+
+Not here: when the dynamics are computed (vla_rl.simulator).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mujoco
+import numpy as np
+from robosuite.controllers.osc import OperationalSpaceController
+from robosuite.models.grippers.panda_gripper import PandaGripper
+from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
+from robosuite.utils.numba import jit_decorator
+
+JOINTS = 7
+MEASURED = ("ee_pos", "ee_ori", "ee_pos_vel", "ee_ori_vel", "joint_pos", "joint_vel", "J_pos", "J_ori", "J", "mass")
+
+
+class ArmControl:
+    """Writes the arm's torques and the fingers' positions to data.ctrl.
+
+    Args:
+        robot: robosuite's; it stands in its start pose and its OSC_POSE controller has just been made there.
+    """
+
+    def __init__(self, robot: Any, model: mujoco.MjModel, data: mujoco.MjData):
+        osc, gripper = robot.controller, robot.gripper
+        assert type(osc) is OperationalSpaceController and osc.impedance_mode == "fixed" and osc.uncoupling
+        assert osc.interpolator_pos is None and osc.interpolator_ori is None
+        assert type(gripper) is PandaGripper, f"control of {type(gripper).__name__} is not implemented"
+        self.osc, self.model, self.data = osc, model, data
+        self.site = model.site(osc.eef_name).id
+        self.qpos_index, self.dof_index = consecutive(osc.qpos_index), consecutive(osc.qvel_index)
+        self.motor_index = consecutive(robot._ref_joint_actuator_indexes)
+        self.torque_low, self.torque_high = (limit.copy() for limit in robot.torque_limits)
+        self.finger_index = [model.actuator(name).id for name in gripper.actuators]
+        low, high = model.actuator_ctrlrange[self.finger_index].T
+        self.finger_centre, self.finger_range = 0.5 * (high + low), 0.5 * (high - low)
+        self.finger_speed = gripper.speed  # of the command, per sub-step
+
+        self.scene_jacobian = np.zeros((2, 3, model.nv))  # of every joint of the scene: position, orientation
+        self.scene_mass = np.zeros((model.nv, model.nv))
+        self.J_pos, self.J_ori = np.zeros((3, JOINTS), order="F"), np.zeros((3, JOINTS), order="F")
+        self.J, self.mass = np.zeros((6, JOINTS), order="F"), np.zeros((JOINTS, JOINTS), order="F")
+        self.wrench = np.zeros(6)
+        self.measure()
+        self.start = {name: getattr(self, name) for name in MEASURED} | {"goal_ori": np.array(osc.goal_ori)}
+        self.restart()
+
+    def restart(self) -> None:
+        """As a new controller, which has measured in the start pose and does so again after the first sub-step only."""
+        for name in MEASURED:
+            setattr(self, name, self.start[name].copy(order="K"))
+        self.osc.goal_ori = self.start["goal_ori"]
+        self.outdated = False  # robosuite: controller.new_update
+        self.finger_command = (0.0, 0.0)
+
+    def measure(self) -> None:
+        """Reads the arm's pose, velocity, Jacobians and masses from MuJoCo's data (robosuite: Controller.update)."""
+        data, dofs = self.data, self.dof_index
+        jacobian_pos, jacobian_ori = self.scene_jacobian
+        self.ee_pos = data.site_xpos[self.site].copy()
+        self.ee_ori = data.site_xmat[self.site].reshape(3, 3).copy()
+        mujoco.mj_jacSite(self.model, data, jacobian_pos, jacobian_ori, self.site)
+        self.ee_pos_vel = np.dot(jacobian_pos, data.qvel)
+        self.ee_ori_vel = np.dot(jacobian_ori, data.qvel)
+        self.joint_pos, self.joint_vel = data.qpos[self.qpos_index].copy(), data.qvel[dofs].copy()
+        self.J_pos[:] = self.J[:3] = jacobian_pos[:, dofs]
+        self.J_ori[:] = self.J[3:] = jacobian_ori[:, dofs]
+        mujoco.mj_fullM(self.model, self.scene_mass, data.qM)
+        self.mass[:] = self.scene_mass[dofs, dofs]
+        self.outdated = False
+
+    def set_goal(self, arm_action: np.ndarray) -> None:
+        """The goal of a control step: float64 [6], -1..1 for -5 cm..5 cm and -0.5 rad..0.5 rad from the measured pose."""
+        self.osc.ee_pos, self.osc.ee_ori_mat, self.osc.new_update = self.ee_pos, self.ee_ori, False
+        self.osc.set_goal(arm_action)
+
+    def apply(self, gripper_action: float) -> None:
+        """Commands of one sub-step. gripper_action: its sign opens (-1), holds (0) or closes (1)."""
+        data, osc, wrench = self.data, self.osc, self.wrench
+        force, torque, lambda_pos, lambda_ori, nullspace = operational_space(
+            osc.goal_pos, osc.goal_ori, osc.kp, osc.kd, osc.initial_joint,
+            self.ee_pos, self.ee_ori, self.ee_pos_vel, self.ee_ori_vel, self.joint_pos, self.joint_vel,
+            self.mass, self.J, self.J_pos, self.J_ori,
+        )  # fmt: skip
+        # products that robosuite leaves to NumPy stay with it: numba's go to SciPy's BLAS
+        np.dot(lambda_pos, force, out=wrench[:3])
+        np.dot(lambda_ori, torque, out=wrench[3:])
+        torques = np.dot(self.J.T, wrench) + data.qfrc_bias[self.dof_index]
+        torques += nullspace
+        data.ctrl[self.motor_index] = np.minimum(np.maximum(torques, self.torque_low), self.torque_high)
+
+        step = self.finger_speed * float(np.sign(gripper_action))
+        left, right = self.finger_command
+        self.finger_command = (clip(left - step), clip(right + step))
+        data.ctrl[self.finger_index] = self.finger_centre + self.finger_range * self.finger_command
+
+
+@jit_decorator
+def operational_space(
+    goal_pos, goal_ori, kp, kd, initial_joint,
+    ee_pos, ee_ori, ee_pos_vel, ee_ori_vel, joint_pos, joint_vel,
+    mass, J, J_pos, J_ori,
+):  # fmt: skip
+    """Desired force and torque, the inertia matrices that turn them into wrenches, and the nullspace torques.
+
+    robosuite 1.4.0, OperationalSpaceController.run_controller: F = kp e - kd v, and its own compiled helpers.
+    """
+    ori_error = orientation_error(goal_ori, ee_ori)
+    force, torque = np.empty(3), np.empty(3)
+    for i in range(3):
+        force[i] = (goal_pos[i] - ee_pos[i]) * kp[i] + -ee_pos_vel[i] * kd[i]
+        torque[i] = ori_error[i] * kp[i + 3] + -ee_ori_vel[i] * kd[i + 3]
+    _, lambda_pos, lambda_ori, nullspace = opspace_matrices(mass, J, J_pos, J_ori)
+    return (
+        force,
+        torque,
+        lambda_pos,
+        lambda_ori,
+        nullspace_torques(mass, nullspace, initial_joint, joint_pos, joint_vel),
+    )
+
+
+def consecutive(indices: list[int]) -> slice:
+    """A slice for indices that follow each other: a view instead of a copy."""
+    assert list(indices) == list(range(indices[0], indices[0] + len(indices))), indices
+    return slice(indices[0], indices[-1] + 1)
+
+
+def clip(value: float) -> float:
+    return min(max(value, -1.0), 1.0)

@@ -1,0 +1,334 @@
+"""A vector of LiberoEnvs in worker processes, several in each.
+
+A worker steps its environments one after the other, so more workers than CPU cores only cost memory. Environments of one
+task share a simulator: 0.6 GB for all of them. gymnasium's AsyncVectorEnv has the processes, pipes and shared memory;
+what is an environment to it is a worker here.
+
+N environments, W workers, M = ceil(N / W) places in each (the last may be empty), C steps in a chunk.
+Environment i is in place i // W of worker i % W, so that tasks that alternate over the environments meet in few workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector.utils import batch_space
+
+from vla_rl.config import Config
+from vla_rl.libero_env import LiberoEnv, Simulators, check_actions
+from vla_rl.types import SimulatorDied
+
+WORKER_GB, SIMULATOR_GB = (
+    0.4,
+    0.6,
+)  # resident, of a worker without a simulator and of each one in it (docs/performance.md)
+ARRAYS = ("images", "proprio")  # of an observation; the instruction is a text
+
+
+class LiberoVectorEnv(VectorEnv):
+    """N LiberoEnvs behind one step.
+
+    The caller resets environments that have ended: `reset(options={"reset_mask": bool [N], "episodes": {i: Episode}})`.
+
+    Args:
+        env_kwargs: of each LiberoEnv.
+        num_workers: W, processes.
+        simulators_per_worker, cache_gb: see vla_rl.libero_env.Simulators.
+    """
+
+    def __init__(
+        self,
+        env_kwargs: dict[str, Any],
+        num_envs: int,
+        num_workers: int,
+        simulators_per_worker: int = 4,
+        cache_gb: float = 0,
+    ):
+        self.num_envs, self.num_workers = num_envs, min(num_workers, num_envs)
+        single = LiberoEnv(**env_kwargs)
+        self.metadata = single.metadata | {"autoreset_mode": AutoresetMode.DISABLED}
+        self.single_observation_space, self.single_action_space = single.observation_space, single.action_space
+        self.observation_space = batch_space(single.observation_space, num_envs)
+        self.action_space = batch_space(single.action_space, num_envs)
+        self.places = -(-num_envs // self.num_workers)  # M
+        self._instructions = [""] * num_envs
+        indices = [range(worker, num_envs, self.num_workers) for worker in range(self.num_workers)]
+        self.workers = WorkerProcesses(
+            [
+                MakeWorker(env_kwargs, list(part), self.places, simulators_per_worker, cache_gb, os.getpid())
+                for part in indices
+            ]
+        )
+
+    @property
+    def processes(self) -> list:
+        return self.workers.processes
+
+    def reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """As LiberoEnv.reset for the environments of the mask, all without one.
+
+        Args:
+            seed: of environment 0; environment i takes seed + i. Or N seeds.
+            options: "reset_mask": bool [N]; "episodes": {i: Episode}, of each environment that is reset.
+        """
+        options = dict(options or {})
+        mask = options.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        starts = {int(i): {"seed": seeds[i] if seeds else None, "options": options} for i in np.flatnonzero(mask)}
+        obs, infos = self.workers.reset(options={"starts": starts})
+        self._update_instructions(infos)
+        return self._in_order(obs), {}
+
+    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """As LiberoEnv.step, float32 [N, C, 7]; infos: "steps" and "success" [N]."""
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions: np.ndarray, active: np.ndarray | None = None) -> None:
+        """Starts a step that `step_wait` waits for.
+
+        Args:
+            active: bool [N], the environments that take it; the others stay as they are, with reward 0 and 0 steps.
+        """
+        actions = check_actions(actions, self.action_space.shape)  # here, since an error in a worker ends the worker
+        active = np.ones(self.num_envs, dtype=bool) if active is None else active
+        self.workers.step_async({"actions": self._by_worker(actions), "active": self._by_worker(active)})
+
+    def step_wait(self) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        obs, rewards, terminated, truncated, infos = self.workers.step_wait()
+        infos = {name: self._in_order(infos[name]) for name in ("steps", "success")}
+        return self._in_order(obs), *map(self._in_order, (rewards, terminated, truncated)), infos
+
+    def episode_states(self) -> list[dict[str, Any] | None]:
+        """What `restore_episodes` needs: each environment's episode and the actions executed in it."""
+        states = {i: state for part in self.workers.call("episode_states") for i, state in part.items()}
+        return [states[i] for i in range(self.num_envs)]
+
+    def restore_episodes(self, states: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+        """Brings each environment bit for bit to its state, and returns the observations there, as `reset` does."""
+        if len(states) != self.num_envs:
+            raise ValueError(f"{len(states)} episode states for {self.num_envs} environments")
+        starts = {i: {"state": state} for i, state in enumerate(states) if state is not None}
+        obs, infos = self.workers.reset(options={"starts": starts})
+        self._update_instructions(infos)
+        return self._in_order(obs)
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        self.workers.close(timeout=timeout, terminate=terminate)
+
+    def _update_instructions(self, infos: dict[str, Any]) -> None:
+        for texts in infos["instructions"]:
+            for i, text in texts:
+                self._instructions[i] = text
+
+    def _in_order(self, value: Any) -> Any:
+        """[W, M, ...] of the workers -> a copy [N, ...]; observations get their instructions."""
+        if isinstance(value, dict):
+            return {name: self._in_order(value[name]) for name in ARRAYS} | {"instruction": tuple(self._instructions)}
+        return np.array(value.swapaxes(0, 1), order="C").reshape(-1, *value.shape[2:])[: self.num_envs]
+
+    def _by_worker(self, value: np.ndarray) -> np.ndarray:
+        """[N, ...] -> [W, M, ...], zeros in empty places."""
+        padded = np.zeros((self.places * self.num_workers, *value.shape[1:]), value.dtype)
+        padded[: self.num_envs] = value
+        return padded.reshape(self.places, self.num_workers, *value.shape[1:]).swapaxes(0, 1)
+
+
+class Worker(gymnasium.Env):
+    """The environments of one process, as one with arrays [M, ...] for everything."""
+
+    def __init__(self, env_kwargs: dict[str, Any], indices: list[int], places: int, simulators: Simulators):
+        self.envs = {i: LiberoEnv(**env_kwargs, index=i, simulators=simulators) for i in indices}
+        single = LiberoEnv(**env_kwargs)
+        spaces = {name: batch_space(single.observation_space[name], places) for name in ARRAYS}
+        self.observation_space = Dict(spaces)
+        actions: Box = batch_space(single.action_space, places)
+        self.action_space = Dict(actions=actions, active=MultiBinary(places))
+        self.observations = {name: np.zeros(space.shape, space.dtype) for name, space in spaces.items()}
+        self.simulators = simulators
+        self.places = places
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any]) -> tuple[dict, dict]:
+        """options: {"starts": {i: arguments of LiberoEnv.reset, or {"state": of LiberoEnv.restore_episode}}}."""
+        instructions = {}
+        for place, (i, env) in enumerate(self.envs.items()):
+            start = options["starts"].get(i)
+            if start is not None:
+                obs = env.restore_episode(start["state"]) if "state" in start else env.reset(**start)[0]
+                instructions[i] = obs["instruction"]
+                self.keep(place, obs)
+        return self.observations, {"instructions": tuple(instructions.items())}  # gymnasium takes a dict apart
+
+    def step(self, action: dict[str, np.ndarray]) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        rewards = np.zeros(self.places)
+        terminated, truncated = np.zeros((2, self.places), dtype=bool)
+        infos = {"steps": np.zeros(self.places, np.int64), "success": np.zeros(self.places, dtype=bool)}
+        for place, env in enumerate(self.envs.values()):
+            if action["active"][place]:
+                obs, rewards[place], terminated[place], truncated[place], info = env.step(action["actions"][place])
+                for name, value in info.items():
+                    infos[name][place] = value
+                self.keep(place, obs)
+        return self.observations, rewards, terminated, truncated, infos
+
+    def keep(self, place: int, obs: dict[str, Any]) -> None:
+        for name in ARRAYS:
+            self.observations[name][place] = obs[name]
+
+    def episode_states(self) -> dict[int, dict[str, Any] | None]:
+        return {i: env.episode_state() for i, env in self.envs.items()}
+
+    def close(self) -> None:
+        self.simulators.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class MakeWorker:
+    """Builds a worker; called in the main process too (for the spaces), hence the check of the process."""
+
+    env_kwargs: dict[str, Any]
+    indices: list[int]
+    places: int
+    simulators_per_worker: int
+    cache_gb: float
+    parent_pid: int
+
+    def __call__(self) -> Worker:
+        if os.getpid() != self.parent_pid:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
+            devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            if not all(device.strip().isdigit() for device in devices.split(",")):
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # robosuite reads numbers only, not GPU-1a2b or MIG-...
+        simulators = Simulators(self.simulators_per_worker, self.cache_gb)
+        return Worker(self.env_kwargs, self.indices, self.places, simulators)
+
+
+class WorkerProcesses(AsyncVectorEnv):
+    """Workers; one that dies is named in the error."""
+
+    def __init__(self, env_fns: Sequence[MakeWorker]):
+        with lean_workers():
+            super().__init__(
+                env_fns,
+                shared_memory=True,
+                copy=False,  # LiberoVectorEnv makes the copy
+                context="spawn",  # never fork: the parent has threads, CUDA and perhaps a GL context
+                daemon=True,
+                autoreset_mode=AutoresetMode.DISABLED,
+            )
+
+    def reset_async(self, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> None:
+        with self._naming_dead_workers():
+            super().reset_async(seed, options)
+
+    def reset_wait(self, timeout: float | None = None) -> tuple[dict, dict]:
+        with self._naming_dead_workers():
+            return super().reset_wait(timeout)
+
+    def step_async(self, actions: dict[str, np.ndarray]) -> None:
+        with self._naming_dead_workers():
+            super().step_async(actions)
+
+    def step_wait(self, timeout: float | None = None) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        with self._naming_dead_workers():
+            return super().step_wait(timeout)
+
+    def call_async(self, name: str, /, *args: Any, **kwargs: Any) -> None:
+        with self._naming_dead_workers():
+            super().call_async(name, *args, **kwargs)
+
+    def call_wait(self, timeout: float | None = None) -> tuple[Any, ...]:
+        with self._naming_dead_workers():
+            return super().call_wait(timeout)
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        """Ends the workers. One that has died already is no error (a signal to the whole process group), and an answer
+        that was not waited for (Ctrl-C in the middle of a step) is not waited for now: it may have been read in part."""
+        if self._state != AsyncState.DEFAULT:
+            self._state, terminate = AsyncState.DEFAULT, True
+        try:
+            super().close_extras(timeout, terminate)
+        except (EOFError, ConnectionError):
+            super().close_extras(timeout, terminate=True)
+
+    def _check_spaces(self) -> None:
+        with self._naming_dead_workers():
+            super()._check_spaces()
+
+    @contextlib.contextmanager
+    def _naming_dead_workers(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:  # the pipe's other end is gone
+            for process in self.processes:
+                process.join(0.2)
+            dead = {i: process.exitcode for i, process in enumerate(self.processes) if process.exitcode is not None}
+            self._state = AsyncState.DEFAULT
+            self.close(terminate=True)
+            raise SimulatorDied(describe_death(dead)) from error
+
+
+def describe_death(exitcodes: dict[int, int]) -> str:
+    """exitcodes: worker -> exit code, negative for a signal."""
+    workers = ", ".join(str(i) for i in exitcodes) or "(unknown)"
+    causes = {signal.Signals(-code).name if code < 0 else f"exit code {code}" for code in exitcodes.values()}
+    if "SIGKILL" in causes or not causes:
+        hint = (
+            f"often out of memory: about {WORKER_GB} GB each and {SIMULATOR_GB} GB for each task in it; lower "
+            "env.num_workers or env.simulators_per_worker"
+        )
+    else:
+        hint = "its own message is above"
+    return f"simulator worker {workers} died ({', '.join(sorted(causes))}; {hint})"
+
+
+@contextlib.contextmanager
+def lean_workers() -> Iterator[None]:
+    """Workers started inside use one thread a library, and import this module but not the caller's script.
+
+    A spawned process imports the main script again, here one that imports torch: 0.4 GB and seconds a worker.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read before any of our code runs
+    before = {name: os.environ.get(name) for name in names}
+    main = sys.modules["__main__"]
+    os.environ.update(dict.fromkeys(names, "1"))
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def make_vector_env(config: Config, num_envs: int, *, render: str | None = None) -> LiberoVectorEnv:
+    """The configured suite in `num_envs` environments.
+
+    Args:
+        render: "exact" or "fast"; None takes env.render.
+    """
+    env = config.env
+    kwargs = {
+        "task_suite": env.task_suite,
+        "task_ids": tuple(env.task_ids),
+        "chunk_size": config.policy.chunk_size,
+        "num_images": config.policy.num_images,
+        "image_size": env.image_size,
+        "render": render or env.render,
+        "max_steps": config.max_episode_steps(),
+        "settle_steps": env.settle_steps,
+    }
+    num_workers = env.num_workers or len(os.sched_getaffinity(0))
+    return LiberoVectorEnv(kwargs, num_envs, num_workers, env.simulators_per_worker, env.model_cache_gb)
