@@ -1,6 +1,6 @@
 """PPO with dense advantages (GAE) for OpenVLA on LIBERO; GRPO as the baseline. The algorithm, from top to bottom.
 
-Not here: the network and its prompt (vla_rl.policy), the simulator (vla_rl.libero_env), files and flags
+Not here: the network and its prompt (vla_rl.policy), the simulators (vla_rl.vector_env), files and flags
 (start_gae_ppo_training.py). The parts are handed in, so tests run this very class on small ones.
 
 T decisions, N environments, C simulator steps of a decision, A = 7C action tokens, D hidden size, R rows of a rollout,
@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,22 @@ class StopTraining(Exception):
     """Somebody asked for the run to stop (SIGTERM, Ctrl-C)."""
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What the policy chose for the environments that play."""
+
+    envs: list[int]  # N
+    output: PolicyOutput
+    hidden: Tensor  # float32 [N, D]
+    values: Tensor  # float32 [N]
+
+    def step(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Arguments of the vector's step_async: actions [all, C, 7] and which environments are active."""
+        actions, active = np.zeros(shape, dtype=np.float32), np.zeros(shape[0], dtype=bool)
+        actions[self.envs], active[self.envs] = self.output.actions, True
+        return actions, active
+
+
 class OpenVLAPPO:
     """Trains the adapter of a policy, and a value head on its hidden state, on a vector of environments.
 
@@ -85,7 +101,7 @@ class OpenVLAPPO:
         config: all settings.
         policy: acts, and scores actions with gradients; only its adapter is trainable.
         value_head: V(s) from the policy's hidden state; None for GRPO, which has no critic.
-        envs: N training environments over vla_rl.libero_env.LiberoEnv or alike (autoreset disabled).
+        envs: N training environments (vla_rl.vector_env.LiberoVectorEnv or alike, autoreset disabled).
         eval_envs: evaluation environments; their fixed initial states are never trained on. None: no evaluation.
         logger: knows the run's folder.
     """
@@ -115,8 +131,10 @@ class OpenVLAPPO:
         self.actor_optimizer = adamw(self.actor_parameters, config.actor)
         self.critic_optimizer = adamw(self.critic_parameters, config.critic) if self.uses_critic else None
 
-        # one generator per purpose: an evaluation or another minibatch size does not change what is sampled
-        self.sampling_generator = torch.Generator().manual_seed(config.run.seed)
+        # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
+        # each environment: which ones decide together does not either.
+        seeds = np.random.SeedSequence(config.run.seed).generate_state(envs.num_envs, np.uint64)
+        self.sampling_generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.order_generator = torch.Generator().manual_seed(config.run.seed + 1)
         self.sampler = EpisodeSampler(config.env.task_ids, config.env.initial_states, config.run.seed)
         self.streams = EpisodeStreams(self.sampler, envs.num_envs)
@@ -178,6 +196,7 @@ class OpenVLAPPO:
         iteration_s = time.perf_counter() - start
         metrics |= {
             "rollout/env_steps_per_s": metrics["rollout/env_steps"] / rollout_s,
+            "rollout/render": self.config.env.render,
             "time/rollout_s": rollout_s,
             "time/update_s": iteration_s - rollout_s,
             "system/peak_memory_gib": peak_memory_gib(self.device),
@@ -202,78 +221,111 @@ class OpenVLAPPO:
         PPO: n_steps decisions of every environment; episodes go on across iterations. GRPO: whole episodes from a queue
         of groups; an environment without an episode is idle and adds no rows.
 
+        With rollout.overlap two halves of the environments take turns: the policy decides for one while the other steps.
+        Each environment decides, steps and is reset in the same order either way, and samples from its own generator.
+
         Returns:
             The rows and rollout/* metrics.
         """
         num_envs, n_steps = self.envs.num_envs, self.config.rollout.n_steps
-        buffer = RolloutBuffer()
-        finished_episodes: list[FinishedEpisode] = []
         queue = None if self.uses_critic else EpisodeQueue(self.draw_groups())
-        source = queue or self.streams
         if queue is not None or self.obs is None:
-            self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), source)
-        playing = list(range(num_envs))
-        first_timestep = self.timesteps
+            self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), queue or self.streams)
+        halves = np.array_split(np.arange(num_envs), 2 if self.config.rollout.overlap else 1)
+        buffers = [RolloutBuffer() for _ in halves]
+        finished_episodes: list[FinishedEpisode] = []
+        first_timestep, rounds = self.timesteps, 0
+        waiting: list[tuple[RolloutBuffer, Decision]] = []  # at most one step is under way
         bar = progress_bar(
             "rollout", n_steps * num_envs if queue is None else None, "dec", self.config.logging.progress
         )
 
-        with bar:
-            while playing and (queue is not None or len(buffer) < n_steps):
-                self.check_stop()
-                output = self.policy.act(
-                    self.obs if len(playing) == num_envs else self.obs.rows(playing),
-                    temperature=self.config.rollout.temperature,
-                    generator=self.sampling_generator,
-                )
-                hidden = self.hidden_of(output)  # [N, D]
-                values = self.predict_values(hidden)  # [N]
-                self.check_finite("log-probabilities of the rollout", output.logprobs)
-                self.check_finite("values of the rollout", values)
-
-                actions = np.zeros(self.envs.action_space.shape, dtype=np.float32)  # idle environments ignore theirs
-                actions[playing] = output.actions
-                raw_obs, rewards, terminated, truncated, info = self.envs.step(actions)
-                next_obs = Observation.from_vector_env(raw_obs)
-                rewards, terminated, truncated = (torch.as_tensor(x)[playing] for x in (rewards, terminated, truncated))
-                steps = torch.as_tensor(info["steps"])[playing]  # [N]
-                done = terminated | truncated
-
-                # V of the state that was reached, where no next row will tell it
-                last = torch.full_like(done, queue is None and len(buffer) == n_steps - 1)
-                bootstrap_values = self.bootstrap(next_obs.rows(playing), ~terminated & (truncated | last))
-                buffer.add(
-                    Transition(
-                        inputs=output.inputs,
-                        action_tokens=output.action_tokens,
-                        logprobs=output.logprobs,
-                        hidden=hidden,
-                        values=values,
-                        rewards=rewards.float(),
-                        terminated=terminated,
-                        truncated=truncated,
-                        steps=steps,
-                        episode=torch.tensor([queue.playing[i] if queue is not None else -1 for i in playing]),
-                    ),
-                    bootstrap_values,
-                )
-
-                self.timesteps += int(steps.sum())
-                self.running_returns[playing] += rewards.numpy()
-                self.running_lengths[playing] += steps.numpy()
-                for row, index in enumerate(playing):
-                    if done[row]:
-                        ret, length = float(self.running_returns[index]), int(self.running_lengths[index])
-                        finished_episodes.append(FinishedEpisode(ret, length, success=bool(terminated[row])))
-                        self.running_returns[index] = self.running_lengths[index] = 0
-                finished = np.zeros(num_envs, dtype=bool)
-                finished[playing] = done.numpy()
-                self.obs = reset_finished(self.envs, finished, source) or next_obs
-                if queue is not None:
-                    playing = sorted(queue.playing)
-                bar.update(len(done))
+        def finish_step() -> None:
+            while waiting:
+                buffer, decision = waiting.pop()
+                last = queue is None and len(buffer) == n_steps - 1
+                finished_episodes.extend(self.finish_step(buffer, decision, queue, last))
+                bar.update(len(decision.envs))
                 bar.set_postfix_str(episodes_text(finished_episodes))
-        return buffer, rollout_metrics(finished_episodes, self.timesteps - first_timestep)
+
+        with bar:
+            while queue.playing if queue is not None else rounds < n_steps:
+                for half, buffer in zip(halves, buffers, strict=True):
+                    playing = [int(i) for i in half if queue is None or i in queue.playing]
+                    decision = self.decide(playing) if playing else None
+                    finish_step()  # of the other half, which was under way meanwhile
+                    if decision is not None:
+                        self.envs.step_async(*decision.step(self.envs.action_space.shape))
+                        waiting.append((buffer, decision))
+                    if len(halves) == 1:
+                        finish_step()
+                rounds += 1
+            finish_step()
+        return RolloutBuffer.join(buffers), rollout_metrics(finished_episodes, self.timesteps - first_timestep)
+
+    def decide(self, playing: list[int]) -> Decision:
+        """One forward of the policy for the environments that play, and the values of what they see."""
+        self.check_stop()
+        output = self.policy.act(
+            self.obs.rows(playing),
+            temperature=self.config.rollout.temperature,
+            generator=[self.sampling_generators[i] for i in playing],
+        )
+        hidden = self.hidden_of(output)  # [N, D]
+        values = self.predict_values(hidden)  # [N]
+        self.check_finite("log-probabilities of the rollout", output.logprobs)
+        self.check_finite("values of the rollout", values)
+        return Decision(playing, output, hidden, values)
+
+    def finish_step(
+        self, buffer: RolloutBuffer, decision: Decision, queue: EpisodeQueue | None, last: bool
+    ) -> list[FinishedEpisode]:
+        """Waits for the step of a decision, keeps its row, and starts the next episode where one has ended.
+
+        Args:
+            last: it is the last decision of the rollout (PPO).
+
+        Returns:
+            The episodes that ended.
+        """
+        playing, output = decision.envs, decision.output
+        raw_obs, rewards, terminated, truncated, info = self.envs.step_wait()
+        next_obs = Observation.from_vector_env(raw_obs)
+        rewards, terminated, truncated = (torch.as_tensor(x)[playing] for x in (rewards, terminated, truncated))
+        steps = torch.as_tensor(info["steps"])[playing]  # [N]
+        done = terminated | truncated
+
+        # V of the state that was reached, where no next row will tell it
+        bootstrap_values = self.bootstrap(next_obs.rows(playing), ~terminated & (truncated | last))
+        buffer.add(
+            Transition(
+                inputs=output.inputs,
+                action_tokens=output.action_tokens,
+                logprobs=output.logprobs,
+                hidden=decision.hidden,
+                values=decision.values,
+                rewards=rewards.float(),
+                terminated=terminated,
+                truncated=truncated,
+                steps=steps,
+                episode=torch.tensor([queue.playing[i] if queue is not None else -1 for i in playing]),
+            ),
+            bootstrap_values,
+        )
+
+        self.timesteps += int(steps.sum())
+        self.running_returns[playing] += rewards.numpy()
+        self.running_lengths[playing] += steps.numpy()
+        finished_episodes = []
+        for row, index in enumerate(playing):
+            if done[row]:
+                ret, length = float(self.running_returns[index]), int(self.running_lengths[index])
+                finished_episodes.append(FinishedEpisode(ret, length, success=bool(terminated[row])))
+                self.running_returns[index] = self.running_lengths[index] = 0
+        finished = np.zeros(self.envs.num_envs, dtype=bool)
+        finished[playing] = done.numpy()
+        self.obs = reset_finished(self.envs, finished, queue or self.streams) or next_obs
+        return finished_episodes
 
     def draw_groups(self) -> list:
         """The iteration's GRPO episodes: groups that share task and initial state."""
@@ -566,7 +618,7 @@ class OpenVLAPPO:
                 if settings.video:
                     prefix = f"{self.timesteps:09d}_{mode}"
                     write_videos(results, self.logger.folder / "videos", prefix, self.policy.chunk_size)
-            metrics["time/eval_s"] = time.perf_counter() - start
+            metrics |= {"eval/render": settings.render, "time/eval_s": time.perf_counter() - start}
             self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
             log.info("evaluation at %d timesteps: %s", self.timesteps, evaluation_text(metrics))
         self.evaluated_iteration = self.boundary["evaluated_iteration"] = self.iteration
@@ -589,7 +641,7 @@ class OpenVLAPPO:
                     {"episode": state["episode"], "actions": torch.from_numpy(state["actions"])}
                     for state in (self.envs.episode_states() if between_rollouts else [])
                 ],
-                "sampling_generator": self.sampling_generator.get_state(),
+                "sampling_generators": [generator.get_state() for generator in self.sampling_generators],
                 "order_generator": self.order_generator.get_state(),
                 "adapter": list(self.actor_parameters),
                 "value_head": dict(self.value_head.state_dict()) if self.value_head is not None else None,
@@ -607,7 +659,8 @@ class OpenVLAPPO:
         self.streams.played = list(state["episodes_played"])
         self.running_returns = state["running_returns"].numpy().copy()
         self.running_lengths = state["running_lengths"].numpy().copy()
-        self.sampling_generator.set_state(state["sampling_generator"])
+        for generator, value in zip(self.sampling_generators, state["sampling_generators"], strict=True):
+            generator.set_state(value)
         self.order_generator.set_state(state["order_generator"])
         with torch.no_grad():
             for parameter, value in zip(self.actor_parameters, state["adapter"], strict=True):

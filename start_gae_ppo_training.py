@@ -223,6 +223,11 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s at %d timesteps", checkpoint, trainer.timesteps)
+        log.info(
+            "simulators: %d training environments in %d workers (render %s), %d for evaluation in %d (render %s)",
+            *(envs.num_envs, envs.num_workers, config.env.render),
+            *(eval_envs.num_envs, eval_envs.num_workers, config.eval.render),
+        )
         stop_on_signals(trainer)
         trainer.train()
     log.info("run folder %s", folder)

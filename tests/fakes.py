@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vla_rl.policy import draw
 from vla_rl.types import ACTION_DIM, ActionEvaluation, Episode, Observation, PolicyInputs, PolicyOutput
 
 CHUNK = 2
@@ -79,12 +80,35 @@ class FakeEnv(gymnasium.Env):
         return obs
 
 
+class Resting:
+    """An environment that does not take part in a step."""
+
+    def __init__(self, env):
+        self.env = env
+
+    def step(self, actions):
+        return self.env.unwrapped.observe(), 0.0, False, False, {"steps": 0, "success": False}
+
+
 class FakeVectorEnv(SyncVectorEnv):
     """Lets an environment idle after its end, as AsyncVectorEnv does; SyncVectorEnv demands a reset."""
 
     def step(self, actions):
+        self.step_async(actions, np.ones(self.num_envs, dtype=bool))
+        return self.step_wait()
+
+    def step_async(self, actions, active):
+        self.under_way = actions, active
+
+    def step_wait(self):
+        actions, active = self.under_way
+        before = self.envs
         self._autoreset_envs[:] = False
-        return super().step(actions)
+        self.envs = [env if playing else Resting(env) for env, playing in zip(before, active, strict=True)]
+        try:
+            return super().step(actions)
+        finally:
+            self.envs = before
 
     def episode_states(self):
         return list(self.call("episode_state"))
@@ -130,10 +154,7 @@ class FakePolicy:
         with torch.no_grad():
             logits, hidden = self.forward(inputs, self.adapter)
         logprobs = (logits / temperature).log_softmax(-1)
-        if greedy:
-            tokens = logits.argmax(-1)
-        else:
-            tokens = torch.multinomial(logprobs.exp().flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+        tokens = logits.argmax(-1) if greedy else draw(logprobs.exp(), generator)
         actions = (tokens.float() - (BINS - 1) / 2) / (BINS / 2)  # -0.75 .. 0.75
         return PolicyOutput(
             action_tokens=tokens,

@@ -142,6 +142,10 @@ def test_a_wrong_type_is_refused_with_what_came(override, words):
         ("rollout.temperature=0", "rollout.temperature: input should be greater than 0"),
         ("rollout.group_size=1", "rollout.group_size: input should be greater than or equal to 2"),
         ("policy.num_images=3", "policy.num_images: input should be 1 or 2, got 3"),
+        ("env.num_workers=0", "env.num_workers: input should be greater than or equal to 1"),
+        ("env.simulators_per_worker=0", "greater than or equal to 1"),
+        ("env.model_cache_gb=-1", "env.model_cache_gb: input should be greater than or equal to 0"),
+        ("eval.render=null", "eval.render: input should be 'exact' or 'fast'"),
         ("env.render=nice", "env.render: input should be 'exact' or 'fast', got 'nice'"),
         ("eval.modes=[best]", "eval.modes: input should be 'greedy' or 'sampled', got 'best'"),
         ("eval.modes=[]", "eval.modes: list should have at least 1 item"),
@@ -206,6 +210,7 @@ def test_group_settings_are_not_checked_where_there_are_no_groups():
         (["env.initial_states=0-40", "eval.states=40-49"], "env.initial_states and eval.states share [40]"),
         (["policy.decoder=autoregressive"], "set policy.chunk_size=1 or policy.decoder=parallel"),
         (["algorithm.micro_batch_size=65"], "algorithm.micro_batch_size=65 is larger than algorithm.minibatch_size=64"),
+        (["rollout.overlap=true", "rollout.num_envs=1", "rollout.n_steps=64"], "use 2 or more environments"),
         (["rollout.num_envs=2", "rollout.n_steps=31"], "algorithm.minibatch_size=64 is larger than the rollout of 62"),
     ],
 )

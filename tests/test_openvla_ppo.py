@@ -261,7 +261,7 @@ def test_timesteps_count_executed_simulator_steps(tmp_path):
 
 
 def test_episodes_go_on_across_iterations(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=20 * CHUNK, rollout={"n_steps": 8})
+    trainer = make_trainer(tmp_path, max_steps=20 * CHUNK, needed=99, rollout={"n_steps": 8})
     policy = trainer.policy
     with torch.no_grad():
         policy.head.zero_()
@@ -270,6 +270,42 @@ def test_episodes_go_on_across_iterations(tmp_path):
         _, metrics = trainer.collect_rollout()
         lengths.append(metrics["rollout/length"])
     assert max(length for length in lengths if length) > 8 * CHUNK
+
+
+@pytest.mark.parametrize("estimator", ["gae", "grpo"])
+def test_overlapping_halves_give_the_data_that_all_together_give(tmp_path, estimator):
+    rollout = {"num_envs": 5, "n_steps": 12, "group_size": 5, "n_episodes": 15}
+    trainers = [
+        make_trainer(tmp_path / str(on), rollout=rollout | {"overlap": on}, algorithm={"estimator": estimator})
+        for on in (False, True)
+    ]
+    for _ in range(2):  # the second rollout begins in the middle of episodes (gae)
+        (together, metrics), (halves, metrics_of_halves) = (trainer.collect_rollout() for trainer in trainers)
+        assert metrics["rollout/episodes"] > 5 and metrics == metrics_of_halves
+        assert len(together) == len(halves)
+        for name in ("action_tokens", "rewards", "terminated", "truncated", "steps", "episode"):
+            assert torch.equal(together.rows(name), halves.rows(name)), name
+        for name in ("logprobs", "hidden", "values"):  # matrix products of other sizes round differently
+            torch.testing.assert_close(together.rows(name), halves.rows(name))
+        images = [torch.cat([t.inputs.images for t in rollout.transitions]) for rollout in (together, halves)]
+        assert torch.equal(*images)
+        if estimator == "gae":
+            assert halves.stack("rewards").shape == (12, 5)
+            torch.testing.assert_close(together.next_values(), halves.next_values())
+
+
+def test_overlap_decides_for_one_half_while_the_other_steps(tmp_path):
+    sizes = {"minibatch_size": 8, "micro_batch_size": 8}
+    trainer = make_trainer(tmp_path, rollout={"overlap": True, "num_envs": 4, "n_steps": 2}, algorithm=sizes)
+    calls, act = [], trainer.policy.act
+    step_async, step_wait = trainer.envs.step_async, trainer.envs.step_wait
+    trainer.policy.act = lambda obs, **kwargs: calls.append("decide") or act(obs, **kwargs)
+    trainer.envs.step_async = lambda *args: calls.append(args[1].tolist()) or step_async(*args)
+    trainer.envs.step_wait = lambda: calls.append("wait") or step_wait()
+    trainer.collect_rollout()
+    first, second = [True, True, False, False], [False, False, True, True]
+    turns = ["decide", first, "decide", "wait", second, "decide", "wait", first, "decide", "wait", second, "wait"]
+    assert calls == turns
 
 
 def test_grpo_plays_whole_groups_from_equal_starts_and_idle_environments_add_no_rows(tmp_path):
@@ -448,8 +484,8 @@ def test_resume_takes_the_learning_rate_of_the_settings_not_of_the_checkpoint(tm
 def test_run_stopped_in_its_first_iteration_does_not_repeat_the_first_evaluation(tmp_path):
     changes = {"evaluate": True, "run": {"timesteps": 4 * 8 * CHUNK}}
     stopped = make_trainer(tmp_path / "stopped", **changes)
-    step = stopped.envs.step
-    stopped.envs.step = lambda actions: (stopped.request_stop(), step(actions))[1]
+    step = stopped.envs.step_async
+    stopped.envs.step_async = lambda *args: (stopped.request_stop(), step(*args))[1]
     stopped.train()
     resumed = make_trainer(tmp_path / "stopped", **changes)
     resumed.load_checkpoint(find_checkpoint(tmp_path / "stopped"))
@@ -495,13 +531,13 @@ def test_any_failure_saves_the_last_good_state(tmp_path):
     good = final_state(trainer)
     trainer.evaluated_iteration = 1
 
-    def dies(actions):
+    def dies(actions, active):
         with torch.no_grad():  # what lives on the device is lost, as after a CUDA error: only the copy is sound
             trainer.policy.adapter.fill_(torch.nan)
         trainer.actor_optimizer.state.clear()
         raise SimulatorDied("simulator worker 2 died")
 
-    trainer.envs.step = dies
+    trainer.envs.step_async = dies
     with pytest.raises(SimulatorDied, match="worker 2 died"):
         trainer.train()
     resumed = make_trainer(tmp_path)
@@ -513,11 +549,11 @@ def test_error_after_a_stop_was_asked_for_is_still_an_error_but_for_simulators_t
     for error, raised in ((ValueError("a bug"), True), (SimulatorDied("worker 0 died"), False)):
         trainer = make_trainer(tmp_path / type(error).__name__)
 
-        def dies(actions, trainer=trainer, error=error):
+        def dies(actions, active, trainer=trainer, error=error):
             trainer.request_stop()
             raise error
 
-        trainer.envs.step = dies
+        trainer.envs.step_async = dies
         if raised:
             with pytest.raises(ValueError, match="a bug"):
                 trainer.train()
@@ -533,7 +569,7 @@ def test_failing_save_does_not_hide_what_went_wrong(tmp_path, caplog):
         raise OSError(28, "No space left on device")
 
     trainer.policy.save_adapter = no_room
-    trainer.envs.step = lambda actions: 1 / 0
+    trainer.envs.step_async = lambda actions, active: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert "could not be saved" in caplog.text

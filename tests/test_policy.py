@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vla_rl.config import ConfigError, LoraConfig
 from vla_rl.image_transform import preprocess
-from vla_rl.policy import OpenVLAPolicy, append_space, check_checkpoint, prompt_text
+from vla_rl.policy import OpenVLAPolicy, append_space, check_checkpoint, draw, prompt_text
 from vla_rl.prismatic import load_network
 from vla_rl.tiny_openvla import ensure_tiny_openvla
 from vla_rl.types import NonFiniteError, Observation, PolicyInputs
@@ -542,3 +542,19 @@ def test_loading_needs_no_second_copy():
     """The network is filled tensor by tensor: nothing stays on the meta device and nothing is initialised first."""
     network = load_network(RECORDED, use_proprio=True)
     assert {t.device.type for t in [*network.parameters(), *network.buffers()]} == {"cpu"}
+
+
+def test_a_row_with_its_own_generator_draws_what_it_draws_alone():
+    probs = torch.rand(3, 5, 256, generator=torch.Generator().manual_seed(0))
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]
+
+    together, order = draw(probs, generators()), [2, 0]
+    assert together.shape == (3, 5)
+    assert torch.equal(draw(probs[order], [generators()[i] for i in order]), together[order])
+    assert torch.equal(draw(probs[1:2], torch.Generator().manual_seed(8)), together[1:2])
+    once = torch.nn.functional.one_hot(torch.tensor([[3, 250]] * 3), 256).float()
+    assert draw(once, generators()).tolist() == [[3, 250]] * 3
+    with pytest.raises(ValueError, match=r"shorter"):
+        draw(probs, generators()[:2])

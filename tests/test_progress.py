@@ -79,8 +79,9 @@ def test_the_evaluation_line_has_rates_counts_and_intervals():
         "eval/success_rate_greedy_low": 0.49016,
         "eval/success_rate_greedy_high": 0.94332,
         "eval/episodes_greedy": 10,
+        "eval/render": "exact",
     }
-    assert evaluation_text(metrics) == "greedy success 80.0% of 10 (95% interval 49.0% to 94.3%)"
+    assert evaluation_text(metrics) == "greedy success 80.0% of 10 (95% interval 49.0% to 94.3%) (render exact)"
     sampled = {name.replace("greedy", "sampled"): value for name, value in metrics.items()}
     assert evaluation_text(metrics | sampled).count("80.0% of 10") == 2
 

@@ -60,6 +60,15 @@ def numbers_of(batch: Minibatch) -> list[int]:
 # rows
 
 
+def test_joined_buffers_have_the_environments_of_all_parts_in_each_decision():
+    joined = RolloutBuffer.join([buffer_of([1, 2], [5, 6]), buffer_of([3], [7], [9])])  # one half ends earlier
+    assert [t.steps.tolist() for t in joined.transitions] == [[1, 2, 3], [5, 6, 7], [9]]
+    numbers = joined.rows("steps")
+    assert numbers_of(joined.flatten(numbers.float(), None)) == [1, 2, 3, 5, 6, 7, 9]
+    assert [len(values) for values in joined.bootstrap_values] == [3, 3, 1]
+    assert RolloutBuffer.join([buffer_of([1, 2])]).rows("steps").tolist() == [1, 2]
+
+
 def test_row_t_of_each_field_belongs_to_decision_t():
     buffer = buffer_of([0, 1], [2, 3], [4, 5])
     assert len(buffer) == 3

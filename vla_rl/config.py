@@ -169,6 +169,9 @@ class RolloutConfig(Section):
     n_steps: int = Field(64, ge=1, description="decisions per environment and iteration (gae)")
     group_size: int = Field(8, ge=2, description="episodes that share task and initial state (grpo)")
     n_episodes: int | None = Field(None, ge=1, description="episodes per iteration (grpo); null takes num_envs")
+    overlap: bool = Field(
+        False, description="the policy decides for one half of the environments while the other half steps"
+    )
     temperature: float = Field(
         1.0, gt=0, description="sampling temperature; log-probabilities are of the same distribution"
     )
@@ -239,7 +242,10 @@ class EvalConfig(Section):
     )
     temperature: float | None = Field(None, gt=0, description="of the sampled mode; null takes rollout.temperature")
     num_envs: int = Field(8, ge=1, description="evaluation environments, fed from one queue")
-    render: Literal["exact", "fast"] | None = Field(None, description="as env.render; null takes env.render")
+    render: Literal["exact", "fast"] = Field(
+        "exact",
+        description="as env.render; exact is what others report on, fast what a policy trained on fast images knows",
+    )
     video: bool = Field(True, description="write an MP4 of one success and one failure")
 
 
@@ -307,6 +313,10 @@ class Config(Section):
                     f"rollout.n_episodes={rollout.n_episodes} leaves some of rollout.num_envs={rollout.num_envs} without an "
                     f"episode; use rollout.num_envs={rollout.n_episodes} or more episodes"
                 )
+        if rollout.overlap and rollout.num_envs == 1:
+            raise ValueError(
+                "rollout.overlap=true with rollout.num_envs=1; use 2 or more environments, or overlap=false"
+            )
         if env.initial_states != "random":
             shared = sorted(set(env.initial_states) & set(self.eval.states))
             if shared:

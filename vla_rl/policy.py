@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -175,14 +175,15 @@ class OpenVLAPolicy:
         *,
         temperature: float = 1.0,
         greedy: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> PolicyOutput:
         """One decision for each row.
 
         Args:
             temperature: of the sampling; the log-probabilities are of the same distribution.
             greedy: take the most likely token of the whole vocabulary, as the official evaluation does.
-            generator: of the sampling, on any device; None takes torch's global one.
+            generator: of the sampling, on any device; one a row makes what a row draws independent of the other rows;
+                None takes torch's global one.
         """
         inputs = self.prepare(obs)
         tokens, logprobs, hidden = self.generate(
@@ -200,7 +201,7 @@ class OpenVLAPolicy:
         *,
         temperature: float = 1.0,
         greedy: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`act` for preprocessed inputs (see forward_logits): tokens and log-probs [B, A] on the CPU, hidden [B, D]."""
         check_temperature(temperature)
@@ -212,9 +213,7 @@ class OpenVLAPolicy:
                 return network.vocabulary_logits(hidden).argmax(dim=-1)
             probs = torch.softmax(network.action_logits(hidden) / temperature, dim=-1)
             check_finite(probs)
-            at = probs.device if generator is None else generator.device
-            drawn = torch.multinomial(probs.flatten(0, -2).to(at), 1, generator=generator)
-            return self.action_tokenizer.first_id + drawn.to(probs.device).view(probs.shape[:-1])
+            return self.action_tokenizer.first_id + draw(probs, generator)
 
         if self.decoder == "parallel":
             hidden = network.forward_slots(prompt, self.num_tokens)  # [B, A, D]
@@ -516,6 +515,16 @@ def prompt_text(instruction: str) -> str:
 def append_space(ids: list[int], space_id: int) -> list[int]:
     """ids with the space token at the end, once (openvla modeling_prismatic.py#predict_action)."""
     return ids if ids[-1] == space_id else [*ids, space_id]
+
+
+def draw(probs: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """An index [B, ...] of each distribution [B, ..., 256]; see OpenVLAPolicy.act for the generator."""
+    if generator is None or isinstance(generator, torch.Generator):
+        at = probs.device if generator is None else generator.device
+        drawn = torch.multinomial(probs.flatten(0, -2).to(at), 1, generator=generator)
+        return drawn.to(probs.device).view(probs.shape[:-1])
+    rows = probs.to(generator[0].device)
+    return torch.stack([draw(row[None], g)[0] for row, g in zip(rows, generator, strict=True)]).to(probs.device)
 
 
 def gather(logprobs: Tensor, index: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ t of environment n. Tensors stay on the CPU; images as uint8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ class Transition:
     truncated: Tensor  # bool [N]
     steps: Tensor  # int64 [N], simulator steps that were executed, 0..C
     episode: Tensor  # int64 [N], index in the queue of episodes (grpo); -1 where episodes are endless (gae)
+
+    @staticmethod
+    def join(parts: Sequence[Transition]) -> Transition:
+        """The environments of all parts."""
+        if len(parts) == 1:
+            return parts[0]
+        values = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Transition)}
+        inputs = PolicyInputs.concatenate(values.pop("inputs"))
+        return Transition(inputs=inputs, **{name: torch.cat(tensors) for name, tensors in values.items()})
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,15 @@ class RolloutBuffer:
             raise ValueError(f"a transition needs one row per environment in every field, got {rows}")
         self.transitions.append(transition)
         self.bootstrap_values.append(bootstrap_values)
+
+    @staticmethod
+    def join(buffers: Sequence[RolloutBuffer]) -> RolloutBuffer:
+        """One buffer of parts of the environments, decision by decision, in the order of the parts."""
+        joined = RolloutBuffer()
+        for parts in zip_longest(*(zip(b.transitions, b.bootstrap_values, strict=True) for b in buffers)):
+            transitions, bootstrap_values = zip(*filter(None, parts), strict=True)
+            joined.add(Transition.join(transitions), torch.cat(bootstrap_values))
+        return joined
 
     def stack(self, name: str) -> Tensor:
         """A field over time, [T, N, ...]; needs every environment to play at every decision."""

@@ -120,7 +120,7 @@ class Policy(Protocol):
         *,
         temperature: float = 1.0,
         greedy: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,  # a sequence: one a row
     ) -> PolicyOutput: ...
 
     def evaluate_actions(
