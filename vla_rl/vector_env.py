@@ -69,7 +69,9 @@ class LiberoVectorEnv(VectorEnv):
             [
                 MakeWorker(env_kwargs, list(part), self.places, simulators_per_worker, cache_gb, os.getpid())
                 for part in indices
-            ]
+            ],
+            # 6 to 10 % faster where each core has a worker; exact images, which have four times the samples, are not
+            draw_in_one_thread=single.render_quality == "fast" and self.num_workers >= len(os.sched_getaffinity(0)),
         )
 
     @property
@@ -218,8 +220,8 @@ class MakeWorker:
 class WorkerProcesses(AsyncVectorEnv):
     """Workers; one that dies is named in the error."""
 
-    def __init__(self, env_fns: Sequence[MakeWorker]):
-        with lean_workers():
+    def __init__(self, env_fns: Sequence[MakeWorker], draw_in_one_thread: bool):
+        with lean_workers(draw_in_one_thread):
             super().__init__(
                 env_fns,
                 shared_memory=True,
@@ -295,15 +297,17 @@ def describe_death(exitcodes: dict[int, int]) -> str:
 
 
 @contextlib.contextmanager
-def lean_workers() -> Iterator[None]:
+def lean_workers(draw_in_one_thread: bool) -> Iterator[None]:
     """Workers started inside use one thread a library, and import this module but not the caller's script.
 
     A spawned process imports the main script again, here one that imports torch: 0.4 GB and seconds a worker.
     """
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read before any of our code runs
+    if draw_in_one_thread and "LP_NUM_THREADS" not in os.environ:
+        names += ("LP_NUM_THREADS",)
     before = {name: os.environ.get(name) for name in names}
     main = sys.modules["__main__"]
-    os.environ.update(dict.fromkeys(names, "1"))
+    os.environ.update({name: "0" if name == "LP_NUM_THREADS" else "1" for name in names})  # Mesa's 0: none of its own
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield

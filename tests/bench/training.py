@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from OpenVLA_PPO import OpenVLAPPO
 from start_gae_ppo_training import build_policy, build_value_head, find_config
 from vla_rl.config import Config, load_config
-from vla_rl.libero_env import LiberoVectorEnv, make_vector_env
 from vla_rl.metrics import MetricsLogger
 from vla_rl.progress import peak_memory_gib
 from vla_rl.types import Episode
+from vla_rl.vector_env import LiberoVectorEnv, make_vector_env
 
 
 def main() -> None:
@@ -43,7 +43,9 @@ def main() -> None:
     physics = figures["physics_share_of_a_chunk"]
     figures |= {"share_physics": waiting * physics, "share_rendering": waiting * (1 - physics)}
     figures["share_other"] = 1 - waiting - figures["share_policy"]
-    print(f"{args.config}, {config.rollout.num_envs} environments, render {config.env.render}, {os.cpu_count()} CPUs")
+    print(
+        f"{args.config}, {config.rollout.num_envs} environments, render {config.env.render}, overlap {config.rollout.overlap}, {os.cpu_count()} CPUs"
+    )
     for name, value in figures.items():
         text = f"{value:.1%}" if "share" in name else f"{value:.2f}"
         print(f"  {name:<28} {text}")
@@ -63,9 +65,9 @@ def measure_simulator(config: Config, chunks: int = 12) -> dict[str, float]:
     for chunk_size in (1, size):
         changed = config.model_copy(update={"policy": config.policy.model_copy(update={"chunk_size": chunk_size})})
         envs = make_vector_env(changed, 1)
-        for name in ("seconds_to_build", "seconds_of_a_reset"):  # the first builds the simulator
+        for seed, name in enumerate(("seconds_to_build", "seconds_of_a_reset")):  # the first builds the simulator
             start = time.perf_counter()
-            envs.reset(options={"episodes": {0: Episode(config.env.task_ids[0], None, seed=0)}})
+            envs.reset(options={"episodes": {0: Episode(config.env.task_ids[0], None, seed=seed)}})
             figures[name] = time.perf_counter() - start
         actions = np.zeros(envs.action_space.shape, dtype=np.float32)
         envs.step(actions)
@@ -121,7 +123,7 @@ def measure_training(config: Config, rollouts: int) -> dict[str, float]:
 def time_waiting(envs: LiberoVectorEnv) -> list[float]:
     """Seconds of every wait for the simulators from now on."""
     seconds: list[float] = []
-    for name in ("step", "reset"):
+    for name in ("step_wait", "reset"):
         method = getattr(envs, name)
 
         def timed(*args, method=method, **kwargs):
