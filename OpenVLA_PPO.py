@@ -70,6 +70,9 @@ log = logging.getLogger(__name__)
 RATIO_TOLERANCE_FLOAT32 = 1e-4
 
 
+STATE_VERSION = 2  # of what a checkpoint holds; 2: a sampling generator for each environment
+
+
 class InvariantError(RuntimeError):
     """The first minibatch of an update did not find the ratio 1."""
 
@@ -148,7 +151,8 @@ class OpenVLAPPO:
         self.running_lengths = np.zeros(envs.num_envs, dtype=np.int64)
         # what must be equal for a checkpoint to fit
         head = [list(parameter.shape) for parameter in self.critic_parameters]
-        self.fingerprint = f"policy {policy.fingerprint()}, value head {head}, {envs.num_envs} environments, {config.algorithm.estimator}"
+        parts = [f"policy {policy.fingerprint()}", f"value head {head}", f"{envs.num_envs} environments"]
+        self.fingerprint = ", ".join([*parts, config.algorithm.estimator, f"state {STATE_VERSION}"])
         self.stop_requested = False
         self.warned_no_hidden = False
         self.boundary = self.state()  # the last state between two iterations: what a stop goes back to

@@ -50,6 +50,8 @@ FIXED_ON_RESUME = (
     *("policy.", "value_head.", "env.", "rollout.num_envs", "algorithm.estimator"),
     *("run.seed", "run.output_dir", "run.name"),
 )
+# but for what depends on the machine and changes no data
+FREE_ON_RESUME = ("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -112,7 +114,8 @@ def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
     changed = [
         f"{name} ({setting(before, name)} -> {setting(config, name)})"
         for name in list_settings()
-        if name.startswith(FIXED_ON_RESUME) and "." in name and setting(before, name) != setting(config, name)
+        if name.startswith(FIXED_ON_RESUME) and "." in name and name not in FREE_ON_RESUME
+        if setting(before, name) != setting(config, name)
     ]
     if changed:
         raise ConfigError(f"--resume {args.resume}: {', '.join(changed)} cannot change within a run; start a new one")
@@ -216,7 +219,8 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
     num_evaluations = len(config.env.task_ids) * len(config.eval.states)
     with ExitStack() as cleanup:
         cleanup.callback(logger.close)
-        envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs)))
+        overlap = config.rollout.overlap
+        envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs, overlap=overlap)))
         num_eval_envs = min(config.eval.num_envs, num_evaluations)
         eval_envs = cleanup.enter_context(closing(make_vector_env(config, num_eval_envs, render=config.eval.render)))
         trainer = OpenVLAPPO(config, policy, value_head, envs, eval_envs, logger)

@@ -93,24 +93,32 @@ class Resting:
 class FakeVectorEnv(SyncVectorEnv):
     """Lets an environment idle after its end, as AsyncVectorEnv does; SyncVectorEnv demands a reset."""
 
+    under_way = None  # what step_wait will return
+
+    def reset(self, **kwargs):
+        assert self.under_way is None, "reset while a step is under way"
+        return super().reset(**kwargs)
+
     def step(self, actions):
         self.step_async(actions, np.ones(self.num_envs, dtype=bool))
         return self.step_wait()
 
     def step_async(self, actions, active):
-        self.under_way = actions, active
-
-    def step_wait(self):
-        actions, active = self.under_way
+        assert self.under_way is None, "a second step while one is under way"
         before = self.envs
         self._autoreset_envs[:] = False
         self.envs = [env if playing else Resting(env) for env, playing in zip(before, active, strict=True)]
         try:
-            return super().step(actions)
+            self.under_way = super().step(actions)
         finally:
             self.envs = before
 
+    def step_wait(self):
+        result, self.under_way = self.under_way, None
+        return result
+
     def episode_states(self):
+        assert self.under_way is None, "a question while a step is under way"
         return list(self.call("episode_state"))
 
     def restore_episodes(self, states):

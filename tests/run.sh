@@ -18,4 +18,5 @@ run "setup" ./start_gae_ppo_training.sh --setup-only
 run "shellcheck" "$bin/shellcheck" start_gae_ppo_training.sh tests/*.sh .ci/run
 run "ruff check" "$bin/ruff" check
 run "ruff format --check" "$bin/ruff" format --check
-run "pytest" "$bin/python" -m pytest "$@"
+# two processes; the tests of a file stay together, since they share a simulator; the long file begins early
+run "pytest" "$bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,4 +1,5 @@
-"""Stock LIBERO: the OffScreenRenderEnv that everybody uses, played as the official evaluation plays it, and what it gave.
+"""Stock LIBERO, the OffScreenRenderEnv that everybody uses, played as the official evaluation plays it, and our Simulator
+played alike.
 
 N = 1 environment, K = 2 images, H = W = SIZE.
 """
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_rl import libero_env
+from vla_rl.libero_env import fixed_state
 from vla_rl.types import Episode
 
 SIZE = 64
@@ -51,7 +53,7 @@ def make(suite: str, task_id: int):
 
 
 def play(env, suite: str, episode: Episode, actions: np.ndarray, render_every: int = 1) -> list[Row]:
-    """A hard reset, 10 settle steps, then the actions.
+    """A hard reset, 10 settle steps, then the actions; what begins open or on is drawn once (docs/libero.md, departures).
 
     Args:
         actions: float64 [T, 7].
@@ -75,7 +77,7 @@ def play(env, suite: str, episode: Episode, actions: np.ndarray, render_every: i
         obs, reward, done, _ = env.step(action.tolist())
         if t >= 0:
             images = np.stack([obs[f"{name}_image"] for name in CAMERAS]) if cameras_on[0] else None
-            rows.append(row(env, obs, reward, done, images))
+            rows.append(stock_row(env, obs, reward, done, images))
     return rows
 
 
@@ -93,7 +95,7 @@ def switch_cameras(env) -> list[bool]:
     return switch
 
 
-def row(env, obs, reward, done, images) -> Row:
+def stock_row(env, obs, reward, done, images) -> Row:
     data, model = env.sim.data, env.sim.model
     return Row(
         qpos=data.qpos.copy(),
@@ -108,4 +110,37 @@ def row(env, obs, reward, done, images) -> Row:
         eef_quat=obs["robot0_eef_quat"].copy(),
         gripper_qpos=obs["robot0_gripper_qpos"].copy(),
         images=images,
+    )
+
+
+def random_actions(seed: int, steps: int = 60) -> np.ndarray:
+    """float64 [T, 7]; some are larger than 1, which the controller clips; the gripper opens, closes and holds."""
+    rng = np.random.default_rng(seed)
+    actions = rng.uniform(-1.2, 1.2, (steps, 7))
+    actions[::7, 6] = 0
+    actions[::5, 3:6] = 0  # keeps the last orientation goal
+    return actions
+
+
+def reset(sim, suite: str, episode: Episode, render: bool = False) -> None:
+    state = None if episode.initial_state is None else fixed_state(suite, episode.task_id, episode.initial_state)
+    sim.reset(episode.seed, state, render=False)
+    for i in range(10):
+        sim.step(REST, render=render and i == 9)
+
+
+def row(sim, success: bool = False, rendered: bool = False) -> Row:
+    return Row(
+        qpos=sim.data.qpos,
+        qvel=sim.data.qvel,
+        qacc_warmstart=sim.data.qacc_warmstart,
+        body_pos=sim.model.body_pos,
+        site_rgba=sim.model.site_rgba,
+        gripper=np.array(sim.arm.finger_command),
+        reward=float(success),
+        success=success,
+        eef_pos=sim.eef_pos,
+        eef_quat=sim.eef_quat,
+        gripper_qpos=sim.gripper_qpos,
+        images=sim.images if rendered else None,
     )

@@ -57,6 +57,32 @@ def whole(tmp_path_factory) -> tuple[Path, str]:
     return folder / "whole", output
 
 
+def test_overlap_and_another_number_of_workers_give_the_same_run(whole, tmp_path):
+    """The same episodes, actions and rewards; losses but for the rounding of smaller batches."""
+    process = start(
+        tmp_path,
+        "--timesteps",
+        "70",
+        "run.name=overlap",
+        "rollout.overlap=true",
+        "env.num_workers=1",
+        "eval.modes=[sampled]",
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    ours, expected = (
+        [line for line in training_lines(folder) if "actor/policy_loss" in line]
+        for folder in (tmp_path / "overlap", whole[0])
+    )
+    assert len(ours) == len(expected) == 3
+    for line, other in zip(ours, expected, strict=True):
+        assert {k: v for k, v in line.items() if k.startswith(("rollout/", "timesteps", "iteration"))} == {
+            k: v for k, v in other.items() if k.startswith(("rollout/", "timesteps", "iteration"))
+        }
+        assert line["actor/entropy"] == pytest.approx(other["actor/entropy"], rel=1e-4)
+        assert line["critic/value_mean"] == pytest.approx(other["critic/value_mean"], rel=1e-3, abs=1e-5)
+
+
 def test_training_run_leaves_what_the_readme_promises(whole):
     run, output = whole
     lines = read_metrics(run / "metrics.jsonl")

@@ -215,8 +215,9 @@ def test_restored_start_and_end_equal_the_original(env, monkeypatch):
     np.testing.assert_array_equal(env.restore_episode(env.episode_state())["images"], obs["images"])
 
     # success at the third step of a chunk, by decree: a dropped bowl is not part of an episode's state
-    monkeypatch.setattr(type(env._simulator.env), "_check_success", lambda self: len(env._actions) >= 2)
     env.reset(options={"episode": FIXED})
+    end = env._state.time + 2.5 * 0.05
+    monkeypatch.setattr(type(env._simulator.env), "_check_success", lambda self: self.sim.data.time > end)
     obs, _, terminated, *_ = env.step(random_actions(4)[0])
     state = env.episode_state()
     assert terminated and len(state["actions"]) == 3
@@ -276,6 +277,40 @@ def test_environments_that_share_simulators_play_as_if_alone(env):
         for seen, expected in zip(rows, alone, strict=True):
             assert_equal_rows(seen, expected[: len(seen)])
         shared.close()
+
+
+@libero
+def test_a_reset_that_fails_leaves_the_others_their_episodes(env, monkeypatch):
+    """It has spoilt the simulator that they share: nobody's state is in it."""
+    actions = random_actions(9, chunks=2)
+    expected = run(env, RANDOM, actions)
+    shared = env._simulators.get("libero_spatial", 4, env.cameras, SIZE, False)
+    other = LiberoEnv(
+        "libero_spatial", (4,), chunk_size=CHUNK, num_images=2, image_size=SIZE, simulators=env._simulators
+    )
+    env.reset(options={"episode": RANDOM})
+    env.step(actions[0])
+
+    def spoil(seed, state, render):
+        shared.simulator.data.qpos[:] += 0.1
+        raise RuntimeError("no placement")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.simulator, "reset", spoil)
+        with pytest.raises(RuntimeError, match="no placement"):
+            other.reset(seed=77)
+    obs, *_ = env.step(actions[1])
+    assert_equal_rows([(physics(env), obs["images"], obs["proprio"])], expected[-1:])
+
+
+@libero
+def test_actions_are_executed_as_they_are_recorded(env):
+    actions = np.random.default_rng(1).uniform(-1, 1, (CHUNK, ACTION_DIM))  # float64
+    env.reset(options={"episode": RANDOM})
+    env.step(actions)
+    first = physics(env)
+    env.restore_episode(env.episode_state())
+    np.testing.assert_array_equal(physics(env), first)
 
 
 @libero

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from pathlib import Path
 
 import mujoco
@@ -100,6 +101,27 @@ def test_the_least_recently_used_go_when_it_is_too_much(folder, tmp_path, xml):
     load_model(xmls[3], 2.5 * size / 1e9)
     kept = {path.stem for path in folder.iterdir()}
     assert kept == {model_cache.digest(xmls[0]), model_cache.digest(xmls[3])}
+
+
+def test_an_abandoned_unfinished_file_goes_and_a_fresh_one_stays(folder, xml):
+    folder.mkdir()
+    for name, age in (("old.tmp", 7200), ("new.tmp", 60)):
+        (folder / name).write_bytes(b"part")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    load_model(xml, 1)
+    assert {path.suffix for path in folder.iterdir()} == {".mjb", ".tmp"}
+    assert [path.name for path in folder.glob("*.tmp")] == ["new.tmp"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), RuntimeError("no home directory")])
+def test_a_folder_that_is_not_ours_costs_the_cache_only(xml, monkeypatch, caplog, error):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(model_cache, "cache_folder", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert load_model(xml, 1).nmesh == 1
+    assert f"compiled models are not kept: {error}" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_or_a_full_disk_costs_the_cache_only(folder, xml, monkeypatch, caplog):

@@ -1,93 +1,18 @@
-"""Simulator against stock LIBERO, bit for bit: positions, velocities, the solver's start, rewards, images.
+"""Simulator: states that are left and found again, success, rest after settling, errors, the observables' clock.
 
-A process has one current GL context: the stock environment runs first and is closed.
+That it equals stock LIBERO bit for bit is shown in test_equal_to_stock.py.
 """
 
 import numpy as np
 import pytest
 
-from tests import stock_libero
-from tests.stock_libero import CAMERAS, REST, SIZE, Row, assert_equal
+from tests.stock_libero import CAMERAS, REST, SIZE, random_actions, reset
 from vla_rl import libero_env, simulator
 from vla_rl.libero_env import build_simulator, fixed_state
 from vla_rl.simulator import SampleClock
 from vla_rl.types import Episode
 
 pytestmark = pytest.mark.libero
-
-STEPS, CHUNK = 60, 8
-# of each suite three tasks: some that begin with an open drawer, a stove that is on, an object on another
-TASKS = [
-    *(("libero_spatial", task) for task in (0, 4, 9)),
-    *(("libero_object", task) for task in (0, 3, 8)),
-    *(("libero_goal", task) for task in (0, 6, 7)),
-    *(("libero_10", task) for task in (2, 3, 8)),
-]
-
-
-def random_actions(seed: int, steps: int = STEPS) -> np.ndarray:
-    """float64 [T, 7]; some are larger than 1, which the controller clips; the gripper opens, closes and holds."""
-    rng = np.random.default_rng(seed)
-    actions = rng.uniform(-1.2, 1.2, (steps, 7))
-    actions[::7, 6] = 0
-    actions[::5, 3:6] = 0  # keeps the last orientation goal
-    return actions
-
-
-def reset(sim, suite: str, episode: Episode, render: bool = False) -> None:
-    state = None if episode.initial_state is None else fixed_state(suite, episode.task_id, episode.initial_state)
-    sim.reset(episode.seed, state, render=False)
-    for i in range(10):
-        sim.step(REST, render=render and i == 9)
-
-
-def row(sim, success: bool = False, rendered: bool = False) -> Row:
-    return Row(
-        qpos=sim.data.qpos,
-        qvel=sim.data.qvel,
-        qacc_warmstart=sim.data.qacc_warmstart,
-        body_pos=sim.model.body_pos,
-        site_rgba=sim.model.site_rgba,
-        gripper=np.array(sim.arm.finger_command),
-        reward=float(success),
-        success=success,
-        eef_pos=sim.eef_pos,
-        eef_quat=sim.eef_quat,
-        gripper_qpos=sim.gripper_qpos,
-        images=sim.images if rendered else None,
-    )
-
-
-def assert_plays_like(sim, suite: str, episode: Episode, actions: np.ndarray, expected: list[Row], what: str) -> None:
-    reset(sim, suite, episode, render=True)
-    assert_equal(row(sim, rendered=True), expected[0], f"after the reset of {what}")
-    for t, action in enumerate(actions, start=1):
-        rendered = t % CHUNK == 0
-        success = sim.step(action, render=rendered)
-        assert_equal(row(sim, success, rendered), expected[t], f"after step {t} of {what}")
-
-
-@pytest.mark.parametrize(("suite", "task"), TASKS)
-def test_everything_equals_stock_and_resets_leave_nothing_behind(suite, task):
-    episodes = [Episode(task, 7, seed=3), Episode(task, 31, seed=0), Episode(task, None, seed=11)]
-    plays = [random_actions(0), random_actions(1), random_actions(2, steps=16)]
-    env = stock_libero.make(suite, task)
-    expected = [stock_libero.play(env, suite, *play, render_every=CHUNK) for play in zip(episodes, plays, strict=True)]
-    env.close()
-    moved = [np.abs(rows[-1].qpos - rows[0].qpos).max() for rows in expected]
-    assert min(moved) > 0.1  # radians and metres: the arm did move
-
-    sim = build_simulator(suite, task, CAMERAS, SIZE, fast=False)
-    for episode, actions, rows in zip(episodes, plays, expected, strict=True):
-        assert_plays_like(sim, suite, episode, actions, rows, str(episode))
-    for seed in range(20):
-        sim.reset(seed, None, render=False)
-        joints = [name for name in sim.env.sim.model.joint_names if "robot0" not in name and "_joint0" not in name]
-        for name in joints:
-            sim.data.joint(name).qpos = sim.model.joint(name).range[1]  # drawers open, stoves on
-        sim.step(random_actions(seed, 1)[0], render=False)
-    assert_plays_like(sim, suite, episodes[0], plays[0], expected[0], "the first episode, after 20 resets")
-    sim.close()
 
 
 @pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
@@ -107,7 +32,7 @@ def test_everything_comes_to_rest_in_all_tasks(suite):
             what = f"{suite} task {task} state {state}"
             assert np.linalg.norm(sim.data.qvel[velocities], axis=1).max() < 1e-3, f"{what}: still moving"  # m/s
             assert np.linalg.norm(moved[:, :2], axis=1).max() < 0.03, f"{what}: slid"  # m, sideways
-            assert -0.2 < moved[:, 2].min() and moved[:, 2].max() < 0.06, f"{what}: fell off or rose"
+            assert moved[:, 2].min() > -0.2 and moved[:, 2].max() < 0.06, f"{what}: fell off or rose"
         sim.close()
 
 
@@ -117,17 +42,6 @@ def stove():
     sim = build_simulator("libero_goal", 7, CAMERAS[:1], SIZE, fast=False)
     yield sim
     sim.close()
-
-
-def test_rendering_each_step_changes_nothing():
-    """Stock renders in each step; the comparisons above let it keep its images within a chunk."""
-    episode, actions = Episode(0, 7, seed=3), random_actions(0, 8)
-    env = stock_libero.make("libero_object", 0)
-    always = stock_libero.play(env, "libero_object", episode, actions)
-    sometimes = stock_libero.play(env, "libero_object", episode, actions, render_every=CHUNK)
-    env.close()
-    for t, (with_images, without) in enumerate(zip(always, sometimes, strict=True)):
-        assert_equal(with_images, without, f"after step {t}")
 
 
 def test_success_is_liberos_and_the_burner_lights_up(stove):
@@ -189,10 +103,12 @@ def assert_equal_states(state, wanted):
     np.testing.assert_array_equal(state.eef_pos, wanted.eef_pos)
 
 
-def test_dynamics_are_computed_again_where_normalising_moves_a_quaternion(stove, monkeypatch):
+def test_quaternions_that_normalising_would_move_are_noticed_and_left_alone(stove):
     reset(stove, "libero_goal", Episode(7, 0, seed=0))
-    assert stove.quaternions_stay() in (True, False)
     before = stove.data.qpos.copy()
+    for start in stove.model.jnt_qposadr[stove.model.jnt_type == 0] + 3:
+        stove.data.qpos[start : start + 4] = [0.6, 0, 0.8, 0]
+    assert stove.quaternions_stay()
     free = stove.model.jnt_qposadr[stove.model.jnt_type == 0][0] + 3
     stove.data.qpos[free : free + 4] = [1.0, 1e-3, 0, 0]
     assert not stove.quaternions_stay()

@@ -193,6 +193,12 @@ def test_resume_refuses_settings_that_do_not_fit_the_run(run, capsys):
     assert main(["--resume", str(run), "--output-dir", "elsewhere"]) == 2
 
 
+def test_resume_may_take_another_number_of_workers(run):
+    """What a simulator that ran out of memory asks for."""
+    config, _ = settings_from(parse_args(["--resume", str(run), "env.num_workers=3", "env.simulators_per_worker=1"]))
+    assert (config.env.num_workers, config.env.simulators_per_worker) == (3, 1)
+
+
 def test_resume_of_another_model_is_refused_before_the_run_is_touched(run, capsys, monkeypatch):
     """The settings fit, but the model behind them does not: here the checkpoint is of the tests' small policy."""
     config = (run / "checkpoints/iteration-000002/config.yaml").read_text()

@@ -125,8 +125,8 @@ def test_seeds_without_episodes_are_one_an_environment():
 def test_workers_do_not_run_the_main_script_and_close_leaves_nothing(capfd, tmp_path, monkeypatch):
     marker, script = tmp_path / "marker", tmp_path / "script.py"
     script.write_text(f"open({str(marker)!r}, 'w')")  # stands for a script that imports torch
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     envs = make_vector_env(config_from_dict({"env": {"image_size": SIZE, "settle_steps": 0}}, "test"), 1)
     envs.reset(seed=[0])
     pids = [process.pid for process in envs.processes]
@@ -173,3 +173,31 @@ def test_settings_reach_the_environments():
         assert (env.task_suite, env.default_task_id, env.settle_steps, env.max_steps) == ("libero_goal", 3, 4, 300)
         assert env.render_quality == expected
         envs.close()
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_envs", "overlap", "num_workers"), [(8, 4, False, 4), (8, 4, True, 2), (2, 5, True, 2)]
+)
+def test_there_are_as_many_workers_as_can_work(monkeypatch, cores, num_envs, overlap, num_workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    envs = make_vector_env(config_from_dict({}, "test"), num_envs, overlap=overlap)
+    assert len(envs.processes) == num_workers
+    assert envs.workers.env_fns[0]().simulators.limit == envs.places  # enough for a task in each place
+    envs.close()
+
+
+@pytest.mark.parametrize(("render", "cores", "given", "seen"), [
+    ("fast", 1, None, "0"), ("fast", 2, None, None), ("exact", 1, None, None), ("fast", 1, "3", "3"),
+])  # fmt: skip
+def test_fast_images_are_drawn_in_one_thread_where_workers_fill_the_cores(monkeypatch, render, cores, given, seen):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("LP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("LP_NUM_THREADS", given)
+    envs = LiberoVectorEnv(SETTINGS | {"render": render}, num_envs=1, num_workers=1)
+    with open(f"/proc/{envs.processes[0].pid}/environ", "rb") as file:
+        environment = dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if entry)
+    value = environment.get(b"LP_NUM_THREADS")
+    assert (value and value.decode()) == seen and environment[b"OMP_NUM_THREADS"] == b"1"
+    assert os.environ.get("LP_NUM_THREADS") == given
+    envs.close()

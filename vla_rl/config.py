@@ -152,10 +152,16 @@ class EnvConfig(Section):
         description="exact: stock LIBERO's images; fast: no reflections and no multi-sampling, for CPU rendering",
     )
     num_workers: int | None = Field(
-        None, ge=1, description="processes that share the environments; null takes one a CPU core"
+        None,
+        ge=1,
+        description="processes that share the environments; null takes one a CPU core, with rollout.overlap at most one "
+        "for two environments",
     )
-    simulators_per_worker: int = Field(
-        4, ge=1, description="tasks that a worker keeps in memory (0.6 GB each); to come back to another costs seconds"
+    simulators_per_worker: int | None = Field(
+        None,
+        ge=1,
+        description="tasks that a worker keeps in memory (0.6 GB each), of which it needs those that its environments play; "
+        "null: one an environment, and so enough; fewer rebuild simulators at each turn, seconds each",
     )
     model_cache_gb: float = Field(
         3.0, ge=0, description="disk for compiled models in ~/.cache/vla_rl (0.25 GB a task); 0 for none"
@@ -170,7 +176,9 @@ class RolloutConfig(Section):
     group_size: int = Field(8, ge=2, description="episodes that share task and initial state (grpo)")
     n_episodes: int | None = Field(None, ge=1, description="episodes per iteration (grpo); null takes num_envs")
     overlap: bool = Field(
-        False, description="the policy decides for one half of the environments while the other half steps"
+        False,
+        description="the policy decides for one half of the environments while the other half steps; best with num_envs a "
+        "multiple of 2 x env.num_workers",
     )
     temperature: float = Field(
         1.0, gt=0, description="sampling temperature; log-probabilities are of the same distribution"

@@ -47,7 +47,8 @@ class LiberoEnv(gymnasium.Env):
     """Episodes of one suite's tasks; a step executes a chunk of actions and renders once.
 
     The state after `reset` is a function of the episode (and settle_steps) alone, and equal bit for bit to that of a
-    freshly built stock environment, without its 4-second rebuild. Seeds NumPy's global generator, as LIBERO does.
+    freshly built stock environment, without its 4-second rebuild; docs/libero.md has the three departures. Seeds NumPy's
+    global generator, as LIBERO does.
 
     Args:
         task_suite: a key of TASK_SUITES.
@@ -191,6 +192,7 @@ class LiberoEnv(gymnasium.Env):
         fast = self.render_quality == "fast"
         shared = self._simulators.get(self.task_suite, task_id, self.cameras, self.image_size, fast)
         simulator, start = shared.simulator, (state_index, seed, self.settle_steps)
+        shared.holder = None  # whatever goes wrong from here on, nobody's state is in it
         if start not in shared.settled:
             state = None if state_index is None else fixed_state(self.task_suite, task_id, state_index)
             simulator.reset(seed, state, render=render and self.settle_steps == 0)
@@ -211,16 +213,18 @@ class LiberoEnv(gymnasium.Env):
     def _execute(self, actions: np.ndarray) -> None:
         """Steps until success or the end of the chunk [<= C, 7]; renders once."""
         simulator = self._simulator
+        executed = []
         for i, action in enumerate(actions):
             last = i == len(actions) - 1
             # done is success only: LIBERO's own has no time limit
             self._terminated = simulator.step(np.asarray(action, np.float64), render=last)
-            self._actions.append(np.array(action, np.float32))
+            executed.append(action)
             if self._terminated:
                 # Success cannot be foreseen, so this image is taken after the step, 2 ms later than robosuite takes it.
                 # No decision follows from it.
                 simulator.render()
                 break
+        self._actions += executed
         self._truncated = not self._terminated and len(self._actions) >= self.max_steps
         self._state = simulator.state()
 
@@ -236,7 +240,7 @@ def as_dict(episode: Episode | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    actions = np.asarray(actions)
+    actions = np.asarray(actions, np.float32)  # what an episode's record holds is what is executed
     if actions.shape != shape:
         raise ValueError(f"actions have shape {list(actions.shape)}, expected {list(shape)}")
     if not np.isfinite(actions).all():

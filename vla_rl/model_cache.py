@@ -11,6 +11,8 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
+import time
 from pathlib import Path
 
 import mujoco
@@ -22,8 +24,13 @@ def load_model(xml: str, limit_gb: float) -> mujoco.MjModel:
     """The compiled model of an XML; the cache is left alone where limit_gb is 0, and does without a disk that is full."""
     if limit_gb == 0:
         return compile_model(xml)
-    path = cache_folder() / f"{digest(xml)}.mjb"
-    if path.exists():
+    try:
+        path = cache_folder() / f"{digest(xml)}.mjb"
+        known = path.is_file()
+    except (OSError, RuntimeError) as error:  # a folder that is not ours, a user without a home
+        log.warning("compiled models are not kept: %s", error)
+        return compile_model(xml)
+    if known:
         try:
             model = mujoco.MjModel.from_binary_path(str(path))
             os.utime(path)
@@ -32,7 +39,8 @@ def load_model(xml: str, limit_gb: float) -> mujoco.MjModel:
             log.warning("compiling the model again: %s cannot be read (%s)", path, error)
     model = compile_model(xml)
     try:
-        save(model, path, limit_gb)
+        save(model, path)
+        prune(path.parent, limit_gb)
     except (OSError, mujoco.FatalError) as error:
         log.warning("the compiled model was not kept in %s: %s", path.parent, error)
     return model
@@ -52,22 +60,28 @@ def digest(xml: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def save(model: mujoco.MjModel, path: Path, limit_gb: float) -> None:
+def save(model: mujoco.MjModel, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # mj_saveModel itself would only print an error
+    os.close(handle)
+    unfinished = Path(name)
     try:
-        unfinished.touch()  # where this fails, mj_saveModel would only print
-        mujoco.mj_saveModel(model, str(unfinished), None)
-        if unfinished.stat().st_size != mujoco.mj_sizeModel(model):  # a full disk is no error to mj_saveModel
+        mujoco.mj_saveModel(model, name, None)
+        if unfinished.stat().st_size != mujoco.mj_sizeModel(model):
             raise OSError("the file is not whole: is the disk full?")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    files = sorted(path.parent.glob("*.mjb"), key=lambda file: file.stat().st_mtime, reverse=True)
+
+
+def prune(folder: Path, limit_gb: float) -> None:
+    """Keeps the most recently used models, and no unfinished file of a process that was killed an hour ago."""
+    times = {file: file.stat().st_mtime for file in folder.iterdir() if file.suffix in (".mjb", ".tmp")}
     total = 0
-    for file in files:
+    for file in sorted(times, key=times.get, reverse=True):
         total += file.stat().st_size
-        if total > limit_gb * 1e9:
+        abandoned = file.suffix == ".tmp" and time.time() - times[file] > 3600
+        if abandoned or (total > limit_gb * 1e9 and file.suffix == ".mjb"):
             file.unlink(missing_ok=True)
 
 

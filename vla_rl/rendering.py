@@ -98,8 +98,10 @@ class Culling:
         """The model's unseen meshes are in a group that is not drawn. Geom groups have no part in the physics."""
         hidden = self.unseen(data, camera) if self.possible else []
         self.model.geom_group[hidden] = NOT_DRAWN
-        yield
-        self.model.geom_group[hidden] = DRAWN
+        try:
+            yield
+        finally:
+            self.model.geom_group[hidden] = DRAWN
 
     def unseen(self, data: mujoco.MjData, camera: int) -> np.ndarray:
         """Ids of the meshes that give no pixel; int [<= G]."""

@@ -10,7 +10,7 @@ Not here: episodes, chunks of actions, step limits (vla_rl.libero_env).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from vla_rl.arm_control import ArmControl
 from vla_rl.model_cache import load_model
 from vla_rl.rendering import Renderer
 
-MAX_PLACEMENT_TRIES = 100  # LIBERO itself tries for ever; each try already draws 5,000 positions an object
+MAX_PLACEMENT_TRIES = 100  # each try already draws 5,000 positions an object
 CONTROL_HZ = 20
 # what an episode changes in MuJoCo's data and model; everything else follows from it in the first forward pass
 DATA_STATE = ("qpos", "qvel", "qacc_warmstart", "ctrl")
@@ -85,16 +85,22 @@ class Simulator:
 
     def __init__(self, bddl_file: str, cameras: Sequence[str], image_size: int, fast: bool, cache_gb: float = 0):
         problem = TASK_MAPPING[bddl_utils.get_problem_info(bddl_file)["problem_name"]]
-        self.env = type(problem.__name__, (QuickReset, problem), {"cache_gb": cache_gb})(
-            bddl_file,
-            robots=["Panda"],
-            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            initialization_noise=None,
-            use_camera_obs=False,
-            has_offscreen_renderer=False,
-            control_freq=CONTROL_HZ,
-            ignore_done=True,
-            hard_reset=False,
+        task = type(problem.__name__, (QuickReset, problem), {"cache_gb": cache_gb})
+        self.env = until_placed(
+            lambda seed: (
+                np.random.seed(seed)
+                or task(
+                    bddl_file,
+                    robots=["Panda"],
+                    controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+                    initialization_noise=None,
+                    use_camera_obs=False,
+                    has_offscreen_renderer=False,
+                    control_freq=CONTROL_HZ,
+                    ignore_done=True,
+                    hard_reset=False,
+                )
+            )
         )
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.robot = self.env.robots[0]
@@ -116,20 +122,17 @@ class Simulator:
     def reset(self, seed: int, state: np.ndarray | None, render: bool) -> None:
         """As stock's `seed(seed); reset()` and, with a state, `set_init_state(state)`. Seeds NumPy's global generator.
 
+        In tasks that begin with something open or on, stock draws for it once more at each reset; here it is drawn once.
+
         Args:
             seed: of the placements; with a state it still places the fixtures, which a state does not hold.
             state: float64 [1 + nq + nv], a fixed initial state of the benchmark.
 
         Raises:
-            RuntimeError: no placement of the objects was found; stock would swallow every error and try for ever.
+            RuntimeError: no placement of the objects was found.
         """
         np.random.seed(seed)
-        for _ in range(MAX_PLACEMENT_TRIES):
-            with contextlib.suppress(RandomizationError):
-                self.env.reset()
-                break
-        else:
-            raise RuntimeError(f"no placement of the objects found in {MAX_PLACEMENT_TRIES} tries; use another seed")
+        until_placed(lambda _: self.env.reset())
         self.clock.restart()
         self.clock.update(force=True)
         if state is not None:
@@ -236,6 +239,18 @@ class Simulator:
         """Frees the OpenGL context."""
         if self.renderer is not None:
             self.renderer.close()
+
+
+def until_placed(attempt: Callable[[int], Any]) -> Any:
+    """The first attempt (of number 0, 1, ...) in which LIBERO finds a place for every object.
+
+    Raises:
+        RuntimeError: there is none; LIBERO itself would hide every error and try for ever.
+    """
+    for number in range(MAX_PLACEMENT_TRIES):
+        with contextlib.suppress(RandomizationError):
+            return attempt(number)
+    raise RuntimeError(f"no placement of the objects found in {MAX_PLACEMENT_TRIES} tries; use another seed")
 
 
 class QuickReset:

@@ -45,7 +45,8 @@ class LiberoVectorEnv(VectorEnv):
     Args:
         env_kwargs: of each LiberoEnv.
         num_workers: W, processes.
-        simulators_per_worker, cache_gb: see vla_rl.libero_env.Simulators.
+        simulators_per_worker: tasks that a worker keeps in memory; None: as many as it has environments.
+        cache_gb: see vla_rl.libero_env.Simulators.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class LiberoVectorEnv(VectorEnv):
         env_kwargs: dict[str, Any],
         num_envs: int,
         num_workers: int,
-        simulators_per_worker: int = 4,
+        simulators_per_worker: int | None = None,
         cache_gb: float = 0,
     ):
         self.num_envs, self.num_workers = num_envs, min(num_workers, num_envs)
@@ -67,7 +68,9 @@ class LiberoVectorEnv(VectorEnv):
         indices = [range(worker, num_envs, self.num_workers) for worker in range(self.num_workers)]
         self.workers = WorkerProcesses(
             [
-                MakeWorker(env_kwargs, list(part), self.places, simulators_per_worker, cache_gb, os.getpid())
+                MakeWorker(
+                    env_kwargs, list(part), self.places, simulators_per_worker or self.places, cache_gb, os.getpid()
+                )
                 for part in indices
             ],
             # 6 to 10 % faster where each core has a worker; exact images, which have four times the samples, are not
@@ -317,11 +320,14 @@ def lean_workers(draw_in_one_thread: bool) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def make_vector_env(config: Config, num_envs: int, *, render: str | None = None) -> LiberoVectorEnv:
+def make_vector_env(
+    config: Config, num_envs: int, *, render: str | None = None, overlap: bool = False
+) -> LiberoVectorEnv:
     """The configured suite in `num_envs` environments.
 
     Args:
         render: "exact" or "fast"; None takes env.render.
+        overlap: halves of the environments will step in turns; each should fill the workers.
     """
     env = config.env
     kwargs = {
@@ -334,5 +340,5 @@ def make_vector_env(config: Config, num_envs: int, *, render: str | None = None)
         "max_steps": config.max_episode_steps(),
         "settle_steps": env.settle_steps,
     }
-    num_workers = env.num_workers or len(os.sched_getaffinity(0))
+    num_workers = env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
     return LiberoVectorEnv(kwargs, num_envs, num_workers, env.simulators_per_worker, env.model_cache_gb)
