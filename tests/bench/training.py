@@ -1,6 +1,6 @@
 """Where the time of a training goes: simulator, rendering, policy, update; and the memory it takes.
 
-    python tests/bench/training.py [--config YAML] [--rollouts N] [--json FILE] [section.key=value ...]
+    python tests/bench/training.py [--config YAML] [--rollouts N] [--wait SECONDS] [--json FILE] [section.key=value ...]
 
 Measures the real trainer on the real simulator. Shares of a rollout are of the wall clock of the main process: waiting for
 the simulators (split into physics and rendering by timing one environment alone), the policy's forward and the rest.
@@ -35,10 +35,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default="configs/tiny_gae_ppo.yaml")
     parser.add_argument("--rollouts", type=int, default=3, help="rollouts timed, after one that is not")
+    parser.add_argument(
+        "--wait", type=float, default=0, help="seconds a row that the policy also sleeps, as if it were on a GPU"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(find_config(args.config), args.overrides, {"logging.progress": False})
-    figures = measure_simulator(config) | measure_training(config, args.rollouts)
+    figures = measure_simulator(config) | measure_training(config, args.rollouts, args.wait)
     waiting = figures.pop("simulator_share")
     physics = figures["physics_share_of_a_chunk"]
     figures |= {"share_physics": waiting * physics, "share_rendering": waiting * (1 - physics)}
@@ -80,18 +83,19 @@ def measure_simulator(config: Config, chunks: int = 12) -> dict[str, float]:
     return figures | {"seconds_of_a_chunk": times[size], "physics_share_of_a_chunk": step * size / times[size]}
 
 
-def measure_training(config: Config, rollouts: int) -> dict[str, float]:
+def measure_training(config: Config, rollouts: int, wait: float) -> dict[str, float]:
     policy = build_policy(config)
     act, seconds_in_policy = policy.act, []
 
     def timed_act(*args, **kwargs):
         start = time.perf_counter()
         output = act(*args, **kwargs)
+        time.sleep(wait * len(output.inputs))
         seconds_in_policy.append(time.perf_counter() - start)
         return output
 
     policy.act = timed_act
-    envs = make_vector_env(config, config.rollout.num_envs)
+    envs = make_vector_env(config, config.rollout.num_envs, overlap=config.rollout.overlap)
     seconds_in_simulator = time_waiting(envs)
     with tempfile.TemporaryDirectory() as folder:
         head = build_value_head(config, policy.hidden_size)
