@@ -86,22 +86,22 @@ class Simulator:
     def __init__(self, bddl_file: str, cameras: Sequence[str], image_size: int, fast: bool, cache_gb: float = 0):
         problem = TASK_MAPPING[bddl_utils.get_problem_info(bddl_file)["problem_name"]]
         task = type(problem.__name__, (QuickReset, problem), {"cache_gb": cache_gb})
-        self.env = until_placed(
-            lambda seed: (
-                np.random.seed(seed)
-                or task(
-                    bddl_file,
-                    robots=["Panda"],
-                    controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-                    initialization_noise=None,
-                    use_camera_obs=False,
-                    has_offscreen_renderer=False,
-                    control_freq=CONTROL_HZ,
-                    ignore_done=True,
-                    hard_reset=False,
-                )
+
+        def build(seed: int) -> Any:
+            np.random.seed(seed)
+            return task(
+                bddl_file,
+                robots=["Panda"],
+                controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+                initialization_noise=None,
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                control_freq=CONTROL_HZ,
+                ignore_done=True,
+                hard_reset=False,
             )
-        )
+
+        self.env = until_placed(build)  # it places the objects, here too
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.robot = self.env.robots[0]
         self.cameras = list(cameras)
