@@ -299,13 +299,22 @@ def test_overlap_decides_for_one_half_while_the_other_steps(tmp_path):
     trainer = make_trainer(tmp_path, rollout={"overlap": True, "num_envs": 4, "n_steps": 2}, algorithm=sizes)
     calls, act = [], trainer.policy.act
     step_async, step_wait = trainer.envs.step_async, trainer.envs.step_wait
-    trainer.policy.act = lambda obs, **kwargs: calls.append("decide") or act(obs, **kwargs)
+    drawn_from = []
+
+    def watched(obs, **kwargs):
+        calls.append("decide")
+        drawn_from.append(kwargs["generator"])
+        return act(obs, **kwargs)
+
+    trainer.policy.act = watched
     trainer.envs.step_async = lambda *args: calls.append(args[1].tolist()) or step_async(*args)
     trainer.envs.step_wait = lambda: calls.append("wait") or step_wait()
     trainer.collect_rollout()
     first, second = [True, True, False, False], [False, False, True, True]
     turns = ["decide", first, "decide", "wait", second, "decide", "wait", first, "decide", "wait", second, "wait"]
     assert calls == turns
+    own = trainer.sampling_generators  # of each environment, whoever decides beside it
+    assert drawn_from == [own[:2], own[2:]] * 2 and len({generator.initial_seed() for generator in own}) == 4
 
 
 def test_grpo_plays_whole_groups_from_equal_starts_and_idle_environments_add_no_rows(tmp_path):
