@@ -179,18 +179,20 @@ class LiberoEnv(gymnasium.Env):
     @property
     def _simulator(self) -> Simulator:
         """The episode's simulator, in the state where this environment left it."""
-        fast = self.render_quality == "fast"
-        shared = self._simulators.get(self.task_suite, self._episode["task_id"], self.cameras, self.image_size, fast)
+        shared = self._shared(self._episode["task_id"])
         if shared.holder is not self:
             shared.simulator.set_state(self._state)
             shared.holder = self
         return shared.simulator
 
+    def _shared(self, task_id: int) -> Shared:
+        fast = self.render_quality == "fast"
+        return self._simulators.get(self.task_suite, task_id, self.cameras, self.image_size, fast)
+
     def _start(self, episode: dict[str, Any], render: bool) -> None:
         """Resets and settles the simulator, or puts it into that state if it has been there before."""
         task_id, state_index, seed = episode["task_id"], episode["initial_state"], episode["seed"]
-        fast = self.render_quality == "fast"
-        shared = self._simulators.get(self.task_suite, task_id, self.cameras, self.image_size, fast)
+        shared = self._shared(task_id)
         simulator, start = shared.simulator, (state_index, seed, self.settle_steps)
         shared.holder = None  # whatever goes wrong from here on, nobody's state is in it
         if start not in shared.settled:

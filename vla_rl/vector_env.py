@@ -30,10 +30,8 @@ from vla_rl.config import Config
 from vla_rl.libero_env import LiberoEnv, Simulators, check_actions
 from vla_rl.types import SimulatorDied
 
-WORKER_GB, SIMULATOR_GB = (
-    0.4,
-    0.6,
-)  # resident, of a worker without a simulator and of each one in it (docs/performance.md)
+WORKER_GB = 0.4  # resident, of a worker without a simulator (docs/performance.md)
+SIMULATOR_GB = 0.6  # of each simulator in it
 ARRAYS = ("images", "proprio")  # of an observation; the instruction is a text
 
 
