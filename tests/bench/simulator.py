@@ -67,6 +67,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, float]:
         measurements[f"equal_episodes{workers}"] = ["stock_episodes", one, 128, workers]
         for render in ("exact", "fast"):
             measurements[f"{render}_episodes{workers}"] = ["episodes", one, 128, render, workers]
+    measurements |= {f"memory{tasks}": ["memory", tasks] for tasks in (1, 4, 10)}
     results: dict[str, list[float]] = {}
     for number in range(args.rounds):
         for name, measurement in measurements.items():
@@ -110,6 +111,8 @@ def print_table(figures: dict[str, float], workers: list[int]) -> None:
         row(f"whole episodes, {count} workers", "steps/s", "steps_per_s", *keys, "", higher=True)
     for name in ("exact", "fast"):
         print(f"memory of one more environment in a worker ({name}), MiB: {figures[f'{name}_one128/more_mib']:.2f}")
+    for tasks in (1, 4, 10):
+        print(f"memory of 16 environments, {tasks} tasks, 2 workers (exact), GiB: {figures[f'memory{tasks}/gib']:.1f}")
     for name in ("render_exact_ms", "render_fast_ms"):
         print(f"floor, {name.split('_')[1]} rendering of 128 px by MuJoCo: {figures[f'floor/{name}']:.1f} ms; ", end="")
         ours = figures[f"{name.split('_')[1]}_one128/render_ms"]
@@ -133,8 +136,8 @@ def seconds(function, times: int = 1) -> float:
     return statistics.median(taken)
 
 
-def resident_gib() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident_gib(pid: int | str = "self") -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 2**20
 
 
@@ -287,7 +290,18 @@ def episodes(suite: str, task_id: int, cameras: list[str], size: int, render: st
     return {"seconds": taken, "steps_per_s": workers * STEPS / taken}
 
 
-MEASUREMENTS = {f.__name__: f for f in (stock, ours, floor, stock_episodes, episodes)}
+def memory(suite: str, task_id: int, tasks: int) -> dict[str, float]:
+    """Of 16 environments in 2 workers that play the suite's first tasks, two 256 px cameras, exact, after a chunk."""
+    kwargs = {"task_suite": suite, "chunk_size": CHUNK, "num_images": 2, "image_size": 256}
+    envs = LiberoVectorEnv(kwargs, 16, 2)
+    envs.reset(options={"episodes": {i: Episode(i % tasks, i, 0) for i in range(16)}})
+    envs.step(np.resize(actions(), (16, CHUNK, 7)).astype(np.float32))
+    total = sum(resident_gib(process.pid) for process in envs.processes)
+    envs.close()
+    return {"gib": total}
+
+
+MEASUREMENTS = {f.__name__: f for f in (stock, ours, floor, stock_episodes, episodes, memory)}
 
 if __name__ == "__main__":
     main()
