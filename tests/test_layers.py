@@ -32,6 +32,8 @@ LAYERS = [
         "arm_control",
         "rendering",
         "simulator",
+        "goals",
+        "expert",
         "libero_env",
         "vector_env",
     },
