@@ -24,6 +24,8 @@ LAYERS = [
         "rollout_buffer",
         "progress",
         "checkpoint",
+        "augmentation",
+        "demonstration_file",
     },
     {
         "policy",
@@ -36,6 +38,7 @@ LAYERS = [
         "expert",
         "libero_env",
         "vector_env",
+        "shaping",
     },
     {"evaluation", "demonstrations", "sft"},
     {"OpenVLA_PPO"},

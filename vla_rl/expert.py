@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vla_rl.goals import goal_position, grip_position, is_grasped, object_points, object_position, pick_and_place
+from vla_rl.goals import (
+    PickAndPlace,
+    goal_position,
+    grip_position,
+    is_grasped,
+    object_points,
+    object_position,
+    pick_and_place,
+)
 
 if TYPE_CHECKING:
     from vla_rl.simulator import Simulator
@@ -27,16 +35,17 @@ OPEN, CLOSED = -1.0, 1.0
 MAX_GRASP = 0.07  # of an object's width
 FINGERS = np.array([[-0.012, -0.05, -0.006], [0.012, 0.05, 0.06]])  # [low, high] x [across, along the fingers, up]
 PALM = np.array([[-0.037, -0.108, 0.03], [0.037, 0.108, 0.2]])
-RIM_DEPTH, RIM_INSET = 0.022, 0.003  # how far the pads go below a rim, and its middle inside the outer edge
+RIM_DEPTH, RIM_INSET = 0.018, 0.003  # how far the pads go below a rim, and its middle inside the outer edge
 GRASP_DEPTH = 0.03  # at most, below the top of an object: there the palm touches it
 FLOOR_GAP = 0.008  # of the pads' middle from the bottom of a flat object
-ROOM = 0.008  # as much as is wanted around the hand
-TURN_COST = 0.01  # metres of room that are given up for a right angle
+ROOM = 0.002  # metres around the hand that are enough
+GOAL_SLACK = 0.015  # of which less is enough where it lets go
+REACH = 0.75  # m from the arm's base: beyond, the elbow is soon straight and the arm locked
 LIFT = 0.06  # straight up after a grasp
 OVER = 0.05  # what a carried thing and the open fingers pass obstacles by
-NEAR = 0.1  # aside of the way, where an obstacle counts
+NEAR = 0.11  # aside of the way, where an obstacle counts: half a palm
 FUNNEL = 0.035  # aside of the goal, where going down begins
-REACH_STEPS, CLOSE_STEPS, MISS_STEPS, OPEN_STEPS, LEAVE_STEPS = 80, 8, 12, 6, 15
+MOVE_STEPS, CLOSE_STEPS, MISS_STEPS, OPEN_STEPS, LEAVE_STEPS = 80, 8, 12, 6, 15
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,10 @@ class Expert:
         aside = np.linalg.norm((grasp - hand)[:2])
         if aside < 0.01 and abs(hand[2] - grasp[2]) < 0.008:
             return self.go("close")
-        if self.count > REACH_STEPS and aside < FUNNEL:  # something holds the hand
+        if self.count > MOVE_STEPS:  # something holds the hand
             self.start = hand
             return self.go("leave")
-        return hand + self.way(hand, grasp, below=0, turned=abs(self.yaw_error()) < 0.3)
+        return hand + self.way(hand, hand, grasp, below=0, turned=abs(self.yaw_error()) < 0.3)
 
     def close(self) -> np.ndarray:
         if self.count > CLOSE_STEPS:
@@ -97,12 +106,15 @@ class Expert:
         return self.grasp_position()
 
     def lift(self) -> np.ndarray:
+        """Straight up, once the object is not under anything."""
         hand = grip_position(self.sim)
         if self.count > MISS_STEPS and not is_grasped(self.sim, self.goal):
             return self.retry()
         if hand[2] > self.start[2] + LIFT:
             return self.go("place")
-        return self.start + up(2 * LIFT)
+        aside = self.start + self.free - hand
+        free = np.linalg.norm(aside[:2]) < 0.006 or self.count > MISS_STEPS / 2
+        return hand + aside + up(2 * LIFT if free else 0.005)
 
     def place(self) -> np.ndarray:
         """The object, not the hand, goes above the goal and down a funnel to it."""
@@ -113,7 +125,10 @@ class Expert:
         if aside < 0.012 and thing[2] - goal[2] < 0.008:
             self.start = hand
             return self.go("release")
-        return hand + self.way(thing, goal, below=self.depth)
+        if self.count > MOVE_STEPS:
+            self.start = hand
+            return self.go("leave")
+        return hand + self.way(hand, thing, goal, below=hand[2] - thing[2] + self.depth)
 
     def release(self) -> np.ndarray:
         if self.count > OPEN_STEPS:
@@ -134,15 +149,22 @@ class Expert:
     def plan(self) -> None:
         """Chooses the grasp and looks at what is in the way."""
         sim, goal = self.sim, self.goal
-        origin, points = object_position(sim, goal), object_points(sim, goal.object)
-        # what the object hangs below its origin, and the target is there to be met
+        origin, points, place = object_position(sim, goal), object_points(sim, goal.object), self.release_position()
         self.depth = origin[2] - points[:, 2].min()
-        names = [name for name in sim.env.obj_body_id if name != goal.object]
-        self.obstacles = np.concatenate([object_points(sim, name) for name in names])  # [P, 3]
-        options = grasps(points - origin)
-        room = [min(ROOM, clearance(self.obstacles - origin - g.offset, g.turn)) for g in options]
-        cost = [TURN_COST * abs(g.turn) / (np.pi / 2) for g in options]
-        self.grasp = options[int(np.argmax(np.round(np.subtract(room, cost), 3)))]
+        others = {name: object_points(sim, name) for name in sim.env.obj_body_id if name != goal.object}
+        self.obstacles = np.concatenate(list(others.values()))  # [P, 3]
+        beside = np.concatenate([points for name, points in others.items() if name != bearer(sim, goal)])
+        base = sim.data.body("robot0_base").xpos
+
+        def lack(grasp: Grasp) -> float:
+            """How many metres of room, at both ends, and of reach are missing."""
+            room = clearance(self.obstacles - origin - grasp.offset, grasp.turn)
+            room_at_goal = clearance(beside - place - grasp.offset, grasp.turn) + GOAL_SLACK
+            reach = np.linalg.norm((origin + grasp.offset - base)[:2])
+            return round(max(ROOM - min(room, room_at_goal), 0) + max(reach - REACH, 0), 3)
+
+        self.grasp = min(grasps(points - origin), key=lack)  # the first of equals
+        self.free = from_under(self.obstacles - origin, points - origin)
         self.reach_of_grasp = np.linalg.norm(self.grasp.offset)
 
     def grasp_position(self) -> np.ndarray:
@@ -151,31 +173,33 @@ class Expert:
     def release_position(self) -> np.ndarray:
         return goal_position(self.sim, self.goal) + up(0.015)
 
-    def way(self, start: np.ndarray, end: np.ndarray, below: float, turned: bool = True) -> np.ndarray:
-        """Where to, [3] from `start`: up and over what stands within NEAR of the straight way, then down a funnel.
+    def way(
+        self, hand: np.ndarray, start: np.ndarray, end: np.ndarray, below: float, turned: bool = True
+    ) -> np.ndarray:
+        """The hand's next move, [3], to take what is at `start` to `end`.
+
+        Up and over what stands within NEAR of the hand's straight way, then down a funnel.
 
         Args:
-            below: how far what moves hangs below `start`.
+            below: how far what moves hangs below the hand.
             turned: whether it may go down.
         """
         ahead = (end - start)[:2]
         distance = np.linalg.norm(ahead)
         direction = ahead / max(distance, 1e-9)
-        along = (self.obstacles - start)[:, :2] @ direction  # [P]
-        aside = np.linalg.norm(
-            self.obstacles[:, :2] - start[:2] - np.clip(along, 0, distance)[:, None] * direction, axis=1
-        )
-        needed = self.obstacles[:, 2] + below + OVER  # height above each point
-        met = aside < NEAR
-        height = max(needed[met].max(initial=0), end[2] + LIFT)
+        obstacles = self.obstacles - hand  # [P, 3]
+        along = obstacles[:, :2] @ direction  # [P]
+        aside = np.linalg.norm(obstacles[:, :2] - np.clip(along, 0, distance)[:, None] * direction, axis=1)
+        climb = (obstacles[:, 2] + below + OVER)[aside < NEAR]
+        top = max(climb.max(initial=-1), end[2] + LIFT - start[2])
         if distance < FUNNEL:
             into = np.clip((distance - 0.01) / (FUNNEL - 0.01), 0, 1) if turned else 1
-            return np.append(ahead, end[2] + into * (height - end[2]) - start[2])
+            bottom = end[2] - start[2]
+            return np.append(ahead, bottom + into * (top - bottom))
         # as it climbs as fast as it goes, this much may be missing at this distance from an obstacle
-        missing = (needed - np.maximum(along - NEAR, 0))[met].max(initial=0) - start[2]
+        missing = (climb - np.maximum(along[aside < NEAR] - NEAR, 0)).max(initial=0)
         slow = np.clip(1 - (missing - 0.01) / 0.03, 0, 1)
-        step = np.append(ahead * min(1, METRES / POSITION_GAIN / distance), height - start[2])
-        return step * [slow, slow, 1]
+        return np.append(slow * ahead * min(1, METRES / POSITION_GAIN / distance), top)
 
     # How the hand is turned
 
@@ -193,12 +217,28 @@ class Expert:
         return error
 
 
+def from_under(obstacles: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """How an object of `points` is to be moved sideways, [3], before it can be lifted past `obstacles`; at most 2 cm."""
+    radius, top = np.linalg.norm(points[:, :2], axis=1).max() + 0.005, points[:, 2].max()
+    above = obstacles[(obstacles[:, 2] > top) & (obstacles[:, 2] < top + LIFT)][:, :2]
+    distance = np.linalg.norm(above, axis=1)
+    if distance.min(initial=radius) >= radius:
+        return np.zeros(3)
+    nearest = np.argmin(distance)
+    return np.append(-above[nearest] / distance[nearest] * min(radius - distance[nearest], 0.02), 0)
+
+
+def bearer(sim: Simulator, goal: PickAndPlace) -> str:
+    """The object or fixture that the goal's target is or belongs to."""
+    return goal.target if goal.target in sim.env.obj_body_id else sim.env.object_sites_dict[goal.target].parent_name
+
+
 def grasps(points: np.ndarray) -> list[Grasp]:
     """Candidates for an object of points [P, 3], relative to its origin; the preferred ones first.
 
     What is narrow is taken across its middle, what is wide by its rim with one finger inside.
     """
-    turns = np.deg2rad([0, 45, -45, 90])
+    turns = np.deg2rad([0, 22.5, -22.5, 45, -45, 67.5, -67.5, 90])
     low, high = points.min(0), points.max(0)
     found = []
     for turn in turns:
