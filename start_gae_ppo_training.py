@@ -177,6 +177,10 @@ def train(config: Config, checkpoint: Path | None) -> None:
     """Checks what the settings need of the machine, makes the run folder, and trains in it."""
     check_device(config)
     check_rendering()
+    if config.env.reward == "dense":
+        from vla_rl.libero_env import check_dense_reward
+
+        check_dense_reward(config.env.task_suite, config.env.task_ids)
 
     from vla_rl.metrics import check_wandb
     from vla_rl.policy import check_checkpoint, read_statistics

@@ -6,7 +6,7 @@ import pydantic
 import pytest
 import yaml
 
-from vla_rl.config import Config, ConfigError, list_settings, load_config, save_config, settings_help
+from vla_rl.config import Config, ConfigError, SftConfig, list_settings, load_config, save_config, settings_help
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -323,7 +323,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_file_loads_and_says_in_its_first_line_what_it_is_for(path):
-    load_config(path)
+    load_config(path, kind=SftConfig if path.stem.endswith("sft") else Config)
     assert path.read_text().startswith("# ")
 
 

@@ -83,8 +83,8 @@ def env(stock):
 def renders(env, monkeypatch):
     """Names of the cameras rendered since the fixture was made."""
     env.reset(options={"episode": FIXED})
-    env._simulators.get("libero_spatial", 4, env.cameras, SIZE, False).settled.clear()
-    renderer = env._simulator.renderer
+    env.simulators.get("libero_spatial", 4, env.cameras, SIZE, False).settled.clear()
+    renderer = env.simulator.renderer
     names, render = [], renderer.render
     monkeypatch.setattr(renderer, "render", lambda camera: names.append(camera) or render(camera))
     return names
@@ -129,13 +129,13 @@ def test_observation_fits_its_space_and_names_the_task(env):
 def test_step_limit_inside_a_chunk_executes_the_remaining_steps_only(env, renders, monkeypatch):
     monkeypatch.setattr(env, "max_steps", 11)
     env.reset(options={"episode": FIXED})
-    start = env._simulator.data.time
+    start = env.simulator.data.time
     _, _, terminated, truncated, info = env.step(REST)
     assert (terminated, truncated, info) == (False, False, {"steps": 8, "success": False})
     del renders[:]
     obs, reward, terminated, truncated, info = env.step(REST)
     assert (reward, terminated, truncated, info) == (0.0, False, True, {"steps": 3, "success": False})
-    assert env._simulator.data.time - start == pytest.approx(11 * 0.05)  # 20 Hz
+    assert env.simulator.data.time - start == pytest.approx(11 * 0.05)  # 20 Hz
     assert renders == ["agentview", "robot0_eye_in_hand"]
 
     before = physics(env)
@@ -149,7 +149,7 @@ def test_step_limit_inside_a_chunk_executes_the_remaining_steps_only(env, render
 def drop_bowl_on_plate(env):
     """Puts the bowl 10 cm above the plate: it lands, and so the task succeeds, some steps later (free fall: 0.14 s)."""
     env.reset(options={"episode": FIXED})
-    sim = env._simulator.env.sim
+    sim = env.simulator.env.sim
     plate = sim.data.body_xpos[sim.model.body_name2id("plate_1_main")]
     bowl = sim.data.get_joint_qpos("akita_black_bowl_1_joint0").copy()
     bowl[:3] = np.add(plate, [0, 0, 0.1])
@@ -159,13 +159,13 @@ def drop_bowl_on_plate(env):
 @libero
 def test_success_inside_a_chunk_ends_it(env, renders, monkeypatch):
     drop_bowl_on_plate(env)
-    start = env._simulator.data.time
+    start = env.simulator.data.time
     del renders[:]
     obs, reward, terminated, truncated, info = env.step(REST)
     steps = info["steps"]
     assert (reward, terminated, truncated, info["success"]) == (1.0, True, False, True)
     assert 0.14 / 0.05 <= steps < CHUNK
-    assert env._simulator.data.time - start == pytest.approx(steps * 0.05)
+    assert env.simulator.data.time - start == pytest.approx(steps * 0.05)
     assert renders == ["agentview", "robot0_eye_in_hand"]
     assert np.abs(obs["images"][0].astype(int) - run(env, FIXED, [])[0][1][0]).max() > 50  # not the image of the start
 
@@ -217,7 +217,7 @@ def test_restored_start_and_end_equal_the_original(env, monkeypatch):
     # success at the third step of a chunk, by decree: a dropped bowl is not part of an episode's state
     env.reset(options={"episode": FIXED})
     end = env._state.time + 2.5 * 0.05
-    monkeypatch.setattr(type(env._simulator.env), "_check_success", lambda self: self.sim.data.time > end)
+    monkeypatch.setattr(type(env.simulator.env), "_check_success", lambda self: self.sim.data.time > end)
     obs, _, terminated, *_ = env.step(random_actions(4)[0])
     state = env.episode_state()
     assert terminated and len(state["actions"]) == 3
@@ -284,9 +284,9 @@ def test_a_reset_that_fails_leaves_the_others_their_episodes(env, monkeypatch):
     """It has spoilt the simulator that they share: nobody's state is in it."""
     actions = random_actions(9, chunks=2)
     expected = run(env, RANDOM, actions)
-    shared = env._simulators.get("libero_spatial", 4, env.cameras, SIZE, False)
+    shared = env.simulators.get("libero_spatial", 4, env.cameras, SIZE, False)
     other = LiberoEnv(
-        "libero_spatial", (4,), chunk_size=CHUNK, num_images=2, image_size=SIZE, simulators=env._simulators
+        "libero_spatial", (4,), chunk_size=CHUNK, num_images=2, image_size=SIZE, simulators=env.simulators
     )
     env.reset(options={"episode": RANDOM})
     env.step(actions[0])
@@ -317,11 +317,11 @@ def test_actions_are_executed_as_they_are_recorded(env):
 def test_a_start_that_was_settled_before_is_not_settled_again(env, renders, monkeypatch):
     first = run(env, RANDOM, random_actions(0))
     del renders[:]
-    monkeypatch.setattr(env._simulator, "reset", None)  # a call would fail
+    monkeypatch.setattr(env.simulator, "reset", None)  # a call would fail
     again = run(env, RANDOM, random_actions(0))
     assert_equal_rows(again, first)
     assert renders == ["agentview", "robot0_eye_in_hand"] * 2  # of the two chunks
-    kept = env._simulators.get("libero_spatial", 4, env.cameras, SIZE, False).settled
+    kept = env.simulators.get("libero_spatial", 4, env.cameras, SIZE, False).settled
     assert len(kept) <= libero_env.SETTLED_STARTS
     monkeypatch.undo()
     monkeypatch.setattr(env, "settle_steps", 3)  # another start

@@ -666,7 +666,7 @@ def test_real_policy_makes_good_tokens_likelier_and_bad_ones_rarer(tmp_path):
     """The sign, through losses, trainer, LoRA and the whole network: rows with A = +1 gain log-probability, others lose."""
     torch.manual_seed(0)
     policy = OpenVLAPolicy.from_checkpoint(
-        "tiny-openvla", "parallel", lora=LoraConfig(rank=8), chunk_size=CHUNK, unnorm_key="libero_spatial"
+        "tiny-openvla-random", "parallel", lora=LoraConfig(rank=8), chunk_size=CHUNK, unnorm_key="libero_spatial"
     )
     base = {name: p.clone() for name, p in policy.network.named_parameters() if not p.requires_grad}
     changes = {"n_epochs": 4, "value_coef": 0.0, "minibatch_size": 16, "micro_batch_size": 8}

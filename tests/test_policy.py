@@ -31,7 +31,7 @@ TASKS = (
 )
 
 
-def make_policy(decoder: str = "parallel", path="tiny-openvla", seed: int = 0, **settings) -> OpenVLAPolicy:
+def make_policy(decoder: str = "parallel", path="tiny-openvla-random", seed: int = 0, **settings) -> OpenVLAPolicy:
     settings = {"lora": LoraConfig(rank=4, alpha=8), "unnorm_key": "libero_spatial"} | settings
     torch.manual_seed(seed)
     return OpenVLAPolicy.from_checkpoint(path, decoder=decoder, **settings)
@@ -384,7 +384,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 
 
 def test_nan_in_the_weights_is_named_when_acting():
-    policy = OpenVLAPolicy.from_checkpoint("tiny-openvla", "parallel", unnorm_key="libero_spatial")
+    policy = OpenVLAPolicy.from_checkpoint("tiny-openvla-random", "parallel", unnorm_key="libero_spatial")
     with torch.no_grad():
         policy.network.language_model.model.norm.weight[0] = torch.nan
     obs = Observation(np.zeros((1, 1, 64, 64, 3), np.uint8), np.zeros((1, 8), np.float32), ("pick up the bowl",))
@@ -395,7 +395,7 @@ def test_nan_in_the_weights_is_named_when_acting():
 
 def test_values_given_to_save_adapter_are_what_is_written(tmp_path):
     policy = OpenVLAPolicy.from_checkpoint(
-        "tiny-openvla", "parallel", unnorm_key="libero_spatial", lora=LoraConfig(rank=2)
+        "tiny-openvla-random", "parallel", unnorm_key="libero_spatial", lora=LoraConfig(rank=2)
     )
     values = [torch.full_like(p, float(i)) for i, p in enumerate(policy.trainable_parameters())]
     policy.save_adapter(tmp_path / "a", values)

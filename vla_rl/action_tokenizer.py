@@ -88,6 +88,27 @@ def unnormalize(normalized: np.ndarray, stats: Mapping[str, Any], oft: bool) -> 
     return np.where(mask, 0.5 * (normalized + 1) * extent + low, normalized)
 
 
+def normalize(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
+    """Actions as they are learned: the inverse of `unnormalize`, not clipped.
+
+    a -> 2 (a - q01) / (q99 - q01 + 1e-8) - 1 where the mask is true, else a (openvla c8f03f4,
+    prismatic/vla/datasets/rlds/utils/data_utils.py, normalize_action_and_proprio, which also clips to -1..1).
+
+    Args:
+        actions: [..., 7] in the data set's units.
+        stats: as `unnormalize`.
+
+    Returns:
+        float64 [..., 7].
+
+    Raises:
+        ValueError: as `unnormalize`.
+    """
+    actions = np.asarray(actions, dtype=np.float64)
+    low, high, mask = read_bounds(stats, actions, "actions")
+    return np.where(mask, 2 * (actions - low) / (high - low + OFT_EPSILON) - 1, actions)
+
+
 def to_environment(actions: np.ndarray) -> np.ndarray:
     """Actions for robosuite's OSC_POSE: the gripper becomes -1 (opens) or +1 (closes), all is clipped to -1..1.
 

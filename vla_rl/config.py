@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -76,19 +76,22 @@ class Section(BaseModel):
         return value
 
 
-class RunConfig(Section):
-    """One training run."""
+class RunFolderConfig(Section):
+    """Where and how a run goes on, whatever it trains."""
 
-    timesteps: int = Field(100_000, ge=0, description="simulator steps to train for, all environments together (20 Hz)")
-    seed: int = Field(
-        0, ge=0, lt=2**31, description="seed of the sampling, the minibatch order, the value head and the episodes"
-    )
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
     device: Literal["cpu", "cuda"] = Field("cuda", description="where the policy runs")
     torch_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice")
     output_dir: str = Field("runs", description="each run makes its own folder in this one")
     name: str | None = Field(
-        None, description="name of the run's folder; null makes one from task, estimator, seed and time"
+        None, description="name of the run's folder; null makes one of what is trained, seed and time"
     )
+
+
+class RunConfig(RunFolderConfig):
+    """One training run."""
+
+    timesteps: int = Field(100_000, ge=0, description="simulator steps to train for, all environments together (20 Hz)")
 
 
 class LoraConfig(Section):
@@ -106,7 +109,7 @@ class PolicyConfig(Section):
 
     checkpoint: str = Field(
         "tiny-openvla",
-        description="a folder in the official layout, a Hugging Face id, or tiny-openvla (made on first use)",
+        description="a folder in the official layout, a Hugging Face id, tiny-openvla (in the repository, solves libero_spatial now and then) or tiny-openvla-random",
     )
     decoder: Literal["autoregressive", "parallel"] = Field(
         "parallel",
@@ -146,6 +149,10 @@ class EnvConfig(Section):
         None, ge=1, description="simulator steps until truncation; null takes the suite's own limit"
     )
     settle_steps: int = Field(10, ge=0, description="steps with a resting arm before an episode; not counted")
+    reward: Literal["sparse", "dense"] = Field(
+        "sparse",
+        description="sparse: 1 on success; dense: and potential-based shaping from the goal's placements (gae)",
+    )
     image_size: int = Field(256, ge=16, description="rendered image side in pixels, before preprocessing")
     render: Literal["exact", "fast"] = Field(
         "exact",
@@ -272,6 +279,95 @@ class LoggingConfig(Section):
     )
 
 
+class DataConfig(Section):
+    """Demonstrations in LIBERO's HDF5 layout."""
+
+    files: list[str] = Field(min_length=1, description="HDF5 files, or folders of them")
+    name: str = Field(
+        description="of the data's statistics in the result, the policy.unnorm_key of later runs, like libero_spatial_no_noops"
+    )
+    filter_no_ops: bool = Field(
+        True, description="leave out steps that move neither arm nor gripper, as OpenVLA's data do"
+    )
+    validation_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of each task's episodes that is held out; at least one unless 0"
+    )
+    augment: bool = Field(True, description="OpenVLA's random crops and colours; goes with policy.center_crop=true")
+
+
+class SupervisedConfig(Section):
+    """Cross-entropy on the action tokens of demonstrations."""
+
+    method: Literal["lora", "full"] = Field("lora", description="train policy.lora on frozen weights, or every weight")
+    steps: int = Field(50_000, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="samples of an optimizer step")
+    micro_batch_size: int = Field(16, ge=1, description="samples of a forward; gradients add up to the batch's")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly to its full size")
+    final_learning_rate: float = Field(
+        1.0, ge=0, le=1, description="share of the learning rate at the last step; it falls as a cosine (1: constant)"
+    )
+    label_sigma: float = Field(
+        0.0,
+        ge=0,
+        description="standard deviation in bins of the Gaussian that a label is spread over, but for the gripper's; 0: one token",
+    )
+    evaluation_interval: int = Field(1000, ge=1, description="steps between measurements on the held-out episodes")
+    evaluation_samples: int = Field(1024, ge=1, description="held-out samples that are measured, evenly spaced")
+    checkpoint_interval: int = Field(1000, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(1, ge=1, description="newest checkpoints that are kept")
+
+
+class SftOptimizerConfig(OptimizerConfig):
+    """AdamW of what is trained."""
+
+    learning_rate: float = Field(5e-4, gt=0, description="step size")  # openvla vla-scripts/finetune.py
+
+
+class SftLoggingConfig(Section):
+    """What a run leaves behind."""
+
+    interval: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
+    progress: bool = Field(True, description="tqdm bars")
+    wandb: bool = Field(False, description="log to Weights & Biases")
+    wandb_project: str = Field("openvla-sft", description="project")
+    wandb_entity: str | None = Field(None, description="user or team; null takes your default")
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online", description="offline writes to the run folder; no network"
+    )
+
+
+class SftConfig(Section):
+    """All settings of supervised fine-tuning, checked against each other."""
+
+    run: RunFolderConfig = Field(default_factory=RunFolderConfig)
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    data: DataConfig
+    training: SupervisedConfig = Field(default_factory=SupervisedConfig)
+    optimizer: SftOptimizerConfig = Field(default_factory=SftOptimizerConfig)
+    logging: SftLoggingConfig = Field(default_factory=SftLoggingConfig)
+
+    @model_validator(mode="after")
+    def check_combinations(self) -> SftConfig:
+        check_decoder(self.policy)
+        training = self.training
+        if training.batch_size % training.micro_batch_size:
+            raise ValueError(
+                f"training.batch_size={training.batch_size} is not a multiple of "
+                f"training.micro_batch_size={training.micro_batch_size}"
+            )
+        if self.data.augment != self.policy.center_crop:
+            raise ValueError(
+                f"data.augment={str(self.data.augment).lower()} with policy.center_crop="
+                f"{str(self.policy.center_crop).lower()}; random crops in training need the centre crop afterwards, and it them"
+            )
+        if training.method == "full" and self.policy.dtype != "float32":
+            raise ValueError(
+                f"training.method=full with policy.dtype={self.policy.dtype}, which rounds small steps away; "
+                "set policy.dtype=float32 or training.method=lora"
+            )
+        return self
+
+
 class Config(Section):
     """All settings of a run, checked against each other."""
 
@@ -297,11 +393,7 @@ class Config(Section):
             twice = sorted({i for i in indices if indices.count(i) > 1})
             if twice:
                 raise ValueError(f"{key} has {twice} twice; name each once")
-        if policy.decoder == "autoregressive" and policy.chunk_size != 1:
-            raise ValueError(
-                f"policy.chunk_size={policy.chunk_size} with policy.decoder=autoregressive, which decodes one action; "
-                "set policy.chunk_size=1 or policy.decoder=parallel"
-            )
+        check_decoder(policy)
         if algorithm.micro_batch_size > algorithm.minibatch_size:
             raise ValueError(
                 f"algorithm.micro_batch_size={algorithm.micro_batch_size} is larger than "
@@ -321,6 +413,11 @@ class Config(Section):
                     f"rollout.n_episodes={rollout.n_episodes} leaves some of rollout.num_envs={rollout.num_envs} without an "
                     f"episode; use rollout.num_envs={rollout.n_episodes} or more episodes"
                 )
+        if env.reward == "dense" and algorithm.estimator == "grpo":
+            raise ValueError(
+                "env.reward=dense with algorithm.estimator=grpo: potentials cancel out of an episode's return, which is all "
+                "that GRPO looks at; use env.reward=sparse or algorithm.estimator=gae"
+            )
         if rollout.overlap and rollout.num_envs == 1:
             raise ValueError(
                 "rollout.overlap=true with rollout.num_envs=1; use 2 or more environments, or overlap=false"
@@ -339,6 +436,14 @@ class Config(Section):
         return self.env.max_steps or TASK_SUITES[self.env.task_suite][1]
 
 
+def check_decoder(policy: PolicyConfig) -> None:
+    if policy.decoder == "autoregressive" and policy.chunk_size != 1:
+        raise ValueError(
+            f"policy.chunk_size={policy.chunk_size} with policy.decoder=autoregressive, which decodes one action; "
+            "set policy.chunk_size=1 or policy.decoder=parallel"
+        )
+
+
 def check_groups(rollout: RolloutConfig) -> None:
     size = rollout.group_size
     for key, value in (("num_envs", rollout.num_envs), ("n_episodes", rollout.n_episodes or rollout.num_envs)):
@@ -348,15 +453,22 @@ def check_groups(rollout: RolloutConfig) -> None:
             raise ValueError(f"rollout.{key}={value} is not a multiple of rollout.group_size={size}; use {ways}")
 
 
+ConfigKind = TypeVar("ConfigKind", Config, SftConfig)
+
+
 def load_config(
-    path: str | Path | None = None, overrides: list[str] = (), flags: dict[str, Any] | None = None
-) -> Config:
+    path: str | Path | None = None,
+    overrides: list[str] = (),
+    flags: dict[str, Any] | None = None,
+    kind: type[ConfigKind] = Config,
+) -> ConfigKind:
     """The checked settings of a YAML file, then of `section.key=value` overrides, then of command-line flags.
 
     Args:
         path: YAML file; None takes every default.
         overrides: like ["actor.learning_rate=1e-4", "env.task_ids=0-3"]; values are read as YAML.
         flags: like {"run.timesteps": 1000}; None values are left out.
+        kind: Config or SftConfig.
 
     Raises:
         ConfigError: the file is missing or not YAML, a setting is unknown, of the wrong type, out of range, or does not
@@ -374,18 +486,18 @@ def load_config(
     for key, value in (flags or {}).items():
         if value is not None:
             set_key(values, key, value)
-    return config_from_dict(values, source=str(path or "the command line"))
+    return config_from_dict(values, str(path or "the command line"), kind)
 
 
-def config_from_dict(values: dict[str, Any], source: str) -> Config:
+def config_from_dict(values: dict[str, Any], source: str, kind: type[ConfigKind] = Config) -> ConfigKind:
     """Checks nested settings; `source` is named in the error."""
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         by_setting: dict[str, list[dict[str, Any]]] = {}
         for problem in error.errors():
             by_setting.setdefault(setting_of(problem), []).append(problem)
-        lines = "\n".join("  " + describe(key, problems) for key, problems in by_setting.items())
+        lines = "\n".join("  " + describe(key, problems, kind) for key, problems in by_setting.items())
         raise ConfigError(f"settings of {source}:\n{lines}") from None
 
 
@@ -436,7 +548,7 @@ def setting_of(problem: dict[str, Any]) -> str:
     return ".".join(part for part in problem["loc"] if isinstance(part, str) and part.isidentifier())
 
 
-def describe(key: str, problems: list[dict[str, Any]]) -> str:
+def describe(key: str, problems: list[dict[str, Any]], kind: type[Section]) -> str:
     """One line for all pydantic problems of a setting: what is wrong, what came, the way out."""
 
     def depth(problem: dict[str, Any]) -> tuple[bool, bool]:
@@ -446,7 +558,9 @@ def describe(key: str, problems: list[dict[str, Any]]) -> str:
     problems = [problem for problem in problems if depth(problem) == max(map(depth, problems))]
     first = problems[0]
     if first["type"] == "extra_forbidden":
-        return f"{key}: unknown setting; {way_out(key)}"
+        return f"{key}: unknown setting; {way_out(key, kind)}"
+    if first["type"] == "missing":
+        return f"{key}: not given; {list_settings(kind)[key].description or 'the section is needed'}"
     if first["type"] == "value_error":
         return ": ".join(filter(None, [key, str(first["ctx"]["error"])]))
     came = repr(first["input"])
@@ -461,10 +575,10 @@ def describe(key: str, problems: list[dict[str, Any]]) -> str:
     return f"{key}: {expected[0].lower()}{expected[1:]}, got {came}{more}"
 
 
-def way_out(key: str) -> str:
+def way_out(key: str, kind: type[Section]) -> str:
     """What may have been meant by an unknown setting: one beside it, one of that name elsewhere, or what there is."""
     section, _, leaf = key.rpartition(".")
-    known = list_settings()
+    known = list_settings(kind)
     known |= {name.rpartition(".")[0]: None for name in known if "." in name}  # policy.lora
     beside = [name for name in known if name.rpartition(".")[0] == section]
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
@@ -487,10 +601,10 @@ def list_settings(model: type[BaseModel] = Config, prefix: str = "") -> dict[str
     return settings
 
 
-def settings_help() -> str:
+def settings_help(kind: type[Section] = Config) -> str:
     """Every setting with its default, its choices and what it means (with its unit)."""
     lines: list[str] = []
-    for key, field in list_settings().items():
+    for key, field in list_settings(kind).items():
         if "." not in key:
             lines.append(f"\n{key}: {field.annotation.__doc__.splitlines()[0]}")
             continue
@@ -502,6 +616,6 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Section, path: Path) -> None:
     """Writes every setting, defaults included, so that a run can be repeated from its folder."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

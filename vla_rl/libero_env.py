@@ -19,16 +19,19 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import string
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
-from vla_rl.config import TASK_SUITES
+from vla_rl.config import TASK_SUITES, ConfigError
+from vla_rl.shaping import potential, shaped
 from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError
 
 if TYPE_CHECKING:
@@ -59,6 +62,8 @@ class LiberoEnv(gymnasium.Env):
         render: "exact" are stock LIBERO's images; "fast" leaves out reflections and multi-sampling.
         max_steps: simulator steps until truncation; None takes the suite's own limit.
         settle_steps: steps with a resting arm in `reset`; they do not count.
+        reward: "sparse" is 1 on success; "dense" adds vla_rl.shaping's potentials.
+        gamma: of the shaping, per call of `step`; the trainer's own.
         index: which of `options["episodes"]` is this environment's.
         simulators: shared with other environments of the process; None for its own.
     """
@@ -76,6 +81,8 @@ class LiberoEnv(gymnasium.Env):
         render: str = "exact",
         max_steps: int | None = None,
         settle_steps: int = 10,
+        reward: str = "sparse",
+        gamma: float = 1.0,
         index: int = 0,
         simulators: Simulators | None = None,
     ):
@@ -83,6 +90,9 @@ class LiberoEnv(gymnasium.Env):
             raise ValueError(f"task_suite={task_suite!r} is unknown; choose one of {', '.join(TASK_SUITES)}")
         if render not in ("exact", "fast"):
             raise ValueError(f"render={render!r} is unknown; choose exact or fast")
+        if reward not in ("sparse", "dense"):
+            raise ValueError(f"reward={reward!r} is unknown; choose sparse or dense")
+        self.dense, self.gamma = reward == "dense", gamma
         self.task_suite, self.default_task_id = task_suite, task_ids[0]
         self.chunk_size, self.cameras, self.image_size = chunk_size, CAMERAS[:num_images], image_size
         self.render_quality, self.settle_steps, self.index = render, settle_steps, index
@@ -134,7 +144,7 @@ class LiberoEnv(gymnasium.Env):
             actions: float [C, 7], end-effector delta (the controller clips to -1..1), gripper -1 open, 1 closed.
 
         Returns:
-            observation, reward (1.0 on success), terminated (success), truncated (step limit without success),
+            observation, reward (1.0 on success, and the shaping), terminated (success), truncated (step limit without success),
             info: {"steps": simulator steps executed, "success": bool}.
 
         Raises:
@@ -145,11 +155,14 @@ class LiberoEnv(gymnasium.Env):
         if self._episode is None:
             raise gymnasium.error.ResetNeeded("step() before reset(); call reset() first")
         steps_before = len(self._actions)
-        ended_before = self._terminated or self._truncated
-        if not ended_before:
+        reward = 0.0
+        if not (self._terminated or self._truncated):
+            before = self._potential
             self._execute(actions[: self.max_steps - steps_before])
+            reward = float(self._terminated)
+            if self.dense:
+                reward = shaped(reward, before, self._potential, self._terminated, self.gamma)
         steps = len(self._actions) - steps_before
-        reward = float(self._terminated and not ended_before)
         info = {"steps": steps, "success": self._terminated}
         return self._observe(), reward, self._terminated, self._truncated, info
 
@@ -177,7 +190,7 @@ class LiberoEnv(gymnasium.Env):
         self._episode = None
 
     @property
-    def _simulator(self) -> Simulator:
+    def simulator(self) -> Simulator:
         """The episode's simulator, in the state where this environment left it."""
         shared = self._shared(self._episode["task_id"])
         if shared.holder is not self:
@@ -193,16 +206,16 @@ class LiberoEnv(gymnasium.Env):
         """Resets and settles the simulator, or puts it into that state if it has been there before."""
         task_id, state_index, seed = episode["task_id"], episode["initial_state"], episode["seed"]
         shared = self._shared(task_id)
-        simulator, start = shared.simulator, (state_index, seed, self.settle_steps)
+        simulator, start = shared.simulator, (state_index, seed, self.settle_steps, self.dense)
         shared.holder = None  # whatever goes wrong from here on, nobody's state is in it
         if start not in shared.settled:
             state = None if state_index is None else fixed_state(self.task_suite, task_id, state_index)
             simulator.reset(seed, state, render=render and self.settle_steps == 0)
             for i in range(self.settle_steps):
                 simulator.step(REST, render=render and i == self.settle_steps - 1)
-        self._state = shared.settled.get(start) or simulator.state()
+        self._state, self._potential = shared.settled.get(start) or (simulator.state(), self._measure(simulator))
         if render:
-            shared.settled[start] = self._state
+            shared.settled[start] = self._state, self._potential
             shared.settled.move_to_end(start)
             if len(shared.settled) > SETTLED_STARTS:
                 shared.settled.popitem(last=False)
@@ -214,7 +227,7 @@ class LiberoEnv(gymnasium.Env):
 
     def _execute(self, actions: np.ndarray) -> None:
         """Steps until success or the end of the chunk [<= C, 7]; renders once."""
-        simulator = self._simulator
+        simulator = self.simulator
         executed = []
         for i, action in enumerate(actions):
             last = i == len(actions) - 1
@@ -228,7 +241,11 @@ class LiberoEnv(gymnasium.Env):
                 break
         self._actions += executed
         self._truncated = not self._terminated and len(self._actions) >= self.max_steps
-        self._state = simulator.state()
+        self._state, self._potential = simulator.state(), self._measure(simulator)
+
+    def _measure(self, simulator: Simulator) -> float:
+        """The potential of the state that the simulator has just stepped into; 0 with a sparse reward."""
+        return potential(simulator) if self.dense else 0.0
 
     def _observe(self) -> dict[str, Any]:
         state = self._state
@@ -269,6 +286,22 @@ def num_tasks(task_suite: str) -> int:
 def check_task(task_suite: str, task_id: int) -> None:
     if not 0 <= task_id < num_tasks(task_suite):
         raise ValueError(f"task_id={task_id} outside {task_suite}, which has tasks 0 to {num_tasks(task_suite) - 1}")
+
+
+def check_dense_reward(task_suite: str, task_ids: Sequence[int]) -> None:
+    """Before a simulator is built: whether the tasks have what a dense reward is made of.
+
+    Raises:
+        ConfigError: the goal of one asks for no object to be on or in something.
+    """
+    for task_id in task_ids:
+        text = Path(load_benchmark(task_suite).get_task_bddl_file_path(task_id)).read_text()
+        goal = text[text.lower().index("(:goal") :]
+        if not re.search(r"\(\s*(on|in)\s", goal, re.IGNORECASE):
+            raise ConfigError(
+                f"env.reward=dense: the goal of {task_suite} task {task_id} ({task_languages(task_suite)[task_id]}) asks for no "
+                "object to be placed; use env.reward=sparse"
+            )
 
 
 def fixed_state(task_suite: str, task_id: int, index: int) -> np.ndarray:
@@ -335,7 +368,9 @@ class Shared:
 
     simulator: Simulator
     holder: LiberoEnv | None = None
-    settled: OrderedDict[tuple, SimulatorState] = dataclasses.field(default_factory=OrderedDict)  # start -> state
+    settled: OrderedDict[tuple, tuple[SimulatorState, float]] = dataclasses.field(
+        default_factory=OrderedDict
+    )  # start -> state, potential
 
 
 def build_simulator(

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vla_rl.config import Config, ConfigError
+from vla_rl.config import Config, ConfigError, SftConfig
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -42,7 +42,7 @@ class MetricsLogger:
         ConfigError: wandb was asked for and cannot start (not logged in, no network).
     """
 
-    def __init__(self, folder: Path, config: Config):
+    def __init__(self, folder: Path, config: Config | SftConfig):
         self.folder = folder
         self.path = folder / METRICS_FILE
         self.wandb_run = start_wandb(folder, config) if config.logging.wandb else None
@@ -62,11 +62,11 @@ class MetricsLogger:
             known = {key: value for key, value in record.items() if value is not None}
             self.wandb_run.log(known)
 
-    def draw_curves(self) -> None:
-        """curves.png in the run folder, from metrics.jsonl."""
+    def draw_curves(self, curves: dict[str, list[str]] = CURVES, x: str = "timesteps") -> None:
+        """curves.png in the run folder, from metrics.jsonl: panels of metrics against x."""
         records = read_metrics(self.path)
         if records:
-            plot_curves(records, self.folder / "curves.png")
+            plot_curves(records, self.folder / "curves.png", curves, x)
 
     def close(self) -> None:
         if self.wandb_run is not None:
@@ -110,7 +110,9 @@ def set_aside_later_lines(path: Path, iteration: int) -> None:
     os.replace(rewritten, path)
 
 
-def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
+def plot_curves(
+    records: list[dict[str, Any]], path: Path, curves: dict[str, list[str]] = CURVES, x_name: str = "timesteps"
+) -> None:
     import matplotlib  # takes a second to import: not before the first picture
 
     matplotlib.use("Agg")
@@ -118,7 +120,7 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     panels = {
-        title: [n for n in names if any(r.get(n) is not None for r in records)] for title, names in CURVES.items()
+        title: [n for n in names if any(r.get(n) is not None for r in records)] for title, names in curves.items()
     }
     panels = {title: names for title, names in panels.items() if names}
     if not panels:
@@ -129,14 +131,14 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for name in names:
             points = [r for r in records if r.get(name) is not None]
-            x = [r["timesteps"] for r in points]
+            x = [r[x_name] for r in points]
             marker = "." if len(points) < 30 else None
             (line,) = axis.plot(x, [r[name] for r in points], label=name, marker=marker, linewidth=1)
             if all(r.get(f"{name}_low") is not None for r in points):  # the interval of an evaluation
                 low, high = ([r[f"{name}_{end}"] for r in points] for end in ("low", "high"))
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("timesteps", fontsize=8)
+        axis.set_xlabel(x_name, fontsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.tick_params(labelsize=8)
@@ -158,11 +160,11 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def is_offline(config: Config) -> bool:
+def is_offline(config: Config | SftConfig) -> bool:
     return config.logging.wandb_mode == "offline" or os.environ.get("WANDB_MODE") == "offline"
 
 
-def check_wandb(config: Config) -> None:
+def check_wandb(config: Config | SftConfig) -> None:
     """Before anything is made on disk.
 
     Raises:
@@ -179,7 +181,7 @@ def check_wandb(config: Config) -> None:
         )
 
 
-def start_wandb(folder: Path, config: Config) -> Any:
+def start_wandb(folder: Path, config: Config | SftConfig) -> Any:
     import wandb
 
     settings = config.logging
@@ -202,6 +204,6 @@ def start_wandb(folder: Path, config: Config) -> Any:
         ) from error
     id_file.write_text(run.id)
     run.define_metric(
-        "*", step_metric="timesteps"
+        "*", step_metric="timesteps" if isinstance(config, Config) else "step"
     )  # its own step only grows: a resumed run logs smaller timesteps again
     return run

@@ -40,7 +40,7 @@ from vla_rl.prismatic import (
     save_checkpoint,
     weight_files,
 )
-from vla_rl.tiny_openvla import ensure_tiny_openvla
+from vla_rl.tiny_openvla import TRAINED, ensure_tiny_openvla
 from vla_rl.types import (
     ACTION_DIM,
     PROPRIO_DIM,
@@ -53,7 +53,8 @@ from vla_rl.types import (
 
 logger = logging.getLogger(__name__)
 
-TINY = "tiny-openvla"  # the name of the built-in checkpoint
+TINY = "tiny-openvla"  # the checkpoint in the repository, fine-tuned on libero_spatial
+TINY_RANDOM = "tiny-openvla-random"  # what it was before: made on first use
 # openvla@c8f03f4 experiments/robot/openvla_utils.py#get_vla_action
 PROMPT = "In: What action should the robot take to {task}?\nOut:"
 SPACE = "▁"  # token 29871 of Llama-2: the training prompts end in it, the tokenised text does not
@@ -75,6 +76,7 @@ class OpenVLAPolicy:
         center_crop: bool,
         unnorm_key: str | None,
         gradient_checkpointing: bool,
+        statistics: dict | None = None,
     ):
         self.network = network
         self.folder = folder
@@ -90,7 +92,9 @@ class OpenVLAPolicy:
         self.dtype = network.language_model.lm_head.weight.dtype
         self.device = network.language_model.lm_head.weight.device
         self.action_tokenizer = ActionTokenizer(network.config.vocab_size, network.config.num_action_ids)
-        self.unnorm_key, self.statistics = read_statistics(folder, unnorm_key)
+        self.unnorm_key, self.statistics = (
+            (unnorm_key, statistics) if statistics is not None else read_statistics(folder, unnorm_key)
+        )
         if self.use_proprio and "proprio" not in self.statistics:
             raise ConfigError(
                 f"the statistics of {self.unnorm_key} in {folder} have no 'proprio'; set use_proprio=false"
@@ -119,11 +123,12 @@ class OpenVLAPolicy:
         center_crop: bool = True,
         unnorm_key: str | None = None,
         gradient_checkpointing: bool = False,
+        statistics: dict | None = None,
     ) -> OpenVLAPolicy:
         """Loads a checkpoint.
 
         Args:
-            path: a folder in the official layout, a Hugging Face id, or "tiny-openvla".
+            path: a folder in the official layout, a Hugging Face id, "tiny-openvla" or "tiny-openvla-random".
             decoder: "autoregressive" (OpenVLA, C = 1) or "parallel" (OpenVLA-OFT).
             num_images: K, 1 or 2.
             use_proprio: feed the proprioception; the checkpoint must have a proprio projector.
@@ -133,6 +138,7 @@ class OpenVLAPolicy:
             center_crop: crop 90 % of the image's area.
             unnorm_key: entry of the statistics, with or without `_no_noops`; None if there is only one.
             gradient_checkpointing: recompute activations in the backward pass.
+            statistics: of new data, {"action": ..., "proprio": ...}, instead of an entry of the checkpoint's.
 
         Raises:
             ConfigError: the checkpoint is not there, not whole or not of OpenVLA, or does not go with the arguments.
@@ -153,7 +159,8 @@ class OpenVLAPolicy:
                 "device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch"
             )
         folder = check_checkpoint(path, use_proprio)
-        read_statistics(folder, unnorm_key)  # before anything heavy loads
+        if statistics is None:
+            read_statistics(folder, unnorm_key)  # before anything heavy loads
         if decoder == "parallel" and list(folder.glob("action_head--*")):
             logger.warning(
                 "%s has an L1 action head (%s): its token head, which this policy samples from, was not trained and solves "
@@ -162,9 +169,8 @@ class OpenVLAPolicy:
                 next(folder.glob("action_head--*")).name,
             )
         network = load_network(folder, use_proprio, device, dtype)
-        return cls(
-            network, folder, decoder, num_images, lora, chunk_size, center_crop, unnorm_key, gradient_checkpointing
-        )
+        options = (chunk_size, center_crop, unnorm_key, gradient_checkpointing, statistics)
+        return cls(network, folder, decoder, num_images, lora, *options)
 
     # ------------------------------------------------------------------ acting
 
@@ -564,7 +570,8 @@ def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
     """The folder of a checkpoint, after checking that what the policy needs is in it; loads no weights.
 
     Args:
-        path: a folder, a Hugging Face id (downloaded if it is not in the cache), or "tiny-openvla" (made if needed).
+        path: a folder, a Hugging Face id (downloaded if it is not in the cache), "tiny-openvla", or "tiny-openvla-random"
+            (made if needed).
 
     Raises:
         ConfigError: says where it looked and how to get the checkpoint, or what is missing in it.
@@ -584,6 +591,8 @@ def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
 
 def find_checkpoint_folder(path: str) -> Path:
     if path == TINY:
+        return TRAINED
+    if path == TINY_RANDOM:
         return ensure_tiny_openvla()
     if Path(path).is_dir():
         return Path(path)

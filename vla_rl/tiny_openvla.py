@@ -1,8 +1,9 @@
-"""Makes "tiny-openvla": the classes and the file layout of OpenVLA at a size for two CPU cores.
+"""Makes "tiny-openvla-random": the classes and the file layout of OpenVLA at a size for two CPU cores.
 
 For tests, for the CPU configurations and for learning how the parts fit. Its random weights solve nothing; they are drawn
 so that what it sees and reads reaches its hidden states, and so that its action distribution is broad but not uniform.
-The same seed gives the same bytes. It serves both decoders, one or two images, with or without proprio.
+The same seed gives the same bytes. It serves both decoders, one or two images, with or without proprio. Fine-tuned on
+demonstrations (vla_rl.sft) it became "tiny-openvla", which is in the repository.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor
 from vla_rl.config import TASK_SUITES
 from vla_rl.prismatic import Prismatic, read_config, save_checkpoint
 
-FOLDER = Path(__file__).parent / "assets" / "tiny_openvla"
+ASSETS = Path(__file__).parent / "assets"
+TRAINED = ASSETS / "tiny_openvla"  # in the repository: fine-tuned on libero_spatial, see its README.md
+FOLDER = ASSETS / "tiny_openvla_random"  # made on first use
 RECIPE = 1  # raise it when anything below changes what is written; an older folder is then made anew
 SEED = 0
 

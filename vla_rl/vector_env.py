@@ -337,6 +337,8 @@ def make_vector_env(
         "render": render or env.render,
         "max_steps": config.max_episode_steps(),
         "settle_steps": env.settle_steps,
+        "reward": env.reward,
+        "gamma": config.algorithm.gamma,
     }
     num_workers = env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
     return LiberoVectorEnv(kwargs, num_envs, num_workers, env.simulators_per_worker, env.model_cache_gb)

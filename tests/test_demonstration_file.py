@@ -1,0 +1,179 @@
+"""LIBERO's HDF5 layout: what is written is read back, official files are read, damaged ones are refused by name."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from vla_rl.config import TASK_SUITES, ConfigError
+from vla_rl.demonstration_file import (
+    DemonstrationFile,
+    find_files,
+    no_ops,
+    read_demonstrations,
+    task_text,
+)
+from vla_rl.libero_env import load_benchmark
+
+
+def arrays(steps=5, seed=0, size=16):
+    rng = np.random.default_rng(seed)
+    ends = np.zeros(steps, np.uint8)
+    ends[-1] = 1
+    return {
+        "actions": rng.uniform(-1, 1, (steps, 7)),
+        "states": rng.normal(size=(steps, 92)),
+        "robot_states": rng.normal(size=(steps, 9)),
+        "rewards": ends,
+        "dones": ends,
+        "obs/agentview_rgb": rng.integers(0, 256, (steps, size, size, 3), dtype=np.uint8),
+        "obs/eye_in_hand_rgb": rng.integers(0, 256, (steps, size, size, 3), dtype=np.uint8),
+        "obs/ee_states": rng.normal(size=(steps, 6)),
+        "obs/gripper_states": rng.normal(size=(steps, 2)),
+    }
+
+
+@pytest.fixture
+def path(tmp_path):
+    with DemonstrationFile(tmp_path / "d.hdf5", {"bddl_file_name": "libero_spatial/put_it_there.bddl"}) as file:
+        for seed in range(12):
+            file.add(arrays(seed=seed), {})
+    return tmp_path / "d.hdf5"
+
+
+def read(path, num_images=1, filter_no_ops=False):
+    return list(read_demonstrations(path, num_images, filter_no_ops))
+
+
+def test_what_was_written_is_read_in_the_order_of_the_numbers(path):
+    read_back = read(path, num_images=2)
+    assert [d.name for d in read_back] == [f"demo_{i}" for i in range(12)]  # not demo_1, demo_10, demo_11, demo_2
+    expected = arrays(seed=11)
+    np.testing.assert_array_equal(read_back[11].actions, expected["actions"])
+    proprio = np.concatenate([expected["obs/ee_states"], expected["obs/gripper_states"]], axis=1)
+    np.testing.assert_array_equal(read_back[11].proprio, proprio.astype(np.float32))
+    assert read_back[0].instruction == "put it there"
+
+
+def test_images_are_turned_the_right_way_up(path):
+    images = read(path, num_images=2)[3].images
+    assert images.shape == (5, 2, 16, 16, 3)
+    np.testing.assert_array_equal(images[2, 1], arrays(seed=3)["obs/eye_in_hand_rgb"][2, ::-1, ::-1])
+
+
+def test_a_file_that_was_not_finished_does_not_get_its_name(tmp_path):
+    with pytest.raises(KeyboardInterrupt), DemonstrationFile(tmp_path / "d.hdf5", {}) as file:
+        file.add(arrays(), {})
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_libero_s_official_layout_is_read(tmp_path):
+    """Attributes as scripts/create_dataset.py writes them; the file's BDDL name tells the task."""
+    with h5py.File(tmp_path / "KITCHEN_SCENE1_open_the_bottom_drawer_of_the_cabinet_demo.hdf5", "w") as file:
+        data = file.create_group("data")
+        data.attrs["bddl_file_name"] = "bddl_files/libero_90/KITCHEN_SCENE1_open_the_bottom_drawer_of_the_cabinet.bddl"
+        data.attrs["problem_info"] = json.dumps({"language_instruction": ["Open the Bottom drawer"]})
+        demo = data.create_group("demo_0")
+        demo.attrs["num_samples"] = 5
+        for name, array in arrays().items():
+            demo.create_dataset(name, data=array)
+    (demonstration,) = read(next(tmp_path.iterdir()))
+    assert demonstration.instruction == "open the bottom drawer of the cabinet" and len(demonstration) == 5
+
+
+@pytest.mark.parametrize("suite", TASK_SUITES)
+def test_a_task_s_name_tells_the_benchmark_s_instruction(suite):
+    for task in load_benchmark(suite).tasks:
+        assert task_text(task.name) == task.language
+
+
+def damage(path, change):
+    with h5py.File(path, "a") as file:
+        change(file["data"]["demo_7"])
+
+
+DAMAGES = {
+    "a missing camera": (lambda d: d.pop("obs/agentview_rgb"), "obs/agentview_rgb is missing"),
+    "actions of another length": (
+        lambda d: replace(d, "actions", np.zeros((4, 7))),
+        "num_samples is 5, but actions has 4",
+    ),
+    "actions of another kind": (
+        lambda d: replace(d, "actions", np.zeros((5, 6))),
+        r"shape \[5, 6\], expected \[T, 7\]",
+    ),
+    "images of another length": (
+        lambda d: replace(d, "obs/agentview_rgb", np.zeros((3, 16, 16, 3), np.uint8)),
+        r"shape \[3, 16, 16, 3\], expected \[5, \*, \*, 3\]",
+    ),
+    "float images": (lambda d: replace(d, "obs/agentview_rgb", np.zeros((5, 16, 16, 3))), "float64, expected uint8"),
+    "a NaN": (lambda d: replace(d, "actions", np.full((5, 7), np.nan)), "actions has a NaN"),
+    "actions out of range": (lambda d: replace(d, "actions", np.full((5, 7), 3.0)), "actions reach 3; expected -1..1"),
+}
+
+
+def replace(demo, name, value):
+    del demo[name]
+    demo[name] = value
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_demonstration_is_refused_by_name(path, name):
+    change, message = DAMAGES[name]
+    damage(path, change)
+    with pytest.raises(ConfigError, match=rf"d\.hdf5: demonstration demo_7 is damaged: .*{message}"):
+        read(path)
+
+
+def test_a_demonstration_whose_bytes_are_damaged_is_refused_by_name(path):
+    with h5py.File(path) as file:
+        chunk = file["data/demo_4/obs/agentview_rgb"].id.get_chunk_info(0)
+    with path.open("r+b") as file:
+        file.seek(chunk.byte_offset)
+        file.write(b"\xff" * chunk.size)
+    with pytest.raises(ConfigError, match="demo_4 is damaged"):
+        read(path)
+
+
+def test_a_torn_file_is_refused(path):
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"d\.hdf5 cannot be read as HDF5"):
+        read(path)
+
+
+def test_a_file_without_demonstrations_is_refused(tmp_path):
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        file.create_group("other")
+    with pytest.raises(ConfigError, match="has no demonstrations"):
+        read(tmp_path / "x.hdf5")
+
+
+def test_files_and_folders_are_found_and_a_missing_one_is_named(path):
+    assert find_files([str(path.parent), str(path)]) == [path, path]
+    with pytest.raises(ConfigError, match="no file nowhere"):
+        find_files(["nowhere"])
+    (path.parent / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"no \.hdf5 file in the folder"):
+        find_files([str(path.parent / "empty")])
+
+
+def test_no_ops_are_still_steps_whose_gripper_stays():
+    actions = np.zeros((6, 7))
+    actions[:, 6] = [-1, -1, 1, 1, 1, -1]
+    actions[1, 0] = 5e-5  # below 1e-4: still
+    actions[4, 3] = 2e-4  # moves
+    # nothing has been kept before 4: so the gripper of 2 is no change
+    assert no_ops(actions).tolist() == [True, True, True, True, False, False]
+    actions[0, 0] = 1.0  # is kept, gripper -1: now the change to 1 counts
+    assert no_ops(actions).tolist() == [False, True, False, True, False, False]
+
+
+def test_no_ops_are_left_out_of_everything(path):
+    damage(path, lambda d: d["actions"].write_direct(np.zeros(7), dest_sel=np.s_[2]))
+    damage(path, lambda d: d["actions"].__setitem__((2, 6), d["actions"][1, 6]))
+    whole, filtered = read(path)[7], read(path, filter_no_ops=True)[7]
+    assert len(whole) == 5 and len(filtered) == 4
+    np.testing.assert_array_equal(filtered.images, whole.images[[0, 1, 3, 4]])
+    np.testing.assert_array_equal(filtered.proprio, whole.proprio[[0, 1, 3, 4]])

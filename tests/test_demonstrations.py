@@ -1,0 +1,186 @@
+"""Recording demonstrations: on the real simulator, with real worker processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from vla_rl.demonstration_file import read_demonstrations
+from vla_rl.demonstrations import DriftingNoise, episodes_of, main, record_task
+from vla_rl.libero_env import LiberoEnv
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--image-size", "32", "--render", "fast", "--num-images", "1", "--no-progress"]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("demonstrations") / "d.hdf5"
+    args = ["--task-suite", "libero_spatial", "--task-ids", "0", "3", "--episodes", "2", "--out", str(path)]
+    assert main([*args, *QUICK, "--workers", "2"]) == 0
+    return path
+
+
+def test_demonstrations_of_each_task_are_written_with_its_instruction(recorded):
+    demos = list(read_demonstrations(recorded, num_images=1, filter_no_ops=True))
+    texts = ["pick up the black bowl between the plate and the ramekin and place it on the plate"] * 2
+    texts += ["pick up the black bowl on the cookie box and place it on the plate"] * 2
+    assert [d.instruction for d in demos] == texts
+    assert all(40 < len(d) < 220 and d.images.shape[1:] == (1, 32, 32, 3) for d in demos)
+
+
+def test_the_file_has_what_libero_s_have(recorded):
+    with h5py.File(recorded) as file:
+        data, demo = file["data"], file["data/demo_3"]
+        steps = demo.attrs["num_samples"]
+        shapes = {}
+        demo.visititems(
+            lambda name, item: shapes.update({name: item.shape}) if isinstance(item, h5py.Dataset) else None
+        )
+        assert shapes == {
+            "actions": (steps, 7),
+            "executed_actions": (steps, 7),
+            "states": (steps, 92),
+            "robot_states": (steps, 9),
+            "rewards": (steps,),
+            "dones": (steps,),
+            "obs/agentview_rgb": (steps, 32, 32, 3),
+            "obs/ee_pos": (steps, 3),
+            "obs/ee_ori": (steps, 3),
+            "obs/ee_states": (steps, 6),
+            "obs/gripper_states": (steps, 2),
+            "obs/joint_states": (steps, 7),
+        }
+        assert demo["dones"][()].tolist() == [0] * (steps - 1) + [1]
+        assert data.attrs["num_demos"] == 4 and data.attrs["total"] == sum(
+            d.attrs["num_samples"] for d in data.values()
+        )
+        assert json.loads(data.attrs["problem_info"])["language_instruction"]
+        np.testing.assert_allclose(demo["states"][0], demo.attrs["init_state"])
+        np.testing.assert_allclose(demo["robot_states"][:, 2:5], demo["obs/ee_pos"], atol=1e-6)
+
+
+def test_the_executed_actions_lead_through_the_recorded_observations_to_success(recorded):
+    """And the clean ones differ from them: they are what is to be learned."""
+    with h5py.File(recorded) as file:
+        demo = file["data/demo_1"]
+        episode = json.loads(demo.attrs["episode"])
+        executed, clean = demo["executed_actions"][()], demo["actions"][()]
+        images, proprio = demo["obs/agentview_rgb"][()], demo["obs/ee_states"][()]
+    env = LiberoEnv("libero_spatial", chunk_size=1, image_size=32, render="fast")
+    obs, _ = env.reset(options={"episode": episode})
+    for t, action in enumerate(executed):
+        np.testing.assert_array_equal(obs["images"][0], images[t, ::-1, ::-1])
+        np.testing.assert_array_equal(obs["proprio"][:6], proprio[t].astype(np.float32))
+        obs, _, terminated, _, _ = env.step(action[None])
+    assert terminated
+    env.close()
+    difference = executed - clean
+    assert 0.05 < difference[:, :3].std() < 0.3 and np.abs(difference[:, 6]).max() == 0
+
+
+def test_the_same_arguments_give_the_same_episodes_however_many_workers(recorded, tmp_path):
+    args = ["--task-ids", "0", "--episodes", "1", "--workers", "1", "--out", str(tmp_path)]
+    assert main([*args, *QUICK]) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name == "pick_up_the_black_bowl_between_the_plate_and_the_ramekin_and_place_it_on_the_plate_demo.hdf5"
+    (again,) = read_demonstrations(path, 1, False)
+    first = next(read_demonstrations(recorded, 1, False))
+    np.testing.assert_array_equal(again.actions, first.actions)
+    np.testing.assert_array_equal(again.images, first.images)
+
+
+def test_noise_drifts_with_the_wanted_size_and_leaves_the_gripper_alone():
+    noise = DriftingNoise(0.2, seed=0)
+    values = np.array([noise.next() for _ in range(20_000)])
+    assert values[:, :3].std(axis=0) == pytest.approx(0.2, rel=0.1)
+    assert values[:, 3:6].std(axis=0) == pytest.approx(0.06, rel=0.1)
+    assert not values[:, 6].any()
+    assert np.corrcoef(values[:-1, 0], values[1:, 0])[0, 1] == pytest.approx(0.8, abs=0.03)
+
+
+class Pool:
+    """Runs a job at once: what fails is told by the episode."""
+
+    def submit(self, function, episode, noise):
+        from concurrent.futures import Future
+        from types import SimpleNamespace
+
+        future = Future()
+        future.set_result(SimpleNamespace(episode=episode, success=self.succeeds(episode)))
+        return future
+
+
+def test_the_first_successes_are_kept_and_failures_replaced():
+    pool = Pool()
+    pool.succeeds = lambda episode: episode.seed % 2 == 0
+    episodes = list(record_task(pool, episodes_of(0, "random", seed=0), 5, 0.1, ahead=4, name="x"))
+    assert sum(o.success for o in episodes) == 5 and episodes[-1].success
+    expected = episodes_of(0, "random", seed=0)
+    assert [o.episode for o in episodes] == [next(expected) for _ in episodes]
+
+
+def test_an_expert_that_mostly_fails_ends_the_recording():
+    pool = Pool()
+    pool.succeeds = lambda episode: False
+    with pytest.raises(Exception, match="the expert failed in 20 of 20 episodes"):
+        list(record_task(pool, episodes_of(0, "random", seed=0), 5, 0.1, ahead=4, name="x"))
+
+
+def test_fixed_states_that_do_not_suffice_are_told():
+    pool = Pool()
+    pool.succeeds = lambda episode: episode.initial_state != 1
+    with pytest.raises(Exception, match="succeeded in 2 of 3 fixed states, --episodes asks for 3"):
+        list(record_task(pool, episodes_of(0, [0, 1, 2], seed=0), 3, 0.1, ahead=4, name="x"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--task-ids", "10"], r"--task-ids [10] outside libero_spatial, which has tasks 0 to 9"),
+        (["--task-ids", "1", "1"], "a task is there twice"),
+        (["--episodes", "0"], "--episodes 0: expected at least 1"),
+        (["--noise", "-1"], "--noise -1.0: expected at least 0"),
+        (["--states", "0-50"], "there are 0 to 49"),
+        (["--states", "some"], "--states: 'some' is not a list of indices"),
+        (["--task-suite", "libero_goal", "--task-ids", "7", *QUICK], "is no single pick-and-place"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, capsys, args, message):
+    assert main([*args, "--out", str(tmp_path / "d.hdf5")]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_exists_is_not_overwritten(recorded, capsys):
+    before = recorded.read_bytes()
+    assert main(["--out", str(recorded)]) == 2
+    assert "exists; choose another name" in capsys.readouterr().err and recorded.read_bytes() == before
+
+
+def test_ctrl_c_ends_workers_and_leaves_no_torn_file(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "vla_rl.demonstrations",
+        "--out",
+        str(tmp_path / "d.hdf5"),
+        *QUICK,
+        "--workers",
+        "1",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (list(tmp_path.iterdir()) or process.poll() is not None):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130 and "no file was written" in process.stderr.read()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,248 @@
+"""Supervised fine-tuning: samples, labels, loss, and the whole program on a small file."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.test_demonstration_file import arrays
+from vla_rl.config import ConfigError, SftConfig, load_config, read_yaml
+from vla_rl.demonstration_file import Demonstration, DemonstrationFile
+from vla_rl.metrics import read_metrics
+from vla_rl.policy import OpenVLAPolicy
+from vla_rl.sft import (
+    batch_rows,
+    chunks_of,
+    cross_entropy,
+    data_statistics,
+    data_units,
+    label_tokens,
+    learning_rate,
+    main,
+    soft_labels,
+    split,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def demonstration(actions, instruction="do it"):
+    steps = len(actions)
+    images = np.zeros((steps, 1, 16, 16, 3), np.uint8)
+    return Demonstration("demo_0", instruction, images, np.zeros((steps, 8), np.float32), np.asarray(actions, float))
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def test_a_chunk_repeats_the_last_action_after_the_end():
+    actions = np.arange(4)[:, None] * np.ones(7)
+    assert chunks_of(actions, 3)[..., 0].tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 3], [3, 3, 3]]
+
+
+def test_the_gripper_is_turned_into_the_data_set_s_units():
+    actions = np.zeros((3, 7))
+    actions[:, 6] = [-1, 1, 0]
+    assert data_units(actions)[:, 6].tolist() == [1, 0, 0.5]  # opens, closes, holds
+    assert actions[:, 6].tolist() == [-1, 1, 0]  # a copy
+
+
+def test_statistics_are_quantiles_and_leave_the_gripper_alone():
+    actions = np.zeros((101, 7))
+    actions[:, 0] = np.linspace(-1, 1, 101)  # 1 % is one step of 0.02
+    actions[:, 6] = 1
+    stats = data_statistics([demonstration(actions)])
+    assert stats["action"]["q01"][0] == pytest.approx(-0.98) and stats["action"]["q99"][0] == pytest.approx(0.98)
+    assert stats["action"]["mask"] == [True] * 6 + [False]
+    assert stats["action"]["max"][6] == 0 and (stats["num_transitions"], stats["num_trajectories"]) == (101, 1)
+    json.dumps(stats)
+
+
+def test_the_last_episodes_of_each_task_are_held_out():
+    demos = [demonstration([[i] * 7], instruction) for instruction in "ab" for i in range(10)]
+    training, held_out = split(demos, 0.2)
+    assert [(d.instruction, d.actions[0, 0]) for d in held_out] == [("a", 8), ("a", 9), ("b", 8), ("b", 9)]
+    assert len(training) == 16 and not {id(d) for d in training} & {id(d) for d in held_out}
+    assert len(split(demos, 0.01)[1]) == 2 and split(demos, 0)[1] == []  # at least one of each, or none
+    with pytest.raises(ConfigError, match="'a' has 1 demonstration, which leaves none to train on"):
+        split(demos[:1], 0.1)
+
+
+def test_every_row_is_seen_once_an_epoch_in_another_order_each_time():
+    rows = np.concatenate([batch_rows(10, 4, step, seed=3) for step in range(5)])  # 20 rows: 2 epochs
+    assert sorted(rows[:10]) == list(range(10)) == sorted(rows[10:])
+    assert rows[:10].tolist() != rows[10:].tolist()
+    np.testing.assert_array_equal(batch_rows(10, 4, 2, 3), rows[8:12])  # across the epochs' border, of the step alone
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def test_a_label_s_tokens_are_decoded_to_its_actions():
+    policy = OpenVLAPolicy.from_checkpoint("tiny-openvla-random", "parallel", unnorm_key="libero_spatial", chunk_size=2)
+    rng = np.random.default_rng(0)
+    chunks = rng.uniform(-0.1, 0.1, (5, 2, 7))
+    chunks[..., 6] = rng.integers(0, 2, (5, 2))
+    tokens = label_tokens(policy.action_tokenizer, chunks, policy.statistics["action"])
+    decoded = policy.dataset_actions(tokens)
+    np.testing.assert_allclose(decoded[..., :6], chunks[..., :6], atol=1.9 / 255)  # half a bin of the widest range
+    np.testing.assert_array_equal(decoded[..., 6] > 0.5, chunks[..., 6] > 0.5)
+
+
+def test_soft_labels_are_a_gaussian_cut_at_the_ends():
+    labels = soft_labels(torch.tensor([[3, 0]]), 6, 1.0, torch.tensor([True, True]))
+    weights = np.exp(-0.5 * np.array([9, 4, 1, 0, 1, 4]))
+    np.testing.assert_allclose(labels[0, 0], weights / weights.sum(), rtol=1e-5)
+    assert labels[0, 1].argmax() == 0 and labels[0, 1].sum() == pytest.approx(1)
+
+
+def test_labels_are_one_hot_without_sigma_and_for_the_gripper():
+    index = torch.tensor([[3, 1]])
+    assert soft_labels(index, 5, 0.0, torch.tensor([True, True])).argmax(-1).tolist() == [[3, 1]]
+    mixed = soft_labels(index, 5, 2.0, torch.tensor([True, False]))
+    assert mixed[0, 0].max() < 0.5 and mixed[0, 1].tolist() == [0, 1, 0, 0, 0]
+
+
+def test_cross_entropy_is_torch_s_for_one_hot_labels_and_counts_the_other_ids():
+    logits = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[10, 11, 19]] * 4)
+    labels = soft_labels(tokens - 10, 10, 0.0, torch.ones(3, dtype=torch.bool))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(cross_entropy(logits, labels, 10), expected)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    training = SimpleNamespace(steps=110, warmup_steps=10, final_learning_rate=0.1)
+    rate = [learning_rate(SimpleNamespace(learning_rate=2.0), training, step) for step in (0, 4, 9, 10, 60, 110)]
+    assert rate == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0 * 0.55, 0.2])
+
+
+# ----------------------------------------------------------------------------------------------------------- the whole
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two tasks whose actions are told by the picture's brightness and by the instruction."""
+    path = tmp_path_factory.mktemp("data") / "d.hdf5"
+    rng = np.random.default_rng(0)
+    with DemonstrationFile(path, {}) as file:
+        for number in range(8):
+            task, steps = number % 2, 10
+            bright = rng.integers(0, 2, steps)
+            rows = arrays(steps, seed=number)
+            rows["obs/agentview_rgb"] = (np.full((steps, 16, 16, 3), 60) + 120 * bright[:, None, None, None]).astype(
+                np.uint8
+            )
+            rows["actions"] = np.tile(0.4 * (2 * bright - 1)[:, None] + 0.3 * task, (1, 7))
+            rows["actions"][:, 6] = 2 * task - 1
+            file.add(rows, {"bddl_file_name": f"x/{['close', 'open'][task]}_the_box.bddl"})
+    return path
+
+
+def arguments(data, folder, *more, steps=6):
+    return [
+        *("--config", str(ROOT / "configs/tiny_sft.yaml"), f"data.files=[{data}]", "data.validation_fraction=0.25"),
+        *(
+            f"run.output_dir={folder}",
+            "run.name=r",
+            "run.torch_threads=1",
+            "logging.progress=false",
+            "policy.chunk_size=1",
+        ),
+        *(f"training.steps={steps}", "training.batch_size=8", "training.micro_batch_size=8", "training.warmup_steps=2"),
+        *("training.evaluation_interval=3", "training.checkpoint_interval=3", "logging.interval=1", *more),
+    ]
+
+
+def test_it_learns_what_the_picture_and_the_instruction_tell(data, tmp_path):
+    assert main(arguments(data, tmp_path, "optimizer.learning_rate=1e-3", "training.label_sigma=1", steps=120)) == 0
+    records = [r for r in read_metrics(tmp_path / "r/metrics.jsonl") if "validation/loss" in r]
+    assert records[0]["validation/l1"] > 0.2 and records[-1]["validation/l1"] < 0.08
+    assert records[-1]["validation/gripper_accuracy"] == 1.0
+    assert records[-1]["validation/token_accuracy"] > records[0]["validation/token_accuracy"]
+    assert (tmp_path / "r/curves.png").stat().st_size > 10_000
+
+
+def test_the_result_is_a_checkpoint_in_the_official_layout_with_the_data_s_statistics(data, tmp_path):
+    assert main(arguments(data, tmp_path)) == 0
+    model = tmp_path / "r/model"
+    policy = OpenVLAPolicy.from_checkpoint(model, "parallel", use_proprio=True, chunk_size=1)
+    assert policy.unnorm_key == "libero_spatial_no_noops"
+    statistics = json.loads((model / "dataset_statistics.json").read_text())["libero_spatial_no_noops"]
+    assert statistics["action"]["q99"][0] == pytest.approx(0.7) and statistics["num_trajectories"] == 6
+    assert {t.dtype for t in load_file(model / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, method):
+    more = (f"training.method={method}",)
+    assert main(arguments(data, tmp_path / "whole", *more)) == 0
+    assert main(arguments(data, tmp_path / "parts", *more)) == 0
+    parts = tmp_path / "parts/r"
+    # as if it had been killed after step 3, before step 6: only that checkpoint is there
+    assert main(arguments(data, tmp_path / "early", *more, "training.keep_checkpoints=9")) == 0
+    early = tmp_path / "early/r/checkpoints"
+    before = load_file(tmp_path / "early/r/model/model.safetensors")
+    assert main(["--resume", str(early / "iteration-000003")]) == 0
+    whole = load_file(tmp_path / "whole/r/model/model.safetensors")
+    after = load_file(tmp_path / "early/r/model/model.safetensors")
+    assert all(torch.equal(whole[name], after[name]) for name in whole) and before.keys() == after.keys()
+    losses = [[r["sft/loss"] for r in read_metrics(run / "metrics.jsonl")] for run in (tmp_path / "early/r", parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_micro_batches_add_up_to_the_batch(data, tmp_path):
+    assert main(arguments(data, tmp_path / "a", "data.augment=false", "policy.center_crop=false", steps=1)) == 0
+    small = ("training.micro_batch_size=2", "data.augment=false", "policy.center_crop=false")
+    assert main(arguments(data, tmp_path / "b", *small, steps=1)) == 0
+    first, second = (read_metrics(tmp_path / run / "r/metrics.jsonl")[0] for run in "ab")
+    assert first["sft/loss"] == pytest.approx(second["sft/loss"], rel=1e-5)
+    assert first["sft/grad_norm"] == pytest.approx(second["sft/grad_norm"], rel=1e-3)
+
+
+def test_sigterm_saves_and_ends(data, tmp_path):
+    command = [sys.executable, "-m", "vla_rl.sft", *arguments(data, tmp_path, steps=100_000)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "r/metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0 and "--resume continues" in process.stderr.read()
+    assert list((tmp_path / "r/checkpoints").iterdir()) and not (tmp_path / "r/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["data.files=[nowhere.hdf5]"], "no file nowhere.hdf5"),
+        (["training.batch_size=7", "training.micro_batch_size=2"], "not a multiple"),
+        (["data.augment=false"], "random crops in training need the centre crop afterwards"),
+        (["policy.dtype=bfloat16"], "rounds small steps away"),
+        (["policy.decoder=autoregressive", "policy.chunk_size=8"], "which decodes one action"),
+        (["trainning.steps=3"], "unknown setting"),
+        (["training.step=3"], "did you mean training.steps?"),
+        (["--config", "configs/nothing.yaml"], "no settings file configs/nothing.yaml"),
+        (["policy.checkpoint=nowhere/at/all"], "no checkpoint folder nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_told_before_the_heavy_part(data, tmp_path, capsys, more, message):
+    assert main(arguments(data, tmp_path, *more)) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["sft", "tiny_sft"])
+def test_the_shipped_settings_are_sound(name):
+    path = ROOT / f"configs/{name}.yaml"
+    config = load_config(path, kind=SftConfig)
+    assert config.data.name == "libero_spatial_no_noops" and read_yaml(path)["training"]["steps"] > 1000

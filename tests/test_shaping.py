@@ -1,0 +1,147 @@
+"""Potential-based shaping: the identity it rests on, and the potentials of a real task as the expert solves it."""
+
+import numpy as np
+import pytest
+
+from vla_rl.config import ConfigError, load_config
+from vla_rl.expert import Expert
+from vla_rl.libero_env import LiberoEnv, Simulators, build_simulator, check_dense_reward, task_languages
+from vla_rl.shaping import nearness, potential, shaped
+
+GAMMA = 0.97
+
+
+@pytest.fixture(scope="module")
+def simulators():
+    simulators = Simulators(limit=2)
+    yield simulators
+    simulators.close()
+
+
+def make_env(simulators, suite="libero_spatial", reward="dense", chunk_size=8, **settings):
+    return LiberoEnv(
+        suite,
+        chunk_size=chunk_size,
+        image_size=16,
+        render="fast",
+        reward=reward,
+        gamma=GAMMA,
+        simulators=simulators,
+        **settings,
+    )
+
+
+def test_the_shaping_of_an_episode_is_minus_its_first_potential():
+    """sum_t gamma^t (gamma phi' - phi) = gamma^T phi_T - phi_0, and phi of the terminal state counts as 0."""
+    rng = np.random.default_rng(0)
+    potentials, rewards = rng.random(9), np.array([0, 0, 0, 0, 0, 0, 0, 1.0])
+    steps = zip(rewards, potentials, potentials[1:], strict=False)
+    values = [shaped(r, before, after, t == 7, GAMMA) for t, (r, before, after) in enumerate(steps)]
+    discounts = GAMMA ** np.arange(8)
+    assert values @ discounts == pytest.approx(rewards @ discounts - potentials[0])
+
+
+def test_a_truncated_episode_s_last_state_keeps_its_potential():
+    assert shaped(0.0, 0.5, 0.8, terminated=False, gamma=0.9) == pytest.approx(0.9 * 0.8 - 0.5)
+    assert shaped(1.0, 0.5, 0.8, terminated=True, gamma=0.9) == pytest.approx(1 - 0.5)
+
+
+def test_nearness_falls_from_1_to_0():
+    assert nearness(np.zeros(3)) == 1
+    distances = [nearness(np.array([d, 0, 0])) for d in (0, 0.05, 0.1, 0.2, 0.5, 2)]
+    assert distances == sorted(distances, reverse=True) and distances[2] == pytest.approx(1 - np.tanh(0.5))
+
+
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object"])
+def test_the_potential_rises_while_the_expert_solves_the_task(simulators, suite):
+    env = make_env(simulators, suite)
+    env.reset(options={"episode": {"task_id": 0, "initial_state": 3, "seed": 0}})
+    sim = env.simulator
+    expert = Expert(sim)
+    values, success = [potential(sim)], False
+    while not success:
+        success = sim.step(expert.act(), render=False)
+        values.append(potential(sim))
+        assert len(values) < 250
+    assert 0 < values[0] < 0.4 and values[-2] > 0.7 and values[-1] == 1.0
+    thirds = [np.mean(part) for part in np.array_split(values, 4)]
+    assert thirds == sorted(thirds)
+
+
+def test_an_episode_s_dense_return_is_its_sparse_one_less_the_first_potential(simulators):
+    episode = {"task_id": 0, "initial_state": 1, "seed": 0}
+    env = make_env(simulators, chunk_size=1)
+    env.reset(options={"episode": episode})
+    first = env._potential
+    expert = Expert(env.simulator)
+    actions, rewards, ended = [], [], False
+    while not ended:
+        actions.append(expert.act().astype(np.float32))
+        _, reward, terminated, truncated, _ = env.step(actions[-1][None])
+        rewards.append(reward)
+        ended = terminated or truncated
+    discounts = GAMMA ** np.arange(len(rewards))
+    assert terminated
+    assert np.dot(rewards, discounts) == pytest.approx(discounts[-1] - first)
+
+    sparse = make_env(simulators, chunk_size=1, reward="sparse")
+    sparse.reset(options={"episode": episode})
+    assert sum(sparse.step(action[None])[1] for action in actions) == 1.0
+
+
+def test_a_restored_episode_goes_on_with_the_same_rewards(simulators):
+    rng = np.random.default_rng(2)
+    actions = rng.uniform(-1, 1, (4, 8, 7)).astype(np.float32)
+    env, other = make_env(simulators), make_env(simulators)
+    env.reset(options={"episode": {"task_id": 0, "initial_state": None, "seed": 5}})
+    for chunk in actions[:3]:
+        env.step(chunk)
+    other.restore_episode(env.episode_state())
+    assert env.step(actions[3])[1] == other.step(actions[3])[1] != 0
+
+
+def test_where_an_environment_s_simulator_is_shared_its_potential_is_its_own(simulators):
+    alone, shared_, neighbour = (make_env(simulators) for _ in range(3))
+    rng = np.random.default_rng(4)
+    chunks = rng.uniform(-1, 1, (3, 8, 7)).astype(np.float32)
+
+    def rewards(env, between):
+        env.reset(options={"episode": {"task_id": 0, "initial_state": None, "seed": 9}})
+        values = []
+        for chunk in chunks:
+            between()
+            values.append(env.step(chunk)[1])
+        return values
+
+    expected = rewards(alone, lambda: None)
+    neighbour.reset(options={"episode": {"task_id": 0, "initial_state": 7, "seed": 0}})
+    assert rewards(shared_, lambda: neighbour.step(np.ones((8, 7), np.float32))) == expected
+
+
+def test_tasks_without_a_placement_are_refused_by_name():
+    sim = build_simulator("libero_goal", 7, cameras=(), image_size=16, fast=True)  # turn on the stove
+    with pytest.raises(ValueError, match=r"asks for no object to be placed; use env\.reward=sparse"):
+        potential(sim)
+
+
+def test_it_is_known_without_a_simulator_which_tasks_have_placements():
+    without = []
+    for task_id in range(10):
+        try:
+            check_dense_reward("libero_goal", [task_id])
+        except ConfigError as error:
+            without.append(task_id)
+            assert f"libero_goal task {task_id} (" in str(error)
+    texts = [task_languages("libero_goal")[task_id] for task_id in without]
+    assert texts == [
+        "open the middle drawer of the cabinet",
+        "push the plate to the front of the stove",
+        "turn on the stove",
+    ]
+    for suite in ("libero_spatial", "libero_object", "libero_10"):
+        check_dense_reward(suite, range(10))
+
+
+def test_grpo_refuses_a_dense_reward():
+    with pytest.raises(ConfigError, match="potentials cancel out of an episode's return"):
+        load_config("configs/tiny_grpo.yaml", ["env.reward=dense"])

@@ -1,0 +1,219 @@
+"""Demonstrations on disk, in LIBERO's own HDF5 layout: its official data sets and ours are read by the same code.
+
+    data                    attributes: bddl_file_name, problem_info, env_args, num_demos, total, ...
+    data/demo_0             attributes: num_samples, init_state, ...
+        actions             [T, 7] of robosuite's OSC_POSE: -1..1, gripper -1 opens, 1 closes
+        states              [T, 1 + nq + nv] of MuJoCo, before each action
+        rewards, dones      [T], 1 in the last step
+        robot_states        [T, 9]: fingers (2), end-effector position (3), quaternion (4)
+        obs/agentview_rgb, obs/eye_in_hand_rgb      uint8 [T, H, W, 3], upside down as LIBERO renders them
+        obs/ee_pos, ee_ori, ee_states, gripper_states, joint_states     [T, 3 | 3 | 6 | 2 | 7]
+
+(LIBERO 8f1084e, scripts/create_dataset.py.) A file may hold several tasks: a demonstration's own bddl_file_name counts
+before the file's. Not here: who demonstrates (vla_rl.demonstrations), what is learned (vla_rl.sft).
+
+T steps of a demonstration, K images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from vla_rl.config import ConfigError
+from vla_rl.types import ACTION_DIM
+
+CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of OpenVLA-OFT's images
+NO_OP_NORM = 1e-4  # openvla c8f03f4, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode, as a policy would have seen it."""
+
+    name: str  # "demo_0"
+    instruction: str
+    images: np.ndarray  # uint8 [T, K, H, W, 3], right way up
+    proprio: np.ndarray  # float32 [T, 8], metres, radians (axis-angle), metres
+    actions: np.ndarray  # float64 [T, 7], environment units
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+class DemonstrationFile:
+    """A file that is being written; it gets its name when it is closed whole, so that a torn one is never read."""
+
+    def __init__(self, path: Path, attributes: Mapping[str, Any]):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.unfinished = self.path.with_name(f".{self.path.name}.tmp")
+        self.file = h5py.File(self.unfinished, "w")
+        self.data = self.file.create_group("data")
+        self.data.attrs.update(attributes)
+        self.count = self.total = 0
+
+    def add(self, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
+        """Appends demo_N. arrays: dataset name ("actions", "obs/ee_pos", ...) -> [T, ...]."""
+        demo = self.data.create_group(f"demo_{self.count}")
+        for name, array in arrays.items():
+            compressed = {"compression": "gzip", "compression_opts": 1} if array.dtype == np.uint8 else {}
+            demo.create_dataset(name, data=array, **compressed)
+        demo.attrs.update({"num_samples": len(arrays["actions"]), **attributes})
+        self.count += 1
+        self.total += len(arrays["actions"])
+
+    def __enter__(self) -> DemonstrationFile:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is None:
+            self.data.attrs.update(num_demos=self.count, total=self.total)
+            self.file.close()
+            os.replace(self.unfinished, self.path)
+        else:
+            self.file.close()
+            self.unfinished.unlink(missing_ok=True)
+
+
+def find_files(paths: list[str]) -> list[Path]:
+    """The HDF5 files that are named, and those in the folders that are named.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        files = sorted(path.glob("*.hdf5")) if path.is_dir() else [path] if path.is_file() else []
+        if not files:
+            kind = "no .hdf5 file in the folder" if path.is_dir() else "no file"
+            raise ConfigError(f"demonstrations: {kind} {path}; make one with python -m vla_rl.demonstrations")
+        found += files
+    return found
+
+
+def read_demonstrations(path: Path, num_images: int, filter_no_ops: bool) -> Iterator[Demonstration]:
+    """The demonstrations of a file, checked, one at a time.
+
+    Args:
+        num_images: K, 1 is the agent view, 2 adds the wrist camera.
+        filter_no_ops: leave out steps that do nothing (see no_ops), as OpenVLA's data have it.
+
+    Raises:
+        ConfigError: the file or a demonstration in it is damaged or of another layout; names it.
+    """
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as HDF5: {error}; it is torn or another kind of file") from None
+    with file:
+        if not isinstance(file.get("data"), h5py.Group) or not len(file["data"]):
+            raise ConfigError(f"{path} has no demonstrations: expected groups data/demo_0, ... as LIBERO's files have")
+        data = file["data"]
+        for name in sorted(data, key=demo_number):
+            try:
+                yield read_demonstration(path, data, name, num_images, filter_no_ops)
+            except (OSError, KeyError, ValueError, TypeError) as error:
+                reason = str(error).strip("'\"")
+                raise ConfigError(
+                    f"{path}: demonstration {name} is damaged: {reason}; make or download the file anew, or remove the group"
+                ) from error
+
+
+def demo_number(name: str) -> tuple[int, str]:
+    digits = re.search(r"\d+$", name)
+    return int(digits.group()) if digits else -1, name
+
+
+def read_demonstration(path: Path, data: h5py.Group, name: str, num_images: int, filter_no_ops: bool) -> Demonstration:
+    demo = data[name]
+    actions = read_array(demo, "actions", None, (ACTION_DIM,))
+    steps = len(actions)
+    if steps == 0:
+        raise ValueError("it has no steps")
+    expected = demo.attrs.get("num_samples", steps)
+    if expected != steps:
+        raise ValueError(f"num_samples is {expected}, but actions has {steps} steps")
+    if np.abs(actions).max() > 1 + 1e-6:
+        raise ValueError(
+            f"actions reach {np.abs(actions).max():.3g}; expected -1..1, as robosuite's OSC_POSE takes them"
+        )
+    proprio = [
+        read_array(demo, f"obs/{key}", steps, (size,)) for key, size in (("ee_states", 6), ("gripper_states", 2))
+    ]
+    images = [read_array(demo, f"obs/{camera}", steps, (None, None, 3)) for camera in CAMERAS[:num_images]]
+    if any(image.dtype != np.uint8 for image in images):
+        raise ValueError(f"images are {images[0].dtype}, expected uint8")
+    keep = ~no_ops(actions) if filter_no_ops else np.ones(steps, dtype=bool)
+    if not keep.any():
+        raise ValueError("every action is a no-op")
+    return Demonstration(
+        name=name,
+        instruction=read_instruction(path, demo, data),
+        images=np.ascontiguousarray(np.stack(images, axis=1)[keep, :, ::-1, ::-1]),
+        proprio=np.concatenate(proprio, axis=1)[keep].astype(np.float32),
+        actions=actions[keep].astype(np.float64),
+    )
+
+
+def read_array(demo: h5py.Group, name: str, steps: int | None, shape: tuple[int | None, ...]) -> np.ndarray:
+    """[T, *shape], finite."""
+    if name not in demo:
+        raise KeyError(f"{name} is missing")
+    array = demo[name][()]
+    fits = array.ndim == 1 + len(shape) and all(
+        want in (None, got) for want, got in zip(shape, array.shape[1:], strict=True)
+    )
+    if not fits or (steps is not None and len(array) != steps):
+        want = ["T" if steps is None else steps, *("*" if side is None else side for side in shape)]
+        raise ValueError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, want))}]")
+    if array.dtype != np.uint8 and not np.isfinite(array).all():
+        raise ValueError(f"{name} has a NaN or infinity")
+    return array
+
+
+def read_instruction(path: Path, demo: h5py.Group, data: h5py.Group) -> str:
+    """The benchmark's text of the task: of the BDDL file's name, which LIBERO makes it from, not of the file's content.
+
+    The texts differ for some tasks, and the benchmark's is what policies are trained and evaluated on.
+    """
+    for owner in (demo, data):
+        if "bddl_file_name" in owner.attrs:
+            return task_text(Path(owner.attrs["bddl_file_name"]).stem)
+    if path.stem.endswith("_demo"):
+        return task_text(path.stem.removesuffix("_demo"))
+    if "problem_info" in data.attrs:
+        return "".join(json.loads(data.attrs["problem_info"])["language_instruction"])
+    raise ValueError("nothing tells its instruction: no attribute bddl_file_name or problem_info")
+
+
+def task_text(task_name: str) -> str:
+    """ "KITCHEN_SCENE3_turn_on_the_stove" -> "turn on the stove" (LIBERO benchmark/__init__.py)."""
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task_name).replace("_", " ")
+
+
+def no_ops(actions: np.ndarray) -> np.ndarray:
+    """bool [T]: steps that leave the arm and the gripper as they are.
+
+    |a[:6]| < 1e-4, and the gripper is commanded as in the last step that counts (openvla c8f03f4,
+    regenerate_libero_dataset.py, is_noop).
+
+    Args:
+        actions: [T, 7].
+    """
+    still = np.linalg.norm(actions[:, :-1], axis=1) < NO_OP_NORM
+    result = np.zeros(len(actions), dtype=bool)
+    gripper = None  # of the last step that was kept
+    for t, action in enumerate(actions):
+        result[t] = still[t] and (gripper is None or action[-1] == gripper)
+        if not result[t]:
+            gripper = action[-1]
+    return result

@@ -1,0 +1,358 @@
+"""Records demonstrations of a scripted expert.
+
+    python -m vla_rl.demonstrations --task-suite libero_spatial --task-ids 0 1 --episodes 50 --out demonstrations/a.hdf5
+
+Only successes are kept. The arm executes the expert's actions with noise that drifts, so that it gets into situations that
+a policy will get into by its own errors, while the clean actions are what is written to be learned (DART: Laskey et al.
+2017). Episodes start from random placements; evaluation has the benchmark's fixed states.
+
+Not here: the expert (vla_rl.expert), the file's layout (vla_rl.demonstration_file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vla_rl.config import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
+from vla_rl.demonstration_file import CAMERAS, DemonstrationFile
+from vla_rl.libero_env import LiberoEnv, Simulators, load_benchmark, task_languages
+from vla_rl.types import Episode, RenderingError
+from vla_rl.vector_env import lean_workers
+
+NOISE_MEMORY = 0.8  # of the noise per step: it drifts for about 5 steps, 0.25 s
+ROTATION_NOISE = 0.3  # of the translation's: |a| = 1 is 5 cm or 0.5 rad
+GIVE_UP_AFTER = 20  # failed episodes of a task, when they are more than half
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What all episodes of a run share."""
+
+    task_suite: str
+    num_images: int
+    image_size: int
+    render: str
+    noise: float
+    cache_gb: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One episode of the expert."""
+
+    episode: Episode
+    success: bool
+    arrays: dict[str, np.ndarray] | None  # of vla_rl.demonstration_file; None of a failure
+    attributes: dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------- episode
+
+
+def record_episode(env: LiberoEnv, episode: Episode, noise: float) -> Outcome:
+    """Plays the expert from the start of an episode.
+
+    Args:
+        env: with chunks of 1 action.
+        noise: standard deviation of the noise on the executed translation, in units of the action (1 is 5 cm a step).
+    """
+    from vla_rl.expert import Expert
+
+    obs, _ = env.reset(options={"episode": episode})
+    sim = env.simulator
+    expert = Expert(sim)
+    expert.reset()
+    initial_state = flat_state(sim)
+    rows: list[dict[str, np.ndarray]] = []
+    drift = DriftingNoise(noise, seed=episode.seed)
+    terminated = truncated = False
+    while not (terminated or truncated):
+        label = np.clip(expert.act(), -1, 1)
+        executed = np.clip(label + drift.next(), -1, 1)
+        rows.append(observed(sim, obs) | {"actions": label, "executed_actions": executed})
+        obs, _, terminated, truncated, _ = env.step(executed[None])
+    if not terminated:
+        return Outcome(episode, False, None, {})
+    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    ends = np.zeros(len(rows), np.uint8)
+    ends[-1] = 1
+    attributes = {
+        "init_state": initial_state,
+        "bddl_file_name": bddl_file_name(env.task_suite, episode.task_id),
+        "episode": json.dumps(asdict(episode)),
+    }
+    return Outcome(episode, True, arrays | {"rewards": ends, "dones": ends}, attributes)
+
+
+class DriftingNoise:
+    """n' = m n + sqrt(1 - m^2) sigma N(0, 1): a stationary AR(1) process; none on the gripper."""
+
+    def __init__(self, sigma: float, seed: int):
+        self.rng = np.random.default_rng([seed, 1])
+        self.scale = sigma * np.array([1, 1, 1, *[ROTATION_NOISE] * 3, 0])
+        self.noise = self.rng.normal(size=7) * self.scale
+
+    def next(self) -> np.ndarray:
+        """float64 [7]."""
+        fresh = self.rng.normal(size=7) * self.scale
+        self.noise = NOISE_MEMORY * self.noise + np.sqrt(1 - NOISE_MEMORY**2) * fresh
+        return self.noise
+
+
+def observed(sim: Any, obs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What LIBERO's files have of one moment. Images are turned back: they are stored as LIBERO renders them."""
+    robot = sim.robot
+    position, axis_angle, fingers = np.split(obs["proprio"].astype(np.float64), [3, 6])
+    images = {f"obs/{name}": image[::-1, ::-1] for name, image in zip(CAMERAS, obs["images"], strict=False)}
+    return images | {
+        "states": flat_state(sim),
+        "robot_states": np.concatenate([sim.gripper_qpos, sim.eef_pos, sim.eef_quat]),
+        "obs/ee_pos": position,
+        "obs/ee_ori": axis_angle,
+        "obs/ee_states": np.concatenate([position, axis_angle]),
+        "obs/gripper_states": fingers,
+        "obs/joint_states": sim.data.qpos[robot._ref_joint_pos_indexes].copy(),
+    }
+
+
+def flat_state(sim: Any) -> np.ndarray:
+    """float64 [1 + nq + nv]: time, positions, velocities, as the benchmark's initial states."""
+    return np.concatenate([[sim.data.time], sim.data.qpos, sim.data.qvel])
+
+
+def bddl_file_name(task_suite: str, task_id: int) -> str:
+    task = load_benchmark(task_suite).tasks[task_id]
+    return f"{task.problem_folder}/{task.bddl_file}"
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+ENVS: dict[str, LiberoEnv] = {}  # of a worker process
+
+
+def prepare_worker(recording: Recording) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
+    ENVS["env"] = LiberoEnv(
+        recording.task_suite,
+        chunk_size=1,
+        num_images=max(1, recording.num_images),
+        image_size=recording.image_size,
+        render=recording.render,
+        simulators=Simulators(limit=1, cache_gb=recording.cache_gb),
+    )
+
+
+def record(episode: Episode, noise: float) -> Outcome:
+    return record_episode(ENVS["env"], episode, noise)
+
+
+def episodes_of(task_id: int, states: str | Sequence[int], seed: int) -> Iterator[Episode]:
+    """Random placements without end, or each of the fixed states once."""
+    if states == "random":
+        for number in itertools.count():
+            rng = np.random.default_rng([seed, task_id, number])
+            yield Episode(task_id, None, seed=int(rng.integers(2**31)))
+    for state in states:
+        yield Episode(task_id, int(state), seed=0)
+
+
+def record_task(
+    pool: ProcessPoolExecutor, episodes: Iterator[Episode], wanted: int, noise: float, ahead: int, name: str
+) -> Iterator[Outcome]:
+    """The first `wanted` successes in the order of `episodes`, whichever worker is faster.
+
+    Raises:
+        ConfigError: the expert fails too often, or there are fewer episodes.
+    """
+    waiting: list[Future] = []
+    successes = failures = 0
+    while successes < wanted:
+        for episode in itertools.islice(episodes, min(ahead, wanted - successes + 1) - len(waiting)):
+            waiting.append(pool.submit(record, episode, noise))
+        if not waiting:
+            raise ConfigError(
+                f"{name}: the expert succeeded in {successes} of {successes + failures} fixed states, --episodes asks for "
+                f"{wanted}; ask for fewer, or leave out --states for random placements"
+            )
+        wait(waiting[:1], return_when=FIRST_COMPLETED)
+        outcome = waiting.pop(0).result()
+        successes, failures = successes + outcome.success, failures + (not outcome.success)
+        yield outcome
+        if failures >= GIVE_UP_AFTER and failures > successes:
+            raise ConfigError(
+                f"{name}: the expert failed in {failures} of {successes + failures} episodes (--noise {noise:g}); "
+                "lower the noise, or leave the task out"
+            )
+    for future in waiting:
+        future.cancel()
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vla_rl.demonstrations",
+        description="Record demonstrations of a scripted expert on LIBERO's pick-and-place tasks, in LIBERO's HDF5 layout.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--task-suite", default="libero_spatial", choices=list(TASK_SUITES), metavar="SUITE", help="%(choices)s")
+    add("--task-ids", type=int, nargs="+", default=[0], metavar="I", help="tasks of the suite (default 0)")
+    add("--episodes", type=int, default=50, metavar="N", help="successful episodes of each task (default 50)")
+    add("--out", required=True, metavar="F.hdf5", help="file for all tasks; a folder gets one file a task, as LIBERO's")
+    add("--states", default="random", metavar="0-39", help="fixed initial states instead of random placements")
+    add("--noise", type=float, default=0.15, help="standard deviation of the executed translation (default 0.15)")
+    add("--seed", type=int, default=0, help="of the placements and the noise (default 0)")
+    add("--num-images", type=int, default=2, choices=(1, 2), help="1: agent view; 2: and wrist camera (default)")
+    add("--image-size", type=int, default=128, metavar="PX", help="image side (default 128, as LIBERO's files)")
+    add("--render", default="exact", choices=("exact", "fast"), help="as env.render of training (default exact)")
+    add("--workers", type=int, metavar="W", help="processes (default one a CPU core)")
+    add("--model-cache-gb", type=float, default=3.0, metavar="GB", help="disk for compiled models (default 3)")
+    add("--no-progress", action="store_true", help="no bars")
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> str | list[int]:
+    """Raises ConfigError for what argparse cannot check; returns the states."""
+    num_tasks = TASK_SUITES[args.task_suite][0]
+    wrong = [task_id for task_id in args.task_ids if not 0 <= task_id < num_tasks]
+    if wrong:
+        raise ConfigError(f"--task-ids {wrong} outside {args.task_suite}, which has tasks 0 to {num_tasks - 1}")
+    if len(set(args.task_ids)) < len(args.task_ids):
+        raise ConfigError(f"--task-ids {args.task_ids}: a task is there twice; name each once")
+    for flag, value, least in (
+        ("--episodes", args.episodes, 1),
+        ("--workers", args.workers, 1),
+        ("--noise", args.noise, 0),
+    ):
+        if value is not None and not value >= least:
+            raise ConfigError(f"{flag} {value}: expected at least {least}")
+    if args.image_size < 16:
+        raise ConfigError(f"--image-size {args.image_size}: expected at least 16 pixels")
+    try:
+        states = parse_indices(args.states)
+    except ValueError as error:
+        raise ConfigError(f"--states: {error}, or random") from None
+    if states != "random" and max(states) >= NUM_FIXED_STATES:
+        raise ConfigError(f"--states {args.states}: there are 0 to {NUM_FIXED_STATES - 1}")
+    out = Path(args.out)
+    if out.is_file():
+        raise ConfigError(f"--out {out} exists; choose another name, or remove it")
+    if not is_file_name(out):
+        there = [path for path in (task_file(args, task_id) for task_id in args.task_ids) if path.exists()]
+        if there:
+            raise ConfigError(f"--out {out} has {there[0].name} already; choose another folder, or remove it")
+    return states
+
+
+def is_file_name(out: Path) -> bool:
+    return out.suffix in (".hdf5", ".h5")
+
+
+def task_file(args: argparse.Namespace, task_id: int) -> Path:
+    return Path(args.out) / f"{Path(bddl_file_name(args.task_suite, task_id)).stem}_demo.hdf5"
+
+
+def file_attributes(args: argparse.Namespace, task_ids: Sequence[int]) -> dict[str, Any]:
+    """Of the group `data`; the task's own where there is one task."""
+    texts = [task_languages(args.task_suite)[task_id] for task_id in task_ids]
+    attributes = {
+        "tag": "libero-v1",
+        "macros_image_convention": "opengl",
+        "env_args": json.dumps({"type": 1, "env_name": args.task_suite, "env_kwargs": {"control_freq": 20}}),
+        "problem_info": json.dumps({"domain_name": args.task_suite, "language_instruction": texts[0]}),
+        "made_with": json.dumps({"program": "vla_rl.demonstrations"} | vars(args), default=str),
+    }
+    return attributes | ({"bddl_file_name": bddl_file_name(args.task_suite, task_ids[0])} if len(task_ids) == 1 else {})
+
+
+def collect(args: argparse.Namespace, states: str | list[int]) -> None:
+    """Writes the file or files.
+
+    Raises:
+        ConfigError: a task is not pick-and-place, or the expert fails too often.
+    """
+    recording = Recording(
+        args.task_suite, args.num_images, args.image_size, args.render, args.noise, args.model_cache_gb
+    )
+    workers = args.workers or len(os.sched_getaffinity(0))
+    out = Path(args.out)
+    files = [(out, args.task_ids)] if is_file_name(out) else [(task_file(args, i), [i]) for i in args.task_ids]
+    context = multiprocessing.get_context("spawn")
+    with (
+        lean_workers(draw_in_one_thread=args.render == "fast"),
+        ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker, initargs=(recording,)) as pool,
+    ):
+        try:
+            for path, task_ids in files:
+                with DemonstrationFile(path, file_attributes(args, task_ids)) as file:
+                    for task_id in task_ids:
+                        collect_task(pool, file, args, states, task_id, ahead=2 * workers)
+                print(f"{path}: {file.count} demonstrations, {file.total} steps, {path.stat().st_size / 1e6:.0f} MB")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def collect_task(
+    pool: ProcessPoolExecutor, file: DemonstrationFile, args: argparse.Namespace, states: Any, task_id: int, ahead: int
+) -> None:
+    name = f"{args.task_suite} task {task_id}"
+    episodes = episodes_of(task_id, states, args.seed)
+    tried = kept = steps = 0
+    with tqdm(total=args.episodes, desc=name, unit="ep", disable=args.no_progress, mininterval=1) as bar:
+        for outcome in record_task(pool, episodes, args.episodes, args.noise, ahead, name):
+            tried += 1
+            if outcome.success:
+                file.add(outcome.arrays, outcome.attributes)
+                kept, steps = kept + 1, steps + len(outcome.arrays["actions"])
+                bar.update()
+            bar.set_postfix_str(f"succ={kept / tried:.0%}, len={steps / max(1, kept):.0f}")
+    print(f"{name}: {kept} of {tried} episodes succeeded, {steps / kept:.0f} steps each")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: written; 1: a simulator failed; 2: a mistake in the arguments; 130: interrupted. A file is there whole or not."""
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("robosuite_logs", "libero"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        collect(args, check_args(args))
+    except KeyboardInterrupt:
+        print("interrupted; no file was written", file=sys.stderr)
+        return 130
+    except BrokenProcessPool:
+        print("error: a simulator process died; often out of memory: lower --workers", file=sys.stderr)
+        return 1
+    except RenderingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    from vla_rl import demonstrations  # under this name workers find its functions, not as __main__
+
+    sys.exit(demonstrations.main())
