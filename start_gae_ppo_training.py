@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -12,8 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +180,7 @@ def train(config: Config, checkpoint: Path | None) -> None:
 
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 
+    from vla_rl.checkpoint import locked
     from vla_rl.metrics import check_wandb
     from vla_rl.policy import check_checkpoint, read_statistics
 
@@ -195,17 +194,6 @@ def train(config: Config, checkpoint: Path | None) -> None:
         finally:
             if {path.name for path in folder.iterdir()} == {"config.yaml", ".lock"}:  # nothing was made: no such run
                 shutil.rmtree(folder)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Two processes must not write into one run. The lock goes with the process, however that ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is working on {folder}; wait for its end, or stop it") from None
-        yield
 
 
 def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:

@@ -10,12 +10,14 @@ A checkpoint is a folder runs/RUN/checkpoints/iteration-000010 with
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,17 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
             f"checkpoint {folder} is of another model: it was made with {made_with}, this run has {fingerprint}"
         )
     return manifest
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Two processes must not write into one run. The lock goes with the process, however that ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is working on {folder}; wait for its end, or stop it") from None
+        yield
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:

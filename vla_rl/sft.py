@@ -40,6 +40,7 @@ from vla_rl.checkpoint import (
     cpu_copy,
     find_checkpoint,
     load_trainer_state,
+    locked,
     save_torch,
     verify,
     write_checkpoint,
@@ -47,7 +48,7 @@ from vla_rl.checkpoint import (
 from vla_rl.config import ConfigError, SftConfig, config_from_dict, load_config, read_yaml, save_config, settings_help
 from vla_rl.demonstration_file import Demonstration, find_files, read_demonstrations
 from vla_rl.image_transform import crop_center, preprocess
-from vla_rl.metrics import MetricsLogger
+from vla_rl.metrics import MetricsLogger, check_wandb
 from vla_rl.policy import OpenVLAPolicy, check_checkpoint
 from vla_rl.prismatic import save_checkpoint
 from vla_rl.progress import peak_memory_gib
@@ -455,6 +456,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda, but torch finds no CUDA GPU; set run.device=cpu")
     check_checkpoint(settings.checkpoint, settings.use_proprio)
+    check_wandb(config)
     demonstrations = read_data(config)
     training, held_out = split(demonstrations, config.data.validation_fraction)
     steps = sum(map(len, training))
@@ -481,7 +483,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     del demonstrations, training, held_out
 
     folder = make_run_folder(config) if checkpoint is None else checkpoint.parent.parent
-    with closing(MetricsLogger(folder, config)) as logger:
+    with locked(folder), closing(MetricsLogger(folder, config)) as logger:
         trainer = SupervisedFineTuning(config, policy, train, validation, logger)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
