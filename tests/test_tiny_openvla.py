@@ -7,17 +7,22 @@ import importlib.util
 import json
 import math
 import re
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from vla_rl import tiny_openvla
-from vla_rl.config import TASK_SUITES
+from vla_rl.config import TASK_SUITES, load_config
+from vla_rl.evaluation import evaluate_policy, evaluation_episodes
+from vla_rl.policy import OpenVLAPolicy
 from vla_rl.prismatic import load_network
-from vla_rl.tiny_openvla import ensure_tiny_openvla, write_tiny_openvla
+from vla_rl.tiny_openvla import TRAINED, ensure_tiny_openvla, write_tiny_openvla
+from vla_rl.vector_env import make_vector_env
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +126,40 @@ def test_action_distribution_is_broad_but_not_uniform_and_depends_on_what_is_see
     assert probs.max() < 0.3
     assert all((logits[0] - logits[i]).std() > 0.1 for i in (1, 2, 3))  # of logits whose own deviation is 1
     assert logits[0].std(dim=0).mean() > 0.3  # the slots differ, though all their embeddings are zero
+
+
+# the trained one, in the repository
+
+
+def test_the_trained_checkpoint_is_small_and_of_the_same_network(folder):
+    names = {path.name for path in TRAINED.iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "dataset_statistics.json"} <= names
+    assert sum(path.stat().st_size for path in TRAINED.rglob("*")) <= 15e6
+    trained, random = load_file(TRAINED / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert {n: t.shape for n, t in trained.items()} == {n: t.shape for n, t in random.items()}
+    assert not torch.equal(trained["language_model.lm_head.weight"], random["language_model.lm_head.weight"])
+
+
+def test_the_trained_checkpoint_has_the_statistics_of_its_data():
+    (statistics,) = json.loads((TRAINED / "dataset_statistics.json").read_text()).values()
+    assert statistics["num_trajectories"] >= 300 and statistics["action"]["mask"] == [True] * 6 + [False]
+    action = statistics["action"]
+    assert all(-1 <= low < high <= 1 for low, high in zip(action["q01"], action["q99"], strict=True))
+
+
+@pytest.mark.libero
+def test_the_trained_checkpoint_solves_task_0_now_and_then():
+    config = load_config(Path(__file__).parent.parent / "configs/tiny_gae_ppo.yaml")
+    settings = config.policy
+    policy = OpenVLAPolicy.from_checkpoint(
+        settings.checkpoint,
+        settings.decoder,
+        use_proprio=settings.use_proprio,
+        chunk_size=settings.chunk_size,
+        center_crop=settings.center_crop,
+        unnorm_key="libero_spatial",
+    )
+    with closing(make_vector_env(config, 2, render="fast")) as envs:
+        episodes = evaluation_episodes([0], range(6))
+        results = evaluate_policy(policy, envs, episodes, greedy=True, temperature=1.0, seed=0, progress=False)
+    assert sum(result.success for result in results) >= 1
