@@ -1,7 +1,7 @@
 """How often the scripted expert solves each task from the benchmark's fixed states: a table, and what failed.
 
     python tests/bench/expert.py                                  the tasks that demonstrations are for, 50 states, no noise
-    python tests/bench/expert.py --tasks libero_goal:8 --noise 0.15 --states 0-9
+    python tests/bench/expert.py --tasks libero_goal:8 --noise 0.5 --states 0-9
 
 Without rendering, as the expert sees no images: about 1 s an episode.
 """
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from vla_rl.config import TASK_SUITES, parse_indices
-from vla_rl.demonstrations import DriftingNoise
+from vla_rl.demonstrations import Pushes
 from vla_rl.libero_env import REST, build_simulator, fixed_state
 
 # the other tasks of libero_goal ask for a drawer, a push or a knob
@@ -36,9 +36,9 @@ def play(suite: str, task_id: int, states: list[int], noise: float) -> list[int 
         for _ in range(10):
             sim.step(REST, render=False)
         expert.reset()
-        drift = DriftingNoise(noise, seed=state)
+        pushes = Pushes(noise, seed=state)
         limit = TASK_SUITES[suite][1]
-        steps = (n for n in range(1, limit + 1) if sim.step(np.clip(expert.act() + drift.next(), -1, 1), render=False))
+        steps = (n for n in range(1, limit + 1) if sim.step(np.clip(expert.act() + pushes.next(), -1, 1), render=False))
         lengths.append(next(steps, None))
     return lengths
 
