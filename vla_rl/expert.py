@@ -225,6 +225,8 @@ def from_under(obstacles: np.ndarray, points: np.ndarray) -> np.ndarray:
     if distance.min(initial=radius) >= radius:
         return np.zeros(3)
     nearest = np.argmin(distance)
+    if distance[nearest] < 1e-6:  # straight above: no way out sideways is better than another
+        return np.zeros(3)
     return np.append(-above[nearest] / distance[nearest] * min(radius - distance[nearest], 0.02), 0)
 
 
