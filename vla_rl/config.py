@@ -311,6 +311,13 @@ class SupervisedConfig(Section):
         ge=0,
         description="standard deviation in bins of the Gaussian that a label is spread over, but for the gripper's; 0: one token",
     )
+    value_coef: float = Field(
+        0.0,
+        ge=0,
+        description="weight of an auxiliary loss: the last prompt token's hidden state tells, by a linear map that is thrown away, "
+        "value_discount ** steps to success; a critic that reads it has more to go by",
+    )
+    value_discount: float = Field(0.98, gt=0, lt=1, description="per simulator step, of the auxiliary loss")
     evaluation_interval: int = Field(1000, ge=1, description="steps between measurements on the held-out episodes")
     evaluation_samples: int = Field(1024, ge=1, description="held-out samples that are measured, evenly spaced")
     checkpoint_interval: int = Field(1000, ge=1, description="steps between checkpoints")

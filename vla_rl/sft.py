@@ -62,6 +62,7 @@ CURVES = {
     "token accuracy": ["validation/token_accuracy"],
     "L1 of normalised actions": ["validation/l1"],
     "gripper accuracy": ["validation/gripper_accuracy"],
+    "value loss": ["validation/value_loss"],
     "gradient norm": ["sft/grad_norm"],
     "learning rate": ["sft/learning_rate"],
 }
@@ -77,6 +78,7 @@ class Samples:
     proprio: np.ndarray  # float32 [R, 8]
     instructions: list[str]  # R
     chunks: np.ndarray  # float64 [R, C, 7], data set's units: gripper 0 closes, 1 opens
+    steps_to_go: np.ndarray  # int64 [R], to the end of the demonstration, which is its success; 0 in the last step
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -111,6 +113,7 @@ def make_samples(demonstrations: Sequence[Demonstration], chunk_size: int, size:
         proprio=np.concatenate([d.proprio for d in demonstrations]),
         instructions=[d.instruction for d in demonstrations for _ in range(len(d))],
         chunks=np.concatenate([chunks_of(data_units(d.actions), chunk_size) for d in demonstrations]),
+        steps_to_go=np.concatenate([np.arange(len(d))[::-1] for d in demonstrations]),
     )
 
 
@@ -207,6 +210,15 @@ def learning_rate(settings: Any, training: Any, step: int) -> float:
 # ------------------------------------------------------------------------------------------------------------- trainer
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Of one forward."""
+
+    cross_entropy: Tensor  # nats a token
+    value: Tensor  # mean squared error of value_discount ** steps to go
+    logits: Tensor  # float32 [B, A, vocabulary]
+
+
 class SupervisedFineTuning:
     """Trains a policy on samples.
 
@@ -229,6 +241,9 @@ class SupervisedFineTuning:
         if config.training.method == "full":
             policy.network.requires_grad_(True)
         self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
+        self.value_map = torch.nn.Linear(policy.hidden_size, 1, device=policy.device)
+        if config.training.value_coef > 0:
+            self.parameters += self.value_map.parameters()
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -289,10 +304,10 @@ class SupervisedFineTuning:
         total = 0.0
         for part in rows.reshape(-1, training.micro_batch_size):
             inputs = self.inputs(self.train_samples, part, rng if self.config.data.augment else None)
-            loss, _ = self.loss(inputs, self.train_samples.chunks[part])
-            loss = loss * len(part) / len(rows)
-            loss.backward()
-            total += loss.item()
+            losses = self.losses(inputs, self.train_samples, part)
+            loss = losses.cross_entropy + training.value_coef * losses.value
+            (loss * len(part) / len(rows)).backward()
+            total += losses.cross_entropy.item() * len(part) / len(rows)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         if not math.isfinite(total) or not torch.isfinite(norm):
             raise NonFiniteError(
@@ -315,19 +330,27 @@ class SupervisedFineTuning:
         texts = tuple(samples.instructions[row] for row in rows)
         return PolicyInputs(torch.from_numpy(images), torch.from_numpy(samples.proprio[rows]), texts)
 
-    def loss(self, inputs: PolicyInputs, chunks: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats a token, and the logits [B, A, vocabulary] of the same forward."""
-        policy = self.policy
-        tokens = label_tokens(policy.action_tokenizer, chunks, policy.statistics["action"]).to(policy.device)  # [B, A]
+    def losses(self, inputs: PolicyInputs, samples: Samples, rows: np.ndarray) -> Losses:
+        """One forward for some rows of the samples."""
+        policy, training = self.policy, self.config.training
+        tokens = label_tokens(policy.action_tokenizer, samples.chunks[rows], policy.statistics["action"]).to(
+            policy.device
+        )
         policy.network.train(policy.gradient_checkpointing)
         try:
-            hidden = policy.read_actions(policy.embed(*policy.tensors(inputs)), tokens)
+            hidden = policy.read_actions(policy.embed(*policy.tensors(inputs)), tokens)  # [B, A, D]
         finally:
             policy.network.eval()
         logits = policy.network.vocabulary_logits(hidden)
         first, bins = policy.action_tokenizer.first_id, policy.action_tokenizer.n_bins
-        labels = soft_labels(tokens - first, bins, self.config.training.label_sigma, self.spread)
-        return cross_entropy(logits, labels, first), logits
+        labels = soft_labels(tokens - first, bins, training.label_sigma, self.spread)
+        steps_to_go = torch.from_numpy(samples.steps_to_go[rows]).to(policy.device)
+        values = self.value_map(hidden[:, 0].float()).squeeze(-1)  # [B]
+        return Losses(
+            cross_entropy=cross_entropy(logits, labels, first),
+            value=F.mse_loss(values, training.value_discount**steps_to_go),
+            logits=logits,
+        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -335,19 +358,21 @@ class SupervisedFineTuning:
         samples, policy = self.validation, self.policy
         count = min(self.config.training.evaluation_samples, len(samples))
         rows = np.linspace(0, len(samples) - 1, count).astype(int)
-        stats, sums = policy.statistics["action"], np.zeros(4)
+        stats, sums = policy.statistics["action"], np.zeros(5)
         for part in np.array_split(rows, math.ceil(count / self.config.training.micro_batch_size)):
             chunks = samples.chunks[part]
-            loss, logits = self.loss(self.inputs(samples, part, None), chunks)
-            tokens = logits.argmax(dim=-1).cpu()  # [B, A]
+            losses = self.losses(self.inputs(samples, part, None), samples, part)
+            tokens = losses.logits.argmax(dim=-1).cpu()  # [B, A]
             expected = label_tokens(policy.action_tokenizer, chunks, stats)
             predicted = policy.action_tokenizer.decode(tokens.numpy()).reshape(chunks.shape)
             error = np.abs(predicted - np.clip(normalize(chunks, stats), -1, 1))
             gripper = (predicted[..., -1] > 0.5) == (chunks[..., -1] > 0.5)
-            sums += len(part) * np.array(
-                [loss.item(), (tokens == expected).float().mean().item(), error[..., :-1].mean(), gripper.mean()]
-            )
-        names = ("loss", "token_accuracy", "l1", "gripper_accuracy")
+            accuracy = (tokens == expected).float().mean().item()
+            numbers = losses.cross_entropy.item(), accuracy, error[..., :-1].mean(), gripper.mean(), losses.value.item()
+            sums += len(part) * np.array(numbers)
+        names = ["loss", "token_accuracy", "l1", "gripper_accuracy"]
+        names += ["value_loss"] if self.config.training.value_coef > 0 else []
+        sums = sums[: len(names)]
         return {f"validation/{name}": float(value) for name, value in zip(names, sums / count, strict=True)}
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
