@@ -83,7 +83,7 @@ def env(stock):
 def renders(env, monkeypatch):
     """Names of the cameras rendered since the fixture was made."""
     env.reset(options={"episode": FIXED})
-    env.simulators.get("libero_spatial", 4, env.cameras, SIZE, False).settled.clear()
+    env._simulators.get("libero_spatial", 4, env.cameras, SIZE, False).settled.clear()
     renderer = env.simulator.renderer
     names, render = [], renderer.render
     monkeypatch.setattr(renderer, "render", lambda camera: names.append(camera) or render(camera))
@@ -284,9 +284,9 @@ def test_a_reset_that_fails_leaves_the_others_their_episodes(env, monkeypatch):
     """It has spoilt the simulator that they share: nobody's state is in it."""
     actions = random_actions(9, chunks=2)
     expected = run(env, RANDOM, actions)
-    shared = env.simulators.get("libero_spatial", 4, env.cameras, SIZE, False)
+    shared = env._simulators.get("libero_spatial", 4, env.cameras, SIZE, False)
     other = LiberoEnv(
-        "libero_spatial", (4,), chunk_size=CHUNK, num_images=2, image_size=SIZE, simulators=env.simulators
+        "libero_spatial", (4,), chunk_size=CHUNK, num_images=2, image_size=SIZE, simulators=env._simulators
     )
     env.reset(options={"episode": RANDOM})
     env.step(actions[0])
@@ -321,7 +321,7 @@ def test_a_start_that_was_settled_before_is_not_settled_again(env, renders, monk
     again = run(env, RANDOM, random_actions(0))
     assert_equal_rows(again, first)
     assert renders == ["agentview", "robot0_eye_in_hand"] * 2  # of the two chunks
-    kept = env.simulators.get("libero_spatial", 4, env.cameras, SIZE, False).settled
+    kept = env._simulators.get("libero_spatial", 4, env.cameras, SIZE, False).settled
     assert len(kept) <= libero_env.SETTLED_STARTS
     monkeypatch.undo()
     monkeypatch.setattr(env, "settle_steps", 3)  # another start
