@@ -9,7 +9,6 @@ B rows of a minibatch. A timestep is one simulator step; a decision is up to C o
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from vla_rl.checkpoint import (
     verify,
     write_checkpoint,
 )
-from vla_rl.config import Config, OptimizerConfig, save_config
+from vla_rl.config import Config, save_config
 from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
 from vla_rl.evaluation import evaluate_policy, evaluation_episodes, success_metrics, write_videos
 from vla_rl.losses import (
@@ -49,6 +48,7 @@ from vla_rl.losses import (
     value_loss,
 )
 from vla_rl.metrics import MetricsLogger
+from vla_rl.optimizer import adamw, load_optimizer
 from vla_rl.progress import (
     FinishedEpisode,
     episodes_text,
@@ -713,26 +713,6 @@ class OpenVLAPPO:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def adamw(parameters: list[torch.nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, **adamw_settings(settings))
-
-
-def adamw_settings(settings: OptimizerConfig) -> dict[str, Any]:
-    return {
-        "lr": settings.learning_rate,
-        "betas": (settings.beta1, settings.beta2),
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
-
-
-def load_optimizer(optimizer: torch.optim.AdamW, state: dict[str, Any], settings: OptimizerConfig) -> None:
-    """The moments of the checkpoint with the settings of this run: a resumed run may have another learning rate."""
-    optimizer.load_state_dict(copy.deepcopy(state))
-    for group in optimizer.param_groups:
-        group.update(adamw_settings(settings))
 
 
 def accumulate(totals: dict[str, float], metrics: dict[str, float]) -> None:

@@ -25,6 +25,7 @@ LAYERS = [
         "progress",
         "checkpoint",
         "augmentation",
+        "optimizer",
         "demonstration_file",
     },
     {

@@ -230,6 +230,12 @@ def test_micro_batches_add_up_to_the_batch(data, tmp_path):
     assert first["sft/grad_norm"] == pytest.approx(second["sft/grad_norm"], rel=1e-3)
 
 
+def test_a_resume_refuses_other_data_or_another_policy(data, tmp_path, capsys):
+    assert main(arguments(data, tmp_path, steps=1)) == 0
+    assert main(["--resume", str(tmp_path / "r"), "policy.lora.alpha=3", "data.filter_no_ops=false"]) == 2
+    assert "settings of policy, data cannot change within a run" in capsys.readouterr().err
+
+
 def test_sigterm_saves_and_ends(data, tmp_path):
     command = [sys.executable, "-m", "vla_rl.sft", *arguments(data, tmp_path, steps=100_000)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -88,25 +88,26 @@ def unnormalize(normalized: np.ndarray, stats: Mapping[str, Any], oft: bool) -> 
     return np.where(mask, 0.5 * (normalized + 1) * extent + low, normalized)
 
 
-def normalize(actions: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
-    """Actions as they are learned: the inverse of `unnormalize`, not clipped.
+def normalize(values: np.ndarray, stats: Mapping[str, Any], name: str = "actions") -> np.ndarray:
+    """Actions as they are learned: the inverse of OpenVLA-OFT's `unnormalize`, not clipped.
 
     a -> 2 (a - q01) / (q99 - q01 + 1e-8) - 1 where the mask is true, else a (openvla c8f03f4,
     prismatic/vla/datasets/rlds/utils/data_utils.py, normalize_action_and_proprio, which also clips to -1..1).
 
     Args:
-        actions: [..., 7] in the data set's units.
+        values: [..., K] in the data set's units.
         stats: as `unnormalize`.
+        name: of the values, for the error.
 
     Returns:
-        float64 [..., 7].
+        float64 [..., K].
 
     Raises:
         ValueError: as `unnormalize`.
     """
-    actions = np.asarray(actions, dtype=np.float64)
-    low, high, mask = read_bounds(stats, actions, "actions")
-    return np.where(mask, 2 * (actions - low) / (high - low + OFT_EPSILON) - 1, actions)
+    values = np.asarray(values, dtype=np.float64)
+    low, high, mask = read_bounds(stats, values, name)
+    return np.where(mask, 2 * (values - low) / (high - low + OFT_EPSILON) - 1, values)
 
 
 def to_environment(actions: np.ndarray) -> np.ndarray:
@@ -139,10 +140,7 @@ def normalize_proprio(proprio: np.ndarray, stats: Mapping[str, Any]) -> np.ndarr
     Raises:
         ValueError: as `unnormalize`.
     """
-    proprio = np.asarray(proprio, dtype=np.float64)
-    low, high, mask = read_bounds(stats, proprio, "proprio")
-    scaled = 2 * (proprio - low) / (high - low + OFT_EPSILON) - 1
-    return np.clip(np.where(mask, scaled, proprio), -1.0, 1.0).astype(np.float32)
+    return np.clip(normalize(proprio, stats, "proprio"), -1.0, 1.0).astype(np.float32)
 
 
 def read_bounds(

@@ -109,7 +109,8 @@ class PolicyConfig(Section):
 
     checkpoint: str = Field(
         "tiny-openvla",
-        description="a folder in the official layout, a Hugging Face id, tiny-openvla (in the repository, solves libero_spatial now and then) or tiny-openvla-random",
+        description="a folder in the official layout, a Hugging Face id, tiny-openvla (in the repository, solves libero_spatial "
+        "now and then) or tiny-openvla-random",
     )
     decoder: Literal["autoregressive", "parallel"] = Field(
         "parallel",
@@ -264,12 +265,9 @@ class EvalConfig(Section):
     video: bool = Field(True, description="write an MP4 of one success and one failure")
 
 
-class LoggingConfig(Section):
-    """What a run leaves behind."""
+class ProgressConfig(Section):
+    """What any run shows and sends."""
 
-    checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints")
-    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
-    curves_interval: int = Field(10, ge=1, description="iterations between redrawings of the PNG curves")
     progress: bool = Field(True, description="tqdm bars")
     wandb: bool = Field(False, description="log to Weights & Biases")
     wandb_project: str = Field("openvla-ppo", description="project")
@@ -277,6 +275,14 @@ class LoggingConfig(Section):
     wandb_mode: Literal["online", "offline"] = Field(
         "online", description="offline writes to the run folder; no network"
     )
+
+
+class LoggingConfig(ProgressConfig):
+    """What a run leaves behind."""
+
+    checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints")
+    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    curves_interval: int = Field(10, ge=1, description="iterations between redrawings of the PNG curves")
 
 
 class DataConfig(Section):
@@ -330,17 +336,11 @@ class SftOptimizerConfig(OptimizerConfig):
     learning_rate: float = Field(5e-4, gt=0, description="step size")  # openvla vla-scripts/finetune.py
 
 
-class SftLoggingConfig(Section):
+class SftLoggingConfig(ProgressConfig):
     """What a run leaves behind."""
 
     interval: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
-    progress: bool = Field(True, description="tqdm bars")
-    wandb: bool = Field(False, description="log to Weights & Biases")
     wandb_project: str = Field("openvla-sft", description="project")
-    wandb_entity: str | None = Field(None, description="user or team; null takes your default")
-    wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="offline writes to the run folder; no network"
-    )
 
 
 class SftConfig(Section):

@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +47,6 @@ class Recording:
     num_images: int
     image_size: int
     render: str
-    noise: float
     cache_gb: float
 
 
@@ -164,7 +163,7 @@ def prepare_worker(recording: Recording) -> None:
     ENVS["env"] = LiberoEnv(
         recording.task_suite,
         chunk_size=1,
-        num_images=max(1, recording.num_images),
+        num_images=recording.num_images,
         image_size=recording.image_size,
         render=recording.render,
         simulators=Simulators(limit=1, cache_gb=recording.cache_gb),
@@ -203,7 +202,6 @@ def record_task(
                 f"{name}: the expert succeeded in {successes} of {successes + failures} fixed states, --episodes asks for "
                 f"{wanted}; ask for fewer, or leave out --states for random placements"
             )
-        wait(waiting[:1], return_when=FIRST_COMPLETED)
         outcome = waiting.pop(0).result()
         successes, failures = successes + outcome.success, failures + (not outcome.success)
         yield outcome
@@ -302,9 +300,7 @@ def collect(args: argparse.Namespace, states: str | list[int]) -> None:
     Raises:
         ConfigError: a task is not pick-and-place, or the expert fails too often.
     """
-    recording = Recording(
-        args.task_suite, args.num_images, args.image_size, args.render, args.noise, args.model_cache_gb
-    )
+    recording = Recording(args.task_suite, args.num_images, args.image_size, args.render, args.model_cache_gb)
     workers = args.workers or len(os.sched_getaffinity(0))
     out = Path(args.out)
     files = [(out, args.task_ids)] if is_file_name(out) else [(task_file(args, i), [i]) for i in args.task_ids]

@@ -248,15 +248,20 @@ class OpenVLAPolicy:
         """Log-probability and entropy of given tokens under the present weights, with gradients; one forward."""
         check_temperature(temperature)
         index = self.action_index(inputs, action_tokens)
-        prompt_inputs = self.tensors(inputs)
-        self.network.train(self.gradient_checkpointing)  # Llama's checkpointing needs it; there is no dropout
-        try:
-            hidden = self.read_actions(self.embed(*prompt_inputs), index + self.action_tokenizer.first_id)
-        finally:
-            self.network.eval()
+        hidden = self.action_hidden(inputs, index + self.action_tokenizer.first_id)
         all_logprobs = torch.log_softmax(self.network.action_logits(hidden) / temperature, dim=-1)  # [B, A, 256]
         entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)  # [B, A]
         return ActionEvaluation(gather(all_logprobs, index), entropy, hidden[:, 0].float())
+
+    def action_hidden(self, inputs: PolicyInputs, action_ids: Tensor) -> Tensor:
+        """Hidden states [B, A, D] that predict the given action tokens int64 [B, A], with gradients; the first is of the
+        last prompt token."""
+        prompt_inputs = self.tensors(inputs)
+        self.network.train(self.gradient_checkpointing)  # Llama's checkpointing needs it; there is no dropout
+        try:
+            return self.read_actions(self.embed(*prompt_inputs), action_ids)
+        finally:
+            self.network.eval()
 
     @torch.no_grad()
     def reference_logprobs(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> Tensor:

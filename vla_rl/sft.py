@@ -45,10 +45,11 @@ from vla_rl.checkpoint import (
     verify,
     write_checkpoint,
 )
-from vla_rl.config import ConfigError, SftConfig, config_from_dict, load_config, read_yaml, save_config, settings_help
+from vla_rl.config import ConfigError, SftConfig, load_config, save_config, settings_help
 from vla_rl.demonstration_file import Demonstration, find_files, read_demonstrations
 from vla_rl.image_transform import crop_center, preprocess
 from vla_rl.metrics import MetricsLogger, check_wandb
+from vla_rl.optimizer import adamw, load_optimizer
 from vla_rl.policy import OpenVLAPolicy, check_checkpoint
 from vla_rl.prismatic import save_checkpoint
 from vla_rl.progress import peak_memory_gib
@@ -244,14 +245,7 @@ class SupervisedFineTuning:
         self.value_map = torch.nn.Linear(policy.hidden_size, 1, device=policy.device)
         if config.training.value_coef > 0:
             self.parameters += self.value_map.parameters()
-        settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = adamw(self.parameters, config.optimizer)
         shape = f"{len(train)} samples, {sum(p.numel() for p in self.parameters)} trained numbers"
         self.fingerprint = f"sft {config.training.method}, policy {policy.decoder} {policy.num_tokens}, {shape}"
         self.step = 0  # finished optimizer steps
@@ -333,14 +327,9 @@ class SupervisedFineTuning:
     def losses(self, inputs: PolicyInputs, samples: Samples, rows: np.ndarray) -> Losses:
         """One forward for some rows of the samples."""
         policy, training = self.policy, self.config.training
-        tokens = label_tokens(policy.action_tokenizer, samples.chunks[rows], policy.statistics["action"]).to(
-            policy.device
-        )
-        policy.network.train(policy.gradient_checkpointing)
-        try:
-            hidden = policy.read_actions(policy.embed(*policy.tensors(inputs)), tokens)  # [B, A, D]
-        finally:
-            policy.network.eval()
+        tokens = label_tokens(policy.action_tokenizer, samples.chunks[rows], policy.statistics["action"])
+        tokens = tokens.to(policy.device)  # [B, A]
+        hidden = policy.action_hidden(inputs, tokens)  # [B, A, D]
         logits = policy.network.vocabulary_logits(hidden)
         first, bins = policy.action_tokenizer.first_id, policy.action_tokenizer.n_bins
         labels = soft_labels(tokens - first, bins, training.label_sigma, self.spread)
@@ -396,7 +385,7 @@ class SupervisedFineTuning:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
         self.logger.continue_from(self.step)
 
     def save_model(self, folder: Path) -> None:
@@ -527,8 +516,12 @@ def settings_from(args: argparse.Namespace) -> tuple[SftConfig, Path | None]:
     if args.resume is None:
         return load_config(args.config, args.overrides, kind=SftConfig), None
     checkpoint = find_checkpoint(Path(args.resume).resolve())
-    config_from_dict(read_yaml(checkpoint / "config.yaml"), f"{checkpoint}/config.yaml", SftConfig)
-    return load_config(checkpoint / "config.yaml", args.overrides, kind=SftConfig), checkpoint
+    before = load_config(checkpoint / "config.yaml", kind=SftConfig)
+    config = load_config(checkpoint / "config.yaml", args.overrides, kind=SftConfig)
+    changed = [name for name in ("run", "policy", "data") if getattr(before, name) != getattr(config, name)]
+    if changed:
+        raise ConfigError(f"--resume {args.resume}: settings of {', '.join(changed)} cannot change within a run")
+    return config, checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
