@@ -644,7 +644,10 @@ def read_statistics(folder: Path, unnorm_key: str | None) -> tuple[str, dict]:
     for key in (unnorm_key, f"{unnorm_key}_no_noops", str(unnorm_key).removesuffix("_no_noops")):
         if key in statistics:
             return key, statistics[key]
-    raise ConfigError(f"unnorm_key={unnorm_key}: the statistics of {folder} have {', '.join(sorted(statistics))}")
+    raise ConfigError(
+        f"unnorm_key={unnorm_key}: the statistics of {folder} have {', '.join(sorted(statistics))}; "
+        "give a checkpoint that was fine-tuned on this task suite, or set policy.unnorm_key to one of these"
+    )
 
 
 def read_pixel_statistics(folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
