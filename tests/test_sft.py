@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 from tests.test_demonstration_file import arrays
 from vla_rl.config import ConfigError, SftConfig, load_config, read_yaml
 from vla_rl.demonstration_file import Demonstration, DemonstrationFile
+from vla_rl.image_transform import crop_center
 from vla_rl.metrics import read_metrics
 from vla_rl.policy import OpenVLAPolicy
 from vla_rl.sft import (
+    Samples,
+    SupervisedFineTuning,
     batch_rows,
     chunks_of,
     cross_entropy,
@@ -189,6 +192,26 @@ def test_the_result_is_a_checkpoint_in_the_official_layout_with_the_data_s_stati
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
+def test_images_are_augmented_in_training_and_cropped_in_the_middle_otherwise():
+    policy = OpenVLAPolicy.from_checkpoint("tiny-openvla-random", "parallel", unnorm_key="libero_spatial", chunk_size=1)
+    image = np.random.default_rng(0).integers(0, 256, (1, 1, policy.image_size, policy.image_size, 3), np.uint8)
+    samples = Samples(image, np.zeros((1, 8), np.float32), ["do it"], np.zeros((1, 1, 7)), np.zeros(1, np.int64))
+    config = load_config(ROOT / "configs/tiny_sft.yaml", kind=SftConfig)
+    trainer = SupervisedFineTuning(config, policy, samples, None, None)
+    rows = np.array([0])
+    trained, evaluated = trainer.inputs(samples, rows, np.random.default_rng(5)), trainer.inputs(samples, rows, None)
+    np.testing.assert_array_equal(trained.images[0, 0], augment(image[0, 0], np.random.default_rng(5)))
+    np.testing.assert_array_equal(evaluated.images[0, 0], crop_center(image[0, 0]))
+
+
+@pytest.mark.parametrize(("augmented", "changes"), [("true", True), ("false", False)])
+def test_the_setting_decides_whether_images_are_augmented(data, tmp_path, monkeypatch, augmented, changes):
+    calls = []
+    monkeypatch.setattr("vla_rl.sft.augment", lambda image, rng: calls.append(1) or image)
+    assert main(arguments(data, tmp_path, f"data.augment={augmented}", f"policy.center_crop={augmented}", steps=1)) == 0
+    assert bool(calls) is changes
+
+
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, method):
     more = (f"training.method={method}",)
     assert main(arguments(data, tmp_path / "whole", *more)) == 0

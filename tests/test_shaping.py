@@ -72,7 +72,8 @@ def test_an_episode_s_dense_return_is_its_sparse_one_less_the_first_potential(si
     episode = {"task_id": 0, "initial_state": 1, "seed": 0}
     env = make_env(simulators, chunk_size=1)
     env.reset(options={"episode": episode})
-    first = env._potential
+    first = potential(env.simulator)
+    assert 0.1 < first < 0.5
     expert = Expert(env.simulator)
     actions, rewards, ended = [], [], False
     while not ended:
