@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.test_demonstration_file import arrays
+from vla_rl.augmentation import augment
 from vla_rl.config import ConfigError, SftConfig, load_config, read_yaml
 from vla_rl.demonstration_file import Demonstration, DemonstrationFile
 from vla_rl.image_transform import crop_center
@@ -191,7 +192,6 @@ def test_the_result_is_a_checkpoint_in_the_official_layout_with_the_data_s_stati
     assert {t.dtype for t in load_file(model / "model.safetensors").values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
 def test_images_are_augmented_in_training_and_cropped_in_the_middle_otherwise():
     policy = OpenVLAPolicy.from_checkpoint("tiny-openvla-random", "parallel", unnorm_key="libero_spatial", chunk_size=1)
     image = np.random.default_rng(0).integers(0, 256, (1, 1, policy.image_size, policy.image_size, 3), np.uint8)
@@ -204,14 +204,15 @@ def test_images_are_augmented_in_training_and_cropped_in_the_middle_otherwise():
     np.testing.assert_array_equal(evaluated.images[0, 0], crop_center(image[0, 0]))
 
 
-@pytest.mark.parametrize(("augmented", "changes"), [("true", True), ("false", False)])
-def test_the_setting_decides_whether_images_are_augmented(data, tmp_path, monkeypatch, augmented, changes):
+@pytest.mark.parametrize(("setting", "changes"), [("true", True), ("false", False)])
+def test_the_setting_decides_whether_images_are_augmented(data, tmp_path, monkeypatch, setting, changes):
     calls = []
     monkeypatch.setattr("vla_rl.sft.augment", lambda image, rng: calls.append(1) or image)
-    assert main(arguments(data, tmp_path, f"data.augment={augmented}", f"policy.center_crop={augmented}", steps=1)) == 0
+    assert main(arguments(data, tmp_path, f"data.augment={setting}", f"policy.center_crop={setting}", steps=1)) == 0
     assert bool(calls) is changes
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, method):
     more = (f"training.method={method}",)
     assert main(arguments(data, tmp_path / "whole", *more)) == 0
