@@ -208,6 +208,54 @@ def test_critic_warmup_trains_only_the_value_head_and_needs_no_forward_but_the_c
     assert not torch.equal(trainer.policy.adapter, before)
 
 
+def test_critic_epochs_step_the_value_head_alone_on_the_cached_hidden_states(tmp_path):
+    trainer = make_trainer(tmp_path / "a", algorithm={"n_epochs": 1, "minibatch_size": 32, "critic_epochs": 3})
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    adapter, forwards = trainer.policy.adapter.clone(), trainer.policy.forwards
+    passes = list(trainer.critic_passes(batch))
+    assert len(passes) == 3  # 32 rows in one minibatch
+    assert passes[-1]["critic/value_loss"] < passes[0]["critic/value_loss"]
+    assert trainer.policy.forwards == forwards
+    assert torch.equal(trainer.policy.adapter, adapter)
+    # the first pass is a full-batch step: the same as that of a critic in warm-up, which has the same loss
+    twin = make_trainer(tmp_path / "b", algorithm={"value_coef": 1.0, "critic_warmup_iterations": 1})
+    twin.minibatch_gradients(batch, train_actor=False, score_actor=False)
+    twin.optimizer_steps(None, train_actor=False)
+    for a, b in zip(first_pass(tmp_path / "c", batch), twin.critic_parameters, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def first_pass(folder, batch):
+    trainer = make_trainer(folder, algorithm={"minibatch_size": 32, "critic_epochs": 1})
+    list(trainer.critic_passes(batch))
+    return trainer.critic_parameters
+
+
+def test_critic_epochs_count_no_step_of_the_actor_and_mean_nothing_to_grpo(tmp_path):
+    make_trainer(tmp_path / "gae", algorithm={"critic_epochs": 5}).train()
+    assert {line["actor/optimizer_steps"] for line in training_lines(tmp_path / "gae") if "iteration" in line} == {4}
+    trainer = make_trainer(tmp_path / "grpo", algorithm={"estimator": "grpo", "critic_epochs": 5})
+    assert list(trainer.critic_passes(trainer.compute_advantages(trainer.collect_rollout()[0])[0])) == []
+
+
+def test_critic_gae_lambda_changes_the_targets_and_not_the_advantages(tmp_path):
+    plain, decoupled = (
+        make_trainer(tmp_path / str(value), algorithm={"critic_gae_lambda": value, "gae_lambda": 0.5})
+        for value in (None, 1.0)
+    )
+    rollout, _ = plain.collect_rollout()
+    before, _ = plain.compute_advantages(rollout)
+    after, _ = decoupled.compute_advantages(rollout)
+    assert torch.equal(before.advantages, after.advantages)
+    assert not torch.allclose(before.returns, after.returns)
+    # lambda 1: the discounted rewards to the end of the episode, whatever the values are
+    terminated = rollout.stack("terminated")
+    t, n = (int(x) for x in terminated.nonzero()[-1])
+    assert after.returns.view(terminated.shape)[t, n] == pytest.approx(1.0, abs=1e-6)
+    if t > 0 and not (terminated | rollout.stack("truncated"))[t - 1, n]:
+        assert after.returns.view(terminated.shape)[t - 1, n] == pytest.approx(0.99, abs=1e-6)
+
+
 def test_values_of_a_rollout_cost_no_second_forward(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=100 * CHUNK)  # no episode ends: one bootstrap at the end
     rollout, _ = trainer.collect_rollout()

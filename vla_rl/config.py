@@ -201,6 +201,9 @@ class AlgorithmConfig(Section):
     )
     gamma: float = Field(0.99, ge=0, le=1, description="discount per decision, not per simulator step")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="0 is one-step TD, 1 is Monte Carlo")
+    critic_gae_lambda: float | None = Field(
+        None, ge=0, le=1, description="lambda of the value head's targets; null takes gae_lambda (VC-PPO: 1)"
+    )
     normalize_advantages: bool = Field(True, description="zero mean and unit variance over the rollout (gae)")
     drop_uniform_groups: bool = Field(True, description="leave out groups whose returns are all equal (grpo; DAPO)")
     clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - this")
@@ -220,6 +223,9 @@ class AlgorithmConfig(Section):
     minibatch_size: int = Field(64, ge=1, description="decisions per optimizer step")
     micro_batch_size: int = Field(8, ge=1, description="decisions per forward; gradients add up to the minibatch's")
     critic_warmup_iterations: int = Field(0, ge=0, description="first iterations that train only the value head (gae)")
+    critic_epochs: int = Field(
+        0, ge=0, description="further passes of the value head alone, on the cached hidden states (gae)"
+    )
     freeze_vla_for_critic: bool = Field(False, description="true: the value loss does not reach the policy's weights")
 
 
