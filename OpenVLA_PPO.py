@@ -409,6 +409,9 @@ class OpenVLAPPO:
             actor/* and critic/* metrics: means over the minibatches, but for the first minibatch's invariants.
         """
         algorithm = self.config.algorithm
+        learning_rate = self.actor_learning_rate()
+        for group in self.actor_optimizer.param_groups:
+            group["lr"] = learning_rate
         if len(batch) == 0:
             log.warning("every group's returns are equal: no signal, no update in this iteration")
             return {}
@@ -442,8 +445,15 @@ class OpenVLAPPO:
             "actor/first_minibatch_ratio_error": first["actor/ratio_error"],
             "actor/first_minibatch_kl": first["actor/approx_kl"],
             "actor/optimizer_steps": actor_steps,
+            "actor/learning_rate": learning_rate,
             "actor/stopped_by_kl": float(stopped_by_kl),
         }
+
+    def actor_learning_rate(self) -> float:
+        """Linear in the timesteps that were done, from learning_rate to final_learning_rate of it."""
+        settings, total = self.config.actor, self.config.run.timesteps
+        done = min(1.0, self.timesteps / total) if total > 0 else 1.0
+        return settings.learning_rate * (1 - (1 - settings.final_learning_rate) * done)
 
     def minibatches_of_epochs(self, batch: Minibatch) -> Iterator[Minibatch]:
         for _ in range(self.config.algorithm.n_epochs):

@@ -141,6 +141,20 @@ def test_learning_rates_are_those_of_actor_and_critic(tmp_path):
     assert [g["lr"] for g in trainer.critic_optimizer.param_groups] == [3e-4]
 
 
+def test_the_actors_learning_rate_falls_linearly_with_the_timesteps(tmp_path):
+    trainer = make_trainer(tmp_path, actor={"learning_rate": 0.01, "final_learning_rate": 0.1}, run={"timesteps": 100})
+    rates = []
+    for trainer.timesteps in (0, 50, 100, 150):
+        rates.append(trainer.actor_learning_rate())
+    assert rates == pytest.approx([0.01, 0.0055, 0.001, 0.001])
+    trainer.timesteps = 50
+    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+    trainer.timesteps = 50
+    assert trainer.update(batch)["actor/learning_rate"] == pytest.approx(0.0055)
+    assert [group["lr"] for group in trainer.actor_optimizer.param_groups] == pytest.approx([0.0055])
+    assert [group["lr"] for group in trainer.critic_optimizer.param_groups] == [0.003]
+
+
 @pytest.mark.parametrize("level", ["token", "chunk"])
 def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(tmp_path, level):
     """15 rows in micro-batches of 4, 4, 4 and 3 with masked tokens, against one of 15."""
@@ -443,7 +457,9 @@ def adapter_after_update(folder, **changes):
         {"algorithm": {"n_epochs": 3}},
         {"algorithm": {"minibatch_size": 32}},
         {"algorithm": {"freeze_vla_for_critic": True}},
+        {"algorithm": {"critic_gae_lambda": 0.0}},
         {"actor": {"learning_rate": 0.02}},
+        {"actor": {"final_learning_rate": 0.0}},
         {"actor": {"weight_decay": 0.5}},
         {"actor": {"beta1": 0.5}},
         {"actor": {"eps": 1e-2}},

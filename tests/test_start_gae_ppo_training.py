@@ -41,7 +41,7 @@ def test_documented_calls_become_the_settings_they_promise():
 
 def test_flags_win_over_overrides_and_overrides_over_the_file():
     config = config_of("--config", TINY, "run.timesteps=5", "run.seed=7", "--seed", "8")
-    assert (config.run.timesteps, config.run.seed, config.rollout.num_envs) == (5, 8, 4)
+    assert (config.run.timesteps, config.run.seed, config.rollout.num_envs) == (5, 8, 8)
 
 
 def test_settings_file_is_found_from_any_folder(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_help_and_bad_settings_do_not_load_torch():
         (["actor.learning_rate=.inf"], "actor.learning_rate"),
         (["--config", "."], "is a folder"),
         (["timesteps=5"], "'timesteps=5' is not a setting"),
-        (["--config", "configs/tiny_grpo.yaml", "rollout.num_envs=10"], "use 8 or 12"),
+        (["--config", "configs/tiny_grpo.yaml", "rollout.num_envs=10"], "use 8 or 16"),
         (["--task-id", "10"], "libero_spatial, which has tasks 0 to 9"),
         (["--config", "configs/missing.yaml"], "no settings file"),
         (["--config", TINY, "--checkpoint", "no/such/folder"], "no checkpoint folder no/such/folder"),

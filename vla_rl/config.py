@@ -246,10 +246,13 @@ class ActorConfig(OptimizerConfig):
     """AdamW of the LoRA weights."""
 
     learning_rate: float = Field(1e-5, gt=0, description="step size")
+    final_learning_rate: float = Field(
+        1.0, ge=0, le=1, description="share of learning_rate at run.timesteps, reached linearly; 1 keeps it constant"
+    )
 
 
 class CriticConfig(OptimizerConfig):
-    """AdamW of the value head."""
+    """AdamW of the value head; its step size is constant."""
 
     learning_rate: float = Field(3e-4, gt=0, description="step size")
 
