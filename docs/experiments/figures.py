@@ -3,9 +3,9 @@
     python docs/experiments/figures.py            all figures
     python docs/experiments/figures.py ppo        one
 
-runs/NAME_seedS.jsonl is the metrics.jsonl of a run. Curves are means over the seeds of the success of training episodes
-(sampled, random placements), averaged over the last WINDOW episodes; bands are 95 % t intervals of the mean; marks are
-greedy evaluations over the fixed states.
+runs/NAME_seedS.jsonl is the metrics.jsonl of a run. Thin lines are seeds: success of the last WINDOW training episodes (sampled,
+random placements; fewer at the start). Thick lines are means over the seeds, with a 95 % t interval from 3 seeds on. Dashed
+lines with crosses are the seeds' greedy evaluations over the fixed states.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def seeds_of(name: str) -> list[Path]:
 
 
 def success_curve(records: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Timesteps, seconds and success of the last WINDOW episodes at each iteration that has had as many."""
+    """Timesteps, seconds and success of the last WINDOW episodes after each iteration that ended one."""
     seconds, counts, rates, rows = 0.0, [], [], []
     for record in records:
         seconds += record.get("time/rollout_s", 0) + record.get("time/update_s", 0)
@@ -44,17 +44,16 @@ def success_curve(records: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarr
             # whole iterations from the last one backwards, the oldest in part
             before = np.cumsum(counts[::-1]) - counts[::-1]
             weights = np.clip(WINDOW - before, 0, counts[::-1])
-            if sum(counts) >= WINDOW:
-                rows.append((record["timesteps"], seconds, weights @ rates[::-1] / WINDOW))
+            rows.append((record["timesteps"], seconds, weights @ rates[::-1] / weights.sum()))
     return tuple(np.array(rows).T) if rows else (np.zeros(0), np.zeros(0), np.zeros(0))
 
 
 def mean_and_interval(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, mean and half width of the 95 % t interval (0 with one seed) of curves (x, y), where all of them are."""
+    """x, mean and half width of the 95 % t interval (0 with fewer than 3) of curves (x, y), where all of them are."""
     x = np.linspace(max(c[0][0] for c in curves), min(c[0][-1] for c in curves), 100)
     y = np.stack([np.interp(x, *curve) for curve in curves])
     n = len(curves)
-    half = stats.t.ppf(0.975, n - 1) * y.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else np.zeros(len(x))
+    half = stats.t.ppf(0.975, n - 1) * y.std(axis=0, ddof=1) / np.sqrt(n) if n > 2 else np.zeros(len(x))
     return x, y.mean(axis=0), half
 
 
@@ -78,19 +77,17 @@ def draw(figure: str, runs: dict[str, str]) -> None:
         curves = [success_curve(r) for r in records]
         for axis, column, scale in zip(axes, (0, 1), (1, 60), strict=True):
             x, mean, half = mean_and_interval([(c[column] / scale, c[2]) for c in curves])
-            (line,) = axis.plot(x, mean, label=f"{label} ({len(records)} seeds)")
+            (line,) = axis.plot(x, mean, linewidth=2.2, label=f"{label}, training episodes ({len(records)} seeds)")
+            for curve in curves:
+                axis.plot(curve[column] / scale, curve[2], linewidth=0.8, alpha=0.5, color=line.get_color())
             axis.fill_between(
                 x, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1), alpha=0.15, color=line.get_color()
             )
-        for record in records:
+        for number, record in enumerate(records):
             points = [r for r in record if r.get("eval/success_rate_greedy") is not None]
-            axes[0].plot(
-                [r["timesteps"] for r in points],
-                [r["eval/success_rate_greedy"] for r in points],
-                "x",
-                color=line.get_color(),
-                markersize=5,
-            )
+            x, y = ([r[name] for r in points] for name in ("timesteps", "eval/success_rate_greedy"))
+            note = f"{label}, greedy on fixed states" if number == 0 else None
+            axes[0].plot(x, y, "x--", linewidth=0.8, markersize=5, color=line.get_color(), label=note)
         report(label, records, curves)
     for axis, text in zip(axes, ("timesteps", "minutes (rollouts and updates)"), strict=True):
         axis.set_xlabel(text)
