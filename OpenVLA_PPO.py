@@ -59,7 +59,7 @@ from vla_rl.progress import (
     summary_line,
     update_text,
 )
-from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches
+from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
 from vla_rl.types import ACTION_DIM, NonFiniteError, Observation, Policy, PolicyOutput, SimulatorDied
 from vla_rl.value_head import ValueHead
 
@@ -377,12 +377,12 @@ class OpenVLAPPO:
         """The one branch between PPO and GRPO: how good each decision was. Both give rows to the same update."""
         algorithm = self.config.algorithm
         if algorithm.estimator == "gae":
-            values, lambda_critic = rollout.stack("values"), algorithm.critic_gae_lambda  # [T, N]
+            values, critic_lambda = rollout.stack("values"), algorithm.critic_gae_lambda  # [T, N]
             arguments = (rollout.stack("rewards"), values, rollout.next_values())
             arguments += (rollout.stack("terminated"), rollout.stack("truncated"), algorithm.gamma)
             advantages, returns = compute_gae(*arguments, algorithm.gae_lambda)
-            if lambda_critic is not None:  # the targets can do with more variance and less bias than the advantages
-                _, returns = compute_gae(*arguments, lambda_critic)
+            if critic_lambda is not None:  # the targets can do with more variance and less bias than the advantages
+                _, returns = compute_gae(*arguments, critic_lambda)
             metrics = {
                 "critic/explained_variance": explained_variance(values.flatten(), returns.flatten()),
                 "critic/value_mean": values.mean().item(),
@@ -463,14 +463,14 @@ class OpenVLAPPO:
         """critic_epochs more passes of the value head over the cached hidden states: nearly free next to the policy's.
 
         A new head needs many more steps than the policy may take on one rollout; more passes for the value than for the
-        policy is Cobbe et al. 2021 (arXiv:2009.04416), section 3.3.
+        policy is Cobbe et al. 2021 (arXiv:2009.04416).
         """
         if not self.uses_critic:
             return
         hidden, returns = batch.hidden.to(self.device), batch.returns.to(self.device)  # [R, D], [R]
         for _ in range(self.config.algorithm.critic_epochs):
-            order = torch.randperm(len(batch), generator=self.order_generator)
-            for rows in order.to(self.device).split(self.config.algorithm.minibatch_size):
+            for rows in shuffled_rows(len(batch), self.config.algorithm.minibatch_size, self.order_generator):
+                self.check_stop()
                 self.critic_optimizer.zero_grad(set_to_none=True)
                 loss = value_loss(self.value_head(hidden[rows]), returns[rows])
                 self.check_finite("critic/value_loss", loss)

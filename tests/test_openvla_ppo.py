@@ -248,6 +248,12 @@ def first_pass(folder, batch):
 def test_critic_epochs_count_no_step_of_the_actor_and_mean_nothing_to_grpo(tmp_path):
     make_trainer(tmp_path / "gae", algorithm={"critic_epochs": 5}).train()
     assert {line["actor/optimizer_steps"] for line in training_lines(tmp_path / "gae") if "iteration" in line} == {4}
+    states = []
+    for epochs in (0, 5):  # an update makes the passes: another head, the same adapter
+        trainer = make_trainer(tmp_path / str(epochs), algorithm={"critic_epochs": epochs})
+        trainer.update(trainer.compute_advantages(trainer.collect_rollout()[0])[0])
+        states.append((trainer.policy.adapter.clone(), trainer.critic_parameters[0].clone()))
+    assert torch.equal(states[0][0], states[1][0]) and not torch.equal(states[0][1], states[1][1])
     trainer = make_trainer(tmp_path / "grpo", algorithm={"estimator": "grpo", "critic_epochs": 5})
     assert list(trainer.critic_passes(trainer.compute_advantages(trainer.collect_rollout()[0])[0])) == []
 

@@ -144,10 +144,14 @@ class RolloutBuffer:
 
 
 def minibatches(batch: Minibatch, size: int, generator: torch.Generator) -> Iterator[Minibatch]:
-    """Every row of `batch` once, in fresh random order, in parts of at most `size` rows that differ by at most one row.
+    """Every row of `batch` once, in fresh random order, in parts as those of shuffled_rows."""
+    for part in shuffled_rows(len(batch), size, generator):
+        yield batch.rows(part)
+
+
+def shuffled_rows(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """0..count-1 in random order, in parts of at most `size` rows that differ by at most one row.
 
     Equal parts, because a last part of one row would make an optimizer step out of one decision.
     """
-    order = torch.randperm(len(batch), generator=generator)
-    for part in order.tensor_split(-(-len(batch) // size)):
-        yield batch.rows(part)
+    return torch.randperm(count, generator=generator).tensor_split(-(-count // size))
