@@ -450,10 +450,11 @@ class OpenVLAPPO:
         }
 
     def actor_learning_rate(self) -> float:
-        """Linear in the timesteps that were done, from learning_rate to final_learning_rate of it."""
-        settings, total = self.config.actor, self.config.run.timesteps
-        done = min(1.0, self.timesteps / total) if total > 0 else 1.0
-        return settings.learning_rate * (1 - (1 - settings.final_learning_rate) * done)
+        """Of this iteration. With annealing linear in the timesteps before it, so the last one's is above 0."""
+        settings = self.config.actor
+        if not settings.anneal_learning_rate:
+            return settings.learning_rate
+        return settings.learning_rate * (1 - self.boundary["timesteps"] / self.config.run.timesteps)
 
     def minibatches_of_epochs(self, batch: Minibatch) -> Iterator[Minibatch]:
         for _ in range(self.config.algorithm.n_epochs):

@@ -142,16 +142,16 @@ def test_learning_rates_are_those_of_actor_and_critic(tmp_path):
 
 
 def test_the_actors_learning_rate_falls_linearly_with_the_timesteps(tmp_path):
-    trainer = make_trainer(tmp_path, actor={"learning_rate": 0.01, "final_learning_rate": 0.1}, run={"timesteps": 100})
-    rates = []
-    for trainer.timesteps in (0, 50, 100, 150):
-        rates.append(trainer.actor_learning_rate())
-    assert rates == pytest.approx([0.01, 0.0055, 0.001, 0.001])
-    trainer.timesteps = 50
-    batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
-    trainer.timesteps = 50
-    assert trainer.update(batch)["actor/learning_rate"] == pytest.approx(0.0055)
-    assert [group["lr"] for group in trainer.actor_optimizer.param_groups] == pytest.approx([0.0055])
+    """From the whole rate in the first iteration to more than 0 in the last: of the timesteps before each."""
+    actor = {"learning_rate": 0.01, "anneal_learning_rate": True}
+    trainer = make_trainer(tmp_path, actor=actor, run={"timesteps": 400})
+    rates, expected = [], []
+    while trainer.timesteps < 400:
+        expected.append(0.01 * (1 - trainer.timesteps / 400))
+        trainer.train_iteration()
+        rates.append(read_metrics(tmp_path / "metrics.jsonl")[-1]["actor/learning_rate"])
+        assert [group["lr"] for group in trainer.actor_optimizer.param_groups] == [rates[-1]]
+    assert len(rates) > 2 and rates[0] == 0.01 and rates == pytest.approx(expected)
     assert [group["lr"] for group in trainer.critic_optimizer.param_groups] == [0.003]
 
 
@@ -465,7 +465,6 @@ def adapter_after_update(folder, **changes):
         {"algorithm": {"freeze_vla_for_critic": True}},
         {"algorithm": {"critic_gae_lambda": 0.0}},
         {"actor": {"learning_rate": 0.02}},
-        {"actor": {"final_learning_rate": 0.0}},
         {"actor": {"weight_decay": 0.5}},
         {"actor": {"beta1": 0.5}},
         {"actor": {"eps": 1e-2}},

@@ -131,7 +131,7 @@ def test_cross_entropy_is_torch_s_for_one_hot_labels_and_counts_the_other_ids():
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
-    training = SimpleNamespace(steps=110, warmup_steps=10, final_learning_rate=0.1)
+    training = SimpleNamespace(steps=110, warmup_steps=10, final_learning_rate_fraction=0.1)
     rate = [learning_rate(SimpleNamespace(learning_rate=2.0), training, step) for step in (0, 4, 9, 10, 60, 110)]
     assert rate == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0 * 0.55, 0.2])
 

@@ -246,9 +246,7 @@ class ActorConfig(OptimizerConfig):
     """AdamW of the LoRA weights."""
 
     learning_rate: float = Field(1e-5, gt=0, description="step size")
-    final_learning_rate: float = Field(
-        1.0, ge=0, le=1, description="share of learning_rate at run.timesteps, reached linearly; 1 keeps it constant"
-    )
+    anneal_learning_rate: bool = Field(False, description="the step size falls linearly to 0 at run.timesteps")
 
 
 class CriticConfig(OptimizerConfig):
@@ -318,8 +316,8 @@ class SupervisedConfig(Section):
     batch_size: int = Field(16, ge=1, description="samples of an optimizer step")
     micro_batch_size: int = Field(16, ge=1, description="samples of a forward; gradients add up to the batch's")
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly to its full size")
-    final_learning_rate: float = Field(
-        1.0, ge=0, le=1, description="share of the learning rate at the last step; it falls as a cosine (1: constant)"
+    final_learning_rate_fraction: float = Field(
+        1.0, ge=0, le=1, description="of the learning rate, at the last step; it falls as a cosine (1: constant)"
     )
     label_sigma: float = Field(
         0.0,

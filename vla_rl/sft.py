@@ -200,11 +200,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, first_id: int) -> Tensor:
 
 
 def learning_rate(settings: Any, training: Any, step: int) -> float:
-    """Linear warm-up, then a cosine from the full rate to final_learning_rate of it. step: from 0."""
+    """Linear warm-up, then a cosine from the full rate to final_learning_rate_fraction of it. step: from 0."""
     if step < training.warmup_steps:
         return settings.learning_rate * (step + 1) / training.warmup_steps
     progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
-    low = training.final_learning_rate
+    low = training.final_learning_rate_fraction
     return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
