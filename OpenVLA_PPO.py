@@ -60,7 +60,7 @@ from vla_rl.progress import (
     update_text,
 )
 from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
-from vla_rl.types import ACTION_DIM, NonFiniteError, Observation, Policy, PolicyOutput, SimulatorDied
+from vla_rl.types import ACTION_DIM, InvariantError, NonFiniteError, Observation, Policy, PolicyOutput, SimulatorDied
 from vla_rl.value_head import ValueHead
 
 log = logging.getLogger(__name__)
@@ -71,10 +71,6 @@ RATIO_TOLERANCE_FLOAT32 = 1e-4
 
 
 STATE_VERSION = 2  # of what a checkpoint holds; 2: a sampling generator for each environment
-
-
-class InvariantError(RuntimeError):
-    """The first minibatch of an update did not find the ratio 1."""
 
 
 class StopTraining(Exception):

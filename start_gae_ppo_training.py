@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import re
@@ -288,27 +287,6 @@ def stop_on_signals(trainer) -> None:
         signal.signal(name, handle)
 
 
-def explain(error: Exception) -> str | None:
-    """What to tell the user of a failure that is not a bug of ours; None if it may be one."""
-    import torch
-
-    from OpenVLA_PPO import InvariantError
-    from vla_rl.types import NonFiniteError, RenderingError, SimulatorDied
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"{str(error).splitlines()[0]} Lower algorithm.micro_batch_size (the result is the same), or set "
-            "policy.gradient_checkpointing=true."
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error}). Make room, then --resume."
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error}: the run folder must be writable."
-    if isinstance(error, (NonFiniteError, InvariantError, RenderingError, SimulatorDied)):
-        return str(error)
-    return None
-
-
 def main(argv: list[str] | None = None) -> int:
     """0: trained or stopped and saved; 1: the run failed; 2: a mistake in the settings or arguments; 130: interrupted."""
     args = parse_args(argv)
@@ -328,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        from vla_rl.failures import explain
+
         hint = explain(error)
         if hint is None:
             raise  # ours to mend: with its stack

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: samples, labels, loss, and the whole program on a small file."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -298,3 +299,14 @@ def test_the_shipped_settings_are_sound(name):
     path = ROOT / f"configs/{name}.yaml"
     config = load_config(path, kind=SftConfig)
     assert config.data.name == "libero_spatial_no_noops" and read_yaml(path)["training"]["steps"] > 1000
+
+
+def test_a_full_disk_is_told_in_words_and_leaves_no_torn_model(data, tmp_path, monkeypatch, capsys):
+    def write_shard(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vla_rl.prismatic.save_tensors", write_shard)
+    assert main(arguments(data, tmp_path, steps=1)) == 1
+    assert "the disk is full" in capsys.readouterr().err and not (tmp_path / "r/model").exists()
+    monkeypatch.undo()
+    assert main(["--resume", str(tmp_path / "r")]) == 0 and (tmp_path / "r/model/model.safetensors").is_file()

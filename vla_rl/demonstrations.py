@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from vla_rl.config import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
 from vla_rl.demonstration_file import CAMERAS, DemonstrationFile
+from vla_rl.failures import explain
 from vla_rl.libero_env import LiberoEnv, Simulators, load_benchmark, task_languages
-from vla_rl.types import Episode, RenderingError
+from vla_rl.types import Episode
 from vla_rl.vector_env import lean_workers
 
 PUSH_STEPS, PAUSE_STEPS = (3, 7), 30  # of a push, from 3 to 6; of a pause, in the mean
@@ -352,12 +353,15 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenProcessPool:
         print("error: a simulator process died; often out of memory: lower --workers", file=sys.stderr)
         return 1
-    except RenderingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        hint = explain(error)
+        if hint is None:
+            raise
+        print(f"error: {hint}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -25,12 +25,12 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vla_rl.checkpoint import save_tensors, save_torch
 from vla_rl.config import ConfigError
 
 PROPRIO_DIM = 8  # as vla_rl.types; the network must not import what is of robots
@@ -476,9 +476,9 @@ def save_checkpoint(
     if proprio:
         proprio = {name: tensor.detach().cpu().contiguous() for name, tensor in proprio.items()}
         if proprio_file.endswith(".pt"):
-            torch.save({"module." + name: tensor for name, tensor in proprio.items()}, folder / proprio_file)
+            save_torch({"module." + name: tensor for name, tensor in proprio.items()}, folder / proprio_file)
         else:
-            save_file(proprio, folder / proprio_file)
+            save_tensors(proprio, folder / proprio_file)
     for path in Path(source).iterdir() if source else ():
         if path.suffix in (".json", ".py", ".model", ".txt") and path.name != "model.safetensors.index.json":
             shutil.copyfile(path, folder / path.name)
@@ -490,11 +490,8 @@ def write_shards(folder: Path, shards: list[dict[str, Tensor]]) -> None:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file_name, shard in zip(names, shards, strict=True):
         # one shard on the CPU at a time; the format needs tensors of their own, not views
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()},
-            folder / file_name,
-            metadata={"format": "pt"},
-        )
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+        save_tensors(tensors, folder / file_name, format="pt")
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())

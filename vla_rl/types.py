@@ -24,6 +24,10 @@ class NonFiniteError(RuntimeError):
     """An output, loss or gradient is NaN or infinite."""
 
 
+class InvariantError(RuntimeError):
+    """The first minibatch of an update did not find the ratio 1."""
+
+
 class RenderingError(RuntimeError):
     """OpenGL cannot be used: a library is missing, or MUJOCO_GL names no back-end that is here."""
 

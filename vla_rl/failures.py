@@ -1,0 +1,25 @@
+"""What to tell a user of a failure that is not a bug of ours; the command lines end with it instead of a stack."""
+
+from __future__ import annotations
+
+import errno
+
+
+def explain(error: Exception) -> str | None:
+    """What happened and the way out; None if it may be a bug."""
+    import torch
+
+    from vla_rl.types import InvariantError, NonFiniteError, RenderingError, SimulatorDied
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"{str(error).splitlines()[0]} Lower the micro_batch_size (the result is the same), or set "
+            "policy.gradient_checkpointing=true."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error}). Make room, then --resume the run if it has begun, or start it again."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error}: the place that is written to must be writable."
+    if isinstance(error, (NonFiniteError, InvariantError, RenderingError, SimulatorDied)):
+        return str(error)
+    return None
