@@ -24,6 +24,7 @@ LAYERS = [
         "rollout_buffer",
         "progress",
         "checkpoint",
+        "failures",
         "augmentation",
         "optimizer",
         "demonstration_file",

@@ -4,14 +4,15 @@
     python docs/experiments/figures.py ppo        one
 
 runs/NAME_seedS.jsonl is the metrics.jsonl of a run. Thin lines are seeds: success of the last WINDOW training episodes (sampled,
-random placements; fewer at the start). Thick lines are means over the seeds, with a 95 % t interval from 3 seeds on. Dashed
-lines with crosses are the seeds' greedy evaluations over the fixed states.
+random placements; fewer at the start). Thick lines are means over the seeds, with a 95 % t interval from 3 seeds on. Crosses are
+the seeds' greedy evaluations over the fixed states.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,18 +24,21 @@ from vla_rl.metrics import read_metrics
 HERE = Path(__file__).parent
 WINDOW = 60  # episodes
 
-# figure -> label -> runs NAME
-FIGURES: dict[str, dict[str, str]] = {
-    "ppo": {"GAE-PPO": "ppo"},
+# figure -> panel -> label -> runs NAME. A figure of one panel has another one, against minutes
+FIGURES: dict[str, dict[str, dict[str, str]]] = {
+    "ppo": {"": {"GAE-PPO": "ppo"}},
+    "grpo": {"": {"GAE-PPO": "ppo", "GRPO": "grpo"}},
 }
 
 
-def seeds_of(name: str) -> list[Path]:
-    return sorted((HERE / "runs").glob(f"{name}_seed*.jsonl"))
+def load(name: str) -> dict[str, list[dict]]:
+    """Seed -> records of its run."""
+    paths = sorted((HERE / "runs").glob(f"{name}_seed*.jsonl"))
+    return {path.stem.removeprefix(f"{name}_seed"): read_metrics(path) for path in paths}
 
 
 def success_curve(records: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Timesteps, seconds and success of the last WINDOW episodes after each iteration that ended one."""
+    """Timesteps, minutes and success of the last WINDOW episodes after each iteration that ended one."""
     seconds, counts, rates, rows = 0.0, [], [], []
     for record in records:
         seconds += record.get("time/rollout_s", 0) + record.get("time/update_s", 0)
@@ -44,7 +48,7 @@ def success_curve(records: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarr
             # whole iterations from the last one backwards, the oldest in part
             before = np.cumsum(counts[::-1]) - counts[::-1]
             weights = np.clip(WINDOW - before, 0, counts[::-1])
-            rows.append((record["timesteps"], seconds, weights @ rates[::-1] / weights.sum()))
+            rows.append((record["timesteps"], seconds / 60, weights @ rates[::-1] / weights.sum()))
     return tuple(np.array(rows).T) if rows else (np.zeros(0), np.zeros(0), np.zeros(0))
 
 
@@ -57,68 +61,82 @@ def mean_and_interval(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.n
     return x, y.mean(axis=0), half
 
 
-def first_above(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
-    reached = np.flatnonzero(y >= level)
-    return float(x[reached[0]]) if len(reached) else None
-
-
-def draw(figure: str, runs: dict[str, str]) -> None:
+def draw(figure: str, panels: dict[str, dict[str, str]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for label, name in runs.items():
-        records = [read_metrics(path) for path in seeds_of(name)]
-        if not records:
-            print(f"{figure}: no runs {name}_seed*.jsonl")
-            continue
-        curves = [success_curve(r) for r in records]
-        for axis, column, scale in zip(axes, (0, 1), (1, 60), strict=True):
-            x, mean, half = mean_and_interval([(c[column] / scale, c[2]) for c in curves])
-            (line,) = axis.plot(x, mean, linewidth=2.2, label=f"{label}, training episodes ({len(records)} seeds)")
-            for curve in curves:
-                axis.plot(curve[column] / scale, curve[2], linewidth=0.8, alpha=0.5, color=line.get_color())
-            axis.fill_between(
-                x, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1), alpha=0.15, color=line.get_color()
-            )
-        for number, record in enumerate(records):
-            points = [r for r in record if r.get("eval/success_rate_greedy") is not None]
-            x, y = ([r[name] for r in points] for name in ("timesteps", "eval/success_rate_greedy"))
-            note = f"{label}, greedy on fixed states" if number == 0 else None
-            axes[0].plot(x, y, "x--", linewidth=0.8, markersize=5, color=line.get_color(), label=note)
-        report(label, records, curves)
-    for axis, text in zip(axes, ("timesteps", "minutes (rollouts and updates)"), strict=True):
-        axis.set_xlabel(text)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("success")
-    axes[0].set_ylim(-0.03, 1.03)
-    axes[0].legend(fontsize=8, loc="lower right")
+    single = len(panels) == 1
+    columns = 2 if single else min(3, len(panels))
+    rows = 1 if single else -(-len(panels) // columns)
+    canvas, grid = pyplot.subplots(rows, columns, figsize=(11 if single else 13, 4 * rows), sharey=True, squeeze=False)
+    axes = grid.flatten()
+    for axis in axes[len(panels) + single :]:
+        axis.set_visible(False)
+    for number, (title, runs) in enumerate(panels.items()):
+        draw_panel(axes[number], runs, column=0)
+        axes[number].set(title=title, xlabel="timesteps")
+        axes[number].legend(fontsize=8, loc="lower right")
+    if single:
+        draw_panel(axes[1], runs, column=1)
+        axes[1].set_xlabel("minutes (rollouts and updates)")
+    axes[0].set(ylabel="success", ylim=(-0.03, 1.03))
     canvas.tight_layout()
     canvas.savefig(HERE / f"{figure}.png", dpi=100)
     pyplot.close(canvas)
 
 
-def report(label: str, records: list[list[dict]], curves: list[tuple[np.ndarray, ...]]) -> None:
-    """One line of a Markdown table a seed."""
-    for number, (run, curve) in enumerate(zip(records, curves, strict=True)):
-        greedy = [r["eval/success_rate_greedy"] for r in run if r.get("eval/success_rate_greedy") is not None]
-        sampled = [r["eval/success_rate_sampled"] for r in run if r.get("eval/success_rate_sampled") is not None]
-        reached = first_above(curve[0], curve[2], 0.8)
+def draw_panel(axis: Any, runs: dict[str, str], column: int) -> None:
+    """Against timesteps (column 0, with the evaluations) or minutes (1)."""
+    for label, name in runs.items():
+        seeds = list(load(name).values())
+        curves = [(curve[column], curve[2]) for curve in map(success_curve, seeds)]
+        x, mean, half = mean_and_interval(curves)
+        (line,) = axis.plot(x, mean, linewidth=2.2, label=f"{label}, training episodes ({len(seeds)} seeds)")
+        for curve in curves:
+            axis.plot(*curve, linewidth=0.8, alpha=0.5, color=line.get_color())
+        axis.fill_between(x, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1), alpha=0.15, color=line.get_color())
+        for number, records in enumerate(seeds if column == 0 else ()):
+            points = [(r["timesteps"], r[GREEDY]) for r in records if r.get(GREEDY) is not None]
+            note = f"{label}, greedy on fixed states" if number == 0 else None
+            axis.plot(
+                *zip(*points, strict=True), "x--", linewidth=0.6, markersize=5, color=line.get_color(), label=note
+            )
+    axis.grid(alpha=0.3)
+
+
+GREEDY = "eval/success_rate_greedy"
+TABLE = (
+    "timesteps | minutes | greedy | first, last 60 training episodes | timesteps to 80 % | s an iteration | steadiness"
+)
+
+
+def report(label: str, name: str) -> None:
+    """A line of the Markdown table for each seed. Steadiness: standard deviation of success between iterations, over
+    that of as many independent episodes; 1 if the policy's changes add nothing."""
+    for seed, records in load(name).items():
+        timesteps, minutes, success = success_curve(records)
+        iterations = [r for r in records if r.get("rollout/episodes")]
+        n, rate = (np.array([r[f"rollout/{key}"] for r in iterations]) for key in ("episodes", "success_rate"))
+        expected = rate * (1 - rate) / n
+        steadiness = np.sqrt(np.mean(np.diff(rate) ** 2) / np.mean(expected[1:] + expected[:-1]))
+        reached = np.flatnonzero(success >= 0.8)
+        greedy = " ".join(f"{r[GREEDY]:.0%}" for r in records if r.get(GREEDY) is not None)
         print(
-            f"| {label} | {number} | {run[-1]['timesteps']} | {curve[1][-1] / 60:.0f} min | "
-            f"{' '.join(f'{v:.0%}' for v in greedy)} | {' '.join(f'{v:.0%}' for v in sampled)} | {curve[2][-1]:.0%} | "
-            f"{'-' if reached is None else f'{reached:.0f}'} |"
+            f"| {label} | {seed} | {timesteps[-1]:.0f} | {minutes[-1]:.0f} | {greedy} | "
+            f"{success[0]:.0%} {success[-1]:.0%} | {f'{timesteps[reached[0]]:.0f}' if len(reached) else '-'} | "
+            f"{60 * minutes[-1] / len(iterations):.0f} | {steadiness:.2f} |"
         )
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or list(FIGURES)
-    print("| | seed | timesteps | time | greedy | sampled | last 60 training episodes | timesteps to 80 % |")
-    print("|---|---|---|---|---|---|---|---|")
-    for figure in wanted:
+    for figure in sys.argv[1:] or FIGURES:
         draw(figure, FIGURES[figure])
+        print(f"{figure}\n| | seed | {TABLE} |\n|---|---|---|---|---|---|---|---|---|")
+        for runs in FIGURES[figure].values():
+            for label, name in runs.items():
+                report(label, name)
 
 
 if __name__ == "__main__":
