@@ -213,7 +213,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
         overlap = config.rollout.overlap
         envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs, overlap=overlap)))
         num_eval_envs = min(config.eval.num_envs, num_evaluations)
-        eval_envs = cleanup.enter_context(closing(make_vector_env(config, num_eval_envs, render=config.eval.render)))
+        eval_envs = cleanup.enter_context(closing(make_vector_env(config, num_eval_envs, evaluation=True)))
         trainer = OpenVLAPPO(config, policy, value_head, envs, eval_envs, logger)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)

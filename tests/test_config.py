@@ -88,7 +88,9 @@ def test_a_run_may_be_named_by_a_number():
 @pytest.mark.parametrize(("suite", "limit"), [("libero_spatial", 220), ("libero_10", 520)])
 def test_an_episode_is_as_long_as_the_suite_says_unless_set(suite, limit):
     assert load_config(overrides=[f"env.task_suite={suite}"]).max_episode_steps() == limit
-    assert load_config(overrides=[f"env.task_suite={suite}", "env.max_steps=7"]).max_episode_steps() == 7
+    shorter = load_config(overrides=[f"env.task_suite={suite}", "env.max_steps=7"])
+    assert (shorter.max_episode_steps(), shorter.max_episode_steps(evaluation=True)) == (7, limit)
+    assert load_config(overrides=["eval.max_steps=9"]).max_episode_steps(evaluation=True) == 9
 
 
 # mistakes

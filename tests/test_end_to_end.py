@@ -29,6 +29,7 @@ SETTINGS = [
     "algorithm.critic_epochs=2",
     "eval.num_envs=2",
     "env.max_steps=20",
+    "eval.max_steps=20",
     "algorithm.minibatch_size=3",
     "algorithm.micro_batch_size=2",
     "eval.states=0-1",

@@ -159,10 +159,10 @@ def test_wrong_numbers_are_refused():
 
 def test_settings_reach_the_environments():
     values = {"task_suite": "libero_goal", "task_ids": [3, 1], "image_size": 72, "settle_steps": 4, "render": "fast"}
-    values |= {"num_workers": 2, "simulators_per_worker": 3, "model_cache_gb": 1.5}
+    values |= {"max_steps": 77, "num_workers": 2, "simulators_per_worker": 3, "model_cache_gb": 1.5}
     config = config_from_dict({"env": values, "policy": {"chunk_size": 5, "num_images": 2}}, "test")
-    for render, expected in ((None, "fast"), ("exact", "exact")):
-        envs = make_vector_env(config, 5, render=render)
+    for evaluation, render, max_steps in ((False, "fast", 77), (True, "exact", 300)):
+        envs = make_vector_env(config, 5, evaluation=evaluation)
         assert envs.num_workers == len(envs.processes) == 2
         worker = envs.workers.env_fns[1]()
         assert list(worker.envs) == [1, 3]
@@ -170,8 +170,13 @@ def test_settings_reach_the_environments():
         env = worker.envs[3]
         assert envs.single_observation_space["images"].shape == (2, 72, 72, 3)
         assert envs.single_action_space.shape == (5, 7)
-        assert (env.task_suite, env.default_task_id, env.settle_steps, env.max_steps) == ("libero_goal", 3, 4, 300)
-        assert env.render_quality == expected
+        assert (env.task_suite, env.default_task_id, env.settle_steps, env.max_steps) == (
+            "libero_goal",
+            3,
+            4,
+            max_steps,
+        )
+        assert env.render_quality == render
         envs.close()
 
 

@@ -147,7 +147,7 @@ class EnvConfig(Section):
         "random", description="training episodes start from fresh random placements, or from these fixed states (0-49)"
     )
     max_steps: int | None = Field(
-        None, ge=1, description="simulator steps until truncation; null takes the suite's own limit"
+        None, ge=1, description="simulator steps until a training episode is cut; null takes the suite's own limit"
     )
     settle_steps: int = Field(10, ge=0, description="steps with a resting arm before an episode; not counted")
     reward: Literal["sparse", "dense"] = Field(
@@ -265,6 +265,9 @@ class EvalConfig(Section):
     )
     temperature: float | None = Field(None, gt=0, description="of the sampled mode; null takes rollout.temperature")
     num_envs: int = Field(8, ge=1, description="evaluation environments, fed from one queue")
+    max_steps: int | None = Field(
+        None, ge=1, description="as env.max_steps; null takes the suite's, which is what others report on"
+    )
     render: Literal["exact", "fast"] = Field(
         "exact",
         description="as env.render; exact is what others report on, fast what a policy trained on fast images knows",
@@ -445,9 +448,9 @@ class Config(Section):
                 )
         return self
 
-    def max_episode_steps(self) -> int:
+    def max_episode_steps(self, evaluation: bool = False) -> int:
         """Simulator steps after which an episode is truncated."""
-        return self.env.max_steps or TASK_SUITES[self.env.task_suite][1]
+        return (self.eval if evaluation else self.env).max_steps or TASK_SUITES[self.env.task_suite][1]
 
 
 def check_decoder(policy: PolicyConfig) -> None:

@@ -319,12 +319,12 @@ def lean_workers(draw_in_one_thread: bool) -> Iterator[None]:
 
 
 def make_vector_env(
-    config: Config, num_envs: int, *, render: str | None = None, overlap: bool = False
+    config: Config, num_envs: int, *, evaluation: bool = False, overlap: bool = False
 ) -> LiberoVectorEnv:
     """The configured suite in `num_envs` environments.
 
     Args:
-        render: "exact" or "fast"; None takes env.render.
+        evaluation: images and length of an episode are eval's, not env's.
         overlap: halves of the environments will step in turns; each should fill the workers.
     """
     env = config.env
@@ -334,8 +334,8 @@ def make_vector_env(
         "chunk_size": config.policy.chunk_size,
         "num_images": config.policy.num_images,
         "image_size": env.image_size,
-        "render": render or env.render,
-        "max_steps": config.max_episode_steps(),
+        "render": (config.eval if evaluation else env).render,
+        "max_steps": config.max_episode_steps(evaluation),
         "settle_steps": env.settle_steps,
         "reward": env.reward,
         "gamma": config.algorithm.gamma,
