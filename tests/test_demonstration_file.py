@@ -1,6 +1,9 @@
 """LIBERO's HDF5 layout: what is written is read back, official files are read, damaged ones are refused by name."""
 
+import errno
 import json
+import shutil
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -177,3 +180,12 @@ def test_no_ops_are_left_out_of_everything(path):
     assert len(whole) == 5 and len(filtered) == 4
     np.testing.assert_array_equal(filtered.images, whole.images[[0, 1, 3, 4]])
     np.testing.assert_array_equal(filtered.proprio, whole.proprio[[0, 1, 3, 4]])
+
+
+def test_a_full_disk_is_noticed_before_hdf5_crashes_on_it(tmp_path, monkeypatch):
+    """With a real one of 600 kB, h5py 3.16 dies of a segmentation fault."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**24 + 1000))
+    with pytest.raises(OSError) as error, DemonstrationFile(tmp_path / "d.hdf5", {}) as file:
+        file.add(arrays(10), {})
+    assert error.value.errno == errno.ENOSPC and "d.hdf5" in str(error.value)
+    assert not list(tmp_path.iterdir())

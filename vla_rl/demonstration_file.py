@@ -17,9 +17,11 @@ T steps of a demonstration, K images.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from vla_rl.config import ConfigError
 from vla_rl.types import ACTION_DIM
 
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of OpenVLA-OFT's images
+SPARE_BYTES = 2**24  # that a disk must have beside a demonstration: for the file's own tables
 NO_OP_NORM = 1e-4  # openvla c8f03f4, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
 
 
@@ -62,7 +65,15 @@ class DemonstrationFile:
         self.count = self.total = 0
 
     def add(self, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
-        """Appends demo_N. arrays: dataset name ("actions", "obs/ee_pos", ...) -> [T, ...]."""
+        """Appends demo_N. arrays: dataset name ("actions", "obs/ee_pos", ...) -> [T, ...].
+
+        Raises:
+            OSError: the disk is nearly full. Asked before, since the HDF5 library crashes when a write fails.
+        """
+        needed = SPARE_BYTES + sum(array.nbytes for array in arrays.values())
+        free = shutil.disk_usage(self.path.parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} wanted", str(self.path))
         demo = self.data.create_group(f"demo_{self.count}")
         for name, array in arrays.items():
             compressed = {"compression": "gzip", "compression_opts": 1} if array.dtype == np.uint8 else {}
