@@ -296,7 +296,8 @@ class OpenVLAPPO:
         done = terminated | truncated
 
         # V of the state that was reached, where no next row will tell it
-        bootstrap_values = self.bootstrap(next_obs.rows(playing), ~terminated & (truncated | last))
+        going_on = ~done | truncated if self.config.algorithm.bootstrap_truncated else ~done
+        bootstrap_values = self.bootstrap(next_obs.rows(playing), going_on & (truncated | last))
         buffer.add(
             Transition(
                 inputs=output.inputs,

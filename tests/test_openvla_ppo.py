@@ -320,6 +320,18 @@ def test_truncated_episode_bootstraps_from_the_observation_it_reached(tmp_path):
     assert rollout.next_values()[t, 0].item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_step_limit_is_worth_nothing_where_it_counts_as_failure(tmp_path):
+    """No forward either; the rollout's own end is still bootstrapped."""
+    trainer = make_trainer(tmp_path, rollout={"n_steps": 7}, algorithm={"bootstrap_truncated": False})
+    rollout, _ = trainer.collect_rollout()
+    truncated, terminated = rollout.stack("truncated"), rollout.stack("terminated")
+    assert truncated[:-1].any() and not (truncated | terminated)[-1].all()
+    following = rollout.next_values()
+    assert (following[truncated] == 0).all() and (following[-1][~(truncated | terminated)[-1]] != 0).all()
+    batch, _ = trainer.compute_advantages(rollout)
+    assert (batch.returns.view(truncated.shape)[truncated] == 0).all()
+
+
 def test_timesteps_count_executed_simulator_steps(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=3)  # every second chunk is cut after one of its two steps
     _, metrics = trainer.collect_rollout()
@@ -453,6 +465,7 @@ def adapter_after_update(folder, **changes):
     [
         {"algorithm": {"gamma": 0.5}},
         {"algorithm": {"gae_lambda": 0.1}},
+        {"algorithm": {"bootstrap_truncated": False}},
         {"algorithm": {"normalize_advantages": False}},
         {"algorithm": {"clip_ratio_low": 0.001}},
         {"algorithm": {"clip_ratio_high": 0.001}},

@@ -204,6 +204,11 @@ class AlgorithmConfig(Section):
     critic_gae_lambda: float | None = Field(
         None, ge=0, le=1, description="lambda of the value head's targets; null takes gae_lambda (VC-PPO: 1)"
     )
+    bootstrap_truncated: bool = Field(
+        True,
+        description="the step limit is not the task's end: what would follow is worth the value of the last observation; "
+        "false: it is failure, worth 0 (gae)",
+    )
     normalize_advantages: bool = Field(True, description="zero mean and unit variance over the rollout (gae)")
     drop_uniform_groups: bool = Field(True, description="leave out groups whose returns are all equal (grpo; DAPO)")
     clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - this")
@@ -430,6 +435,11 @@ class Config(Section):
                     f"rollout.n_episodes={rollout.n_episodes} leaves some of rollout.num_envs={rollout.num_envs} without an "
                     f"episode; use rollout.num_envs={rollout.n_episodes} or more episodes"
                 )
+        if env.reward == "dense" and not algorithm.bootstrap_truncated:
+            raise ValueError(
+                "env.reward=dense with algorithm.bootstrap_truncated=false: an episode cut near the goal would keep its last "
+                "potential as a reward; set one of the two otherwise"
+            )
         if env.reward == "dense" and algorithm.estimator == "grpo":
             raise ValueError(
                 "env.reward=dense with algorithm.estimator=grpo: potentials cancel out of an episode's return, which is all "
