@@ -142,3 +142,9 @@ def test_it_is_known_without_a_simulator_which_tasks_have_placements():
 def test_grpo_refuses_a_dense_reward():
     with pytest.raises(ConfigError, match="potentials cancel out of an episode's return"):
         load_config("configs/tiny_grpo.yaml", ["env.reward=dense"])
+
+
+def test_a_dense_reward_needs_the_step_limit_bootstrapped():
+    with pytest.raises(ConfigError, match="bootstrap_truncated=false"):
+        load_config("configs/tiny_gae_ppo.yaml", ["env.reward=dense"])
+    load_config("configs/tiny_gae_ppo.yaml", ["env.reward=dense", "algorithm.bootstrap_truncated=true"])
