@@ -42,8 +42,8 @@ def test_the_shaping_of_an_episode_is_minus_its_first_potential():
 
 
 def test_a_truncated_episode_s_last_state_keeps_its_potential():
-    assert shaped(0.0, 0.5, 0.8, terminated=False, gamma=0.9) == pytest.approx(0.9 * 0.8 - 0.5)
-    assert shaped(1.0, 0.5, 0.8, terminated=True, gamma=0.9) == pytest.approx(1 - 0.5)
+    assert shaped(0.0, 0.5, 0.8, ended=False, gamma=0.9) == pytest.approx(0.9 * 0.8 - 0.5)
+    assert shaped(1.0, 0.5, 0.8, ended=True, gamma=0.9) == pytest.approx(1 - 0.5)
 
 
 def test_nearness_falls_from_1_to_0():
@@ -88,6 +88,19 @@ def test_an_episode_s_dense_return_is_its_sparse_one_less_the_first_potential(si
     sparse = make_env(simulators, chunk_size=1, reward="sparse")
     sparse.reset(options={"episode": episode})
     assert sum(sparse.step(action[None])[1] for action in actions) == 1.0
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_at_the_step_limit_the_potential_stays_where_the_value_is_bootstrapped_and_is_0_where_it_is_failure(
+    simulators, bootstrap
+):
+    env = make_env(simulators, chunk_size=1, max_steps=3, bootstrap_truncated=bootstrap)
+    env.reset(options={"episode": {"task_id": 0, "initial_state": 1, "seed": 0}})
+    first = potential(env.simulator)
+    rewards = [env.step(np.full((1, 7), 0.5, np.float32))[1] for _ in range(3)]
+    last = potential(env.simulator) if bootstrap else 0.0
+    assert first > 0.1 and last != first
+    assert np.dot(rewards, GAMMA ** np.arange(3)) == pytest.approx(GAMMA**3 * last - first, abs=1e-6)
 
 
 def test_a_restored_episode_goes_on_with_the_same_rewards(simulators):
@@ -142,9 +155,3 @@ def test_it_is_known_without_a_simulator_which_tasks_have_placements():
 def test_grpo_refuses_a_dense_reward():
     with pytest.raises(ConfigError, match="potentials cancel out of an episode's return"):
         load_config("configs/tiny_grpo.yaml", ["env.reward=dense"])
-
-
-def test_a_dense_reward_needs_the_step_limit_bootstrapped():
-    with pytest.raises(ConfigError, match="bootstrap_truncated=false"):
-        load_config("configs/tiny_gae_ppo.yaml", ["env.reward=dense"])
-    load_config("configs/tiny_gae_ppo.yaml", ["env.reward=dense", "algorithm.bootstrap_truncated=true"])

@@ -160,7 +160,14 @@ def test_wrong_numbers_are_refused():
 def test_settings_reach_the_environments():
     values = {"task_suite": "libero_goal", "task_ids": [3, 1], "image_size": 72, "settle_steps": 4, "render": "fast"}
     values |= {"max_steps": 77, "num_workers": 2, "simulators_per_worker": 3, "model_cache_gb": 1.5}
-    config = config_from_dict({"env": values, "policy": {"chunk_size": 5, "num_images": 2}}, "test")
+    config = config_from_dict(
+        {
+            "env": values,
+            "policy": {"chunk_size": 5, "num_images": 2},
+            "algorithm": {"gamma": 0.9, "bootstrap_truncated": False},
+        },
+        "test",
+    )
     for evaluation, render, max_steps in ((False, "fast", 77), (True, "exact", 300)):
         envs = make_vector_env(config, 5, evaluation=evaluation)
         assert envs.num_workers == len(envs.processes) == 2
@@ -170,12 +177,8 @@ def test_settings_reach_the_environments():
         env = worker.envs[3]
         assert envs.single_observation_space["images"].shape == (2, 72, 72, 3)
         assert envs.single_action_space.shape == (5, 7)
-        assert (env.task_suite, env.default_task_id, env.settle_steps, env.max_steps) == (
-            "libero_goal",
-            3,
-            4,
-            max_steps,
-        )
+        assert (env.task_suite, env.default_task_id, env.settle_steps) == ("libero_goal", 3, 4)
+        assert (env.max_steps, env.gamma, env.bootstrap_truncated) == (max_steps, 0.9, False)
         assert env.render_quality == render
         envs.close()
 

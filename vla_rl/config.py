@@ -435,11 +435,6 @@ class Config(Section):
                     f"rollout.n_episodes={rollout.n_episodes} leaves some of rollout.num_envs={rollout.num_envs} without an "
                     f"episode; use rollout.num_envs={rollout.n_episodes} or more episodes"
                 )
-        if env.reward == "dense" and not algorithm.bootstrap_truncated:
-            raise ValueError(
-                "env.reward=dense with algorithm.bootstrap_truncated=false: an episode cut near the goal would keep its last "
-                "potential as a reward; set one of the two otherwise"
-            )
         if env.reward == "dense" and algorithm.estimator == "grpo":
             raise ValueError(
                 "env.reward=dense with algorithm.estimator=grpo: potentials cancel out of an episode's return, which is all "

@@ -64,6 +64,7 @@ class LiberoEnv(gymnasium.Env):
         settle_steps: steps with a resting arm in `reset`; they do not count.
         reward: "sparse" is 1 on success; "dense" adds vla_rl.shaping's potentials.
         gamma: of the shaping, per call of `step`; the trainer's own.
+        bootstrap_truncated: whether a dense reward leaves a truncated episode's last state its potential; the trainer's own.
         index: which of `options["episodes"]` is this environment's.
         simulators: shared with other environments of the process; None for its own.
     """
@@ -83,6 +84,7 @@ class LiberoEnv(gymnasium.Env):
         settle_steps: int = 10,
         reward: str = "sparse",
         gamma: float = 1.0,
+        bootstrap_truncated: bool = True,
         index: int = 0,
         simulators: Simulators | None = None,
     ):
@@ -92,7 +94,7 @@ class LiberoEnv(gymnasium.Env):
             raise ValueError(f"render={render!r} is unknown; choose exact or fast")
         if reward not in ("sparse", "dense"):
             raise ValueError(f"reward={reward!r} is unknown; choose sparse or dense")
-        self.dense, self.gamma = reward == "dense", gamma
+        self.dense, self.gamma, self.bootstrap_truncated = reward == "dense", gamma, bootstrap_truncated
         self.task_suite, self.default_task_id = task_suite, task_ids[0]
         self.chunk_size, self.cameras, self.image_size = chunk_size, CAMERAS[:num_images], image_size
         self.render_quality, self.settle_steps, self.index = render, settle_steps, index
@@ -161,7 +163,8 @@ class LiberoEnv(gymnasium.Env):
             self._execute(actions[: self.max_steps - steps_before])
             reward = float(self._terminated)
             if self.dense:
-                reward = shaped(reward, before, self._potential, self._terminated, self.gamma)
+                ended = self._terminated or (self._truncated and not self.bootstrap_truncated)
+                reward = shaped(reward, before, self._potential, ended, self.gamma)
         steps = len(self._actions) - steps_before
         info = {"steps": steps, "success": self._terminated}
         return self._observe(), reward, self._terminated, self._truncated, info

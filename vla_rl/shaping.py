@@ -57,12 +57,13 @@ def nearness(difference: np.ndarray) -> float:
     return float(1 - np.tanh(NEARNESS_SCALE * np.linalg.norm(difference)))
 
 
-def shaped(reward: float, before: float, after: float, terminated: bool, gamma: float) -> float:
-    """r + gamma phi(s') - phi(s), where a terminal state has no potential. A truncated episode's last state keeps its own:
-    it is not the end of the task, and its value is bootstrapped.
+def shaped(reward: float, before: float, after: float, ended: bool, gamma: float) -> float:
+    """r + gamma phi(s') - phi(s), where a terminal state has no potential.
 
     Args:
         before, after: phi(s) and phi(s').
+        ended: nothing follows s': success, or a step limit that counts as failure. A state whose value is bootstrapped keeps
+            its potential.
         gamma: of the step that the reward is of: a decision.
     """
-    return reward + gamma * (0.0 if terminated else after) - before
+    return reward + gamma * (0.0 if ended else after) - before

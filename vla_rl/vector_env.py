@@ -339,6 +339,7 @@ def make_vector_env(
         "settle_steps": env.settle_steps,
         "reward": env.reward,
         "gamma": config.algorithm.gamma,
+        "bootstrap_truncated": config.algorithm.bootstrap_truncated,
     }
     num_workers = env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
     return LiberoVectorEnv(kwargs, num_envs, num_workers, env.simulators_per_worker, env.model_cache_gb)
