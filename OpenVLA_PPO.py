@@ -42,6 +42,7 @@ from vla_rl.losses import (
     explained_variance,
     log_ratio,
     masked_mean,
+    of_dims,
     ppo_policy_loss,
     sum_to_level,
     token_mask,
@@ -490,7 +491,8 @@ class OpenVLAPPO:
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
         tokens = token_mask(minibatch.steps, self.policy.chunk_size, ACTION_DIM)  # [B, A]
-        _, ratios = sum_to_level(minibatch.old_logprobs, tokens, algorithm.logprob_level, ACTION_DIM)  # [B, L]
+        trained = of_dims(tokens, algorithm.action_dims, ACTION_DIM)  # [B, A]
+        _, ratios = sum_to_level(minibatch.old_logprobs, trained, algorithm.logprob_level, ACTION_DIM)  # [B, L]
         totals: dict[str, float] = {}
         for micro in minibatch.split(algorithm.micro_batch_size):
             loss = torch.zeros((), device=self.device)
@@ -531,8 +533,9 @@ class OpenVLAPPO:
         )
         tokens = token_mask(micro.steps, self.policy.chunk_size, ACTION_DIM).to(self.device)
         old_token_logprobs = micro.old_logprobs.to(self.device)
-        logprobs, mask = sum_to_level(evaluation.logprobs, tokens, algorithm.logprob_level, ACTION_DIM)
-        old_logprobs, _ = sum_to_level(old_token_logprobs, tokens, algorithm.logprob_level, ACTION_DIM)
+        trained = of_dims(tokens, algorithm.action_dims, ACTION_DIM)
+        logprobs, mask = sum_to_level(evaluation.logprobs, trained, algorithm.logprob_level, ACTION_DIM)
+        old_logprobs, _ = sum_to_level(old_token_logprobs, trained, algorithm.logprob_level, ACTION_DIM)
         clip = (algorithm.clip_ratio_low, algorithm.clip_ratio_high)
 
         advantages = micro.advantages.to(self.device)

@@ -11,6 +11,7 @@ from vla_rl.losses import (
     explained_variance,
     log_ratio,
     masked_mean,
+    of_dims,
     ppo_policy_loss,
     sum_to_level,
     token_mask,
@@ -336,3 +337,10 @@ def test_explained_variance_by_hand(values, expected):
 
 def test_explained_variance_of_constant_returns_is_not_a_number_so_none():
     assert explained_variance(torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 4, 4])) is None
+
+
+def test_tokens_of_some_dimensions_are_those_of_every_executed_action():
+    executed = token_mask(torch.tensor([3, 1]), chunk_size=3, action_dim=3)
+    expected = [[0, 1, 1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 0, 0, 0, 0, 0]]
+    assert of_dims(executed, [1, 2], action_dim=3).int().tolist() == expected
+    assert torch.equal(of_dims(executed, [2, 0, 1], action_dim=3), executed)

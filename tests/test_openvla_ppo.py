@@ -178,15 +178,29 @@ def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(tmp_path, level):
         assert gradients[1][1][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.parametrize("dims", [[0, 1, 2, 3, 4, 5, 6], [0, 2]])
 @pytest.mark.parametrize("level", ["token", "action", "chunk"])
-def test_policy_loss_is_a_mean_over_ratios_whatever_their_level(tmp_path, level):
+def test_policy_loss_is_a_mean_over_ratios_whatever_their_level(tmp_path, level, dims):
     """At ratio 1 and equal advantages of 2 the loss is -2, however many tokens were masked."""
-    trainer = make_trainer(tmp_path, algorithm={"logprob_level": level}, max_steps=3 * CHUNK - 1)
+    trainer = make_trainer(tmp_path, algorithm={"logprob_level": level, "action_dims": dims}, max_steps=3 * CHUNK - 1)
     batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
     assert (batch.steps < CHUNK).any()
     batch = type(batch)(**vars(batch) | {"advantages": torch.full((len(batch),), 2.0)})
     metrics = trainer.minibatch_gradients(batch, train_actor=True, score_actor=True)
     assert metrics["actor/policy_loss"] == pytest.approx(-2, abs=1e-5)
+
+
+def test_what_is_learned_does_not_depend_on_the_tokens_of_other_dimensions(tmp_path):
+    """Their old log-probabilities, so their ratios, may be anything."""
+    gradients = []
+    for shift in (0.0, 0.5):
+        trainer = make_trainer(tmp_path / str(shift), algorithm={"action_dims": [0, 1, 2]})
+        batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+        other = (torch.arange(batch.old_logprobs.shape[1]) % 7) > 2
+        batch = type(batch)(**vars(batch) | {"old_logprobs": batch.old_logprobs + shift * other})
+        trainer.minibatch_gradients(batch, train_actor=True, score_actor=True)
+        gradients.append(trainer.policy.adapter.grad.clone())
+    assert gradients[0].abs().max() > 1e-6 and torch.equal(*gradients)
 
 
 # ------------------------------------------------------------------------------------------------------- value gradient
@@ -466,6 +480,7 @@ def adapter_after_update(folder, **changes):
         {"algorithm": {"gamma": 0.5}},
         {"algorithm": {"gae_lambda": 0.1}},
         {"algorithm": {"bootstrap_truncated": False}},
+        {"algorithm": {"action_dims": [0, 1, 2]}},
         {"algorithm": {"normalize_advantages": False}},
         {"algorithm": {"clip_ratio_low": 0.001}},
         {"algorithm": {"clip_ratio_high": 0.001}},

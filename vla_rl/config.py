@@ -57,6 +57,8 @@ Indices = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(parse_ind
 StateIndex = Annotated[int, Field(ge=0, lt=NUM_FIXED_STATES)]
 States = Annotated[list[StateIndex], Field(min_length=1), BeforeValidator(parse_indices)]
 
+ActionDims = Annotated[list[Annotated[int, Field(ge=0, lt=7)]], Field(min_length=1), BeforeValidator(parse_indices)]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(
@@ -215,6 +217,11 @@ class AlgorithmConfig(Section):
     clip_ratio_high: float = Field(0.28, gt=0, description="the ratio is clipped at 1 + this (clip-higher, DAPO)")
     logprob_level: Literal["token", "action", "chunk"] = Field(
         "token", description="what one ratio is of: one token, one 7-token action, or the whole chunk"
+    )
+    action_dims: ActionDims = Field(
+        "0-6",
+        description="dimensions of the action (0-2 translation, 3-5 rotation, 6 gripper) whose tokens the ratio is of; the "
+        "others are sampled too, but what they are is not learned from",
     )
     value_coef: float = Field(0.5, ge=0, description="weight of the value loss")
     entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")

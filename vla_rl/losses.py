@@ -28,6 +28,13 @@ def token_mask(steps: Tensor, chunk_size: int, action_dim: int) -> Tensor:
     return executed.repeat_interleave(action_dim, dim=-1)
 
 
+def of_dims(mask: Tensor, action_dims: list[int], action_dim: int) -> Tensor:
+    """The part of a token mask bool [B, A] that belongs to these dimensions of an action; token k is of k % action_dim."""
+    chosen = torch.zeros(action_dim, dtype=torch.bool, device=mask.device)
+    chosen[action_dims] = True
+    return mask & chosen.repeat(mask.shape[-1] // action_dim)
+
+
 def sum_to_level(logprobs: Tensor, mask: Tensor, level: LogprobLevel, action_dim: int) -> tuple[Tensor, Tensor]:
     """Joint log-probabilities of what one ratio is of. Sums, never means: a joint probability is a product.
 
