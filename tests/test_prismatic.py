@@ -245,6 +245,11 @@ def test_adaptable_linears_are_all_that_an_action_depends_on(network):
     assert set(network.adaptable_linears(language_model_only=True)) == {
         n for n in names if n.startswith("language_model.")
     }
+    last_two = ("language_model.model.layers.1.", "language_model.model.layers.2.")
+    assert set(network.adaptable_linears(True, last_layers=2)) == {n for n in names if n.startswith(last_two)}
+    assert network.adaptable_linears(True, last_layers=3) == network.adaptable_linears(True)
+    with pytest.raises(ConfigError, match="last_layers=4, but the language model has 3 layers"):
+        network.adaptable_linears(True, last_layers=4)
 
 
 def test_dropout_is_refused():

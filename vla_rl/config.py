@@ -104,6 +104,17 @@ class LoraConfig(Section):
     target_modules: Literal["all-linear", "language-model"] = Field(
         "all-linear", description="all linear layers except the LM head, or those of the language model only"
     )
+    last_layers: int | None = Field(
+        None, ge=1, description="of the language model, only this many last layers (language-model); null adapts all"
+    )
+
+    @model_validator(mode="after")
+    def check_layers(self) -> LoraConfig:
+        if self.last_layers is not None and self.target_modules != "language-model":
+            raise ValueError(
+                f"last_layers={self.last_layers} with target_modules={self.target_modules}; set target_modules=language-model"
+            )
+        return self
 
 
 class PolicyConfig(Section):

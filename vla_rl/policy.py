@@ -562,7 +562,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def add_lora(network: Prismatic, lora: LoraConfig) -> peft.PeftModel:
     """Puts adapters into the network, in place; only they require gradients."""
-    names = network.adaptable_linears(language_model_only=lora.target_modules == "language-model")
+    names = network.adaptable_linears(lora.target_modules == "language-model", lora.last_layers)
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=names)
     adapted = peft.get_peft_model(network, config)  # casts the adapters to float32 (autocast_adapter_dtype)
     network.eval()

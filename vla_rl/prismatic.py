@@ -285,12 +285,23 @@ class Prismatic(nn.Module):
 
     # ------------------------------------------------------------------ what trains and how
 
-    def adaptable_linears(self, language_model_only: bool = False) -> list[str]:
-        """Names of the linear layers that an action depends on, without the LM head."""
+    def adaptable_linears(self, language_model_only: bool = False, last_layers: int | None = None) -> list[str]:
+        """Names of the linear layers that an action depends on, without the LM head.
+
+        Args:
+            last_layers: of the language model's, those of this many last ones; None for all.
+
+        Raises:
+            ConfigError: there are fewer.
+        """
+        depth = len(self.language_model.model.layers)
+        if last_layers is not None and last_layers > depth:
+            raise ConfigError(f"policy.lora.last_layers={last_layers}, but the language model has {depth} layers")
         unused = ["language_model.lm_head"]
         for name in ("featurizer", "fused_featurizer"):
             last = len(getattr(self.vision_backbone, name).blocks) - 1
             unused += [f"vision_backbone.{name}.blocks.{last}.", f"vision_backbone.{name}.attn_pool."]
+        unused += [f"language_model.model.layers.{i}." for i in range(depth - (last_layers or depth))]
         wanted = "language_model." if language_model_only else ""
         return [
             name
