@@ -22,7 +22,7 @@ from scipy import stats
 from vla_rl.metrics import read_metrics
 
 HERE = Path(__file__).parent
-WINDOW = 60  # episodes
+WINDOW = 160  # episodes
 
 # figure -> panel -> label -> runs NAME. A figure of one panel has another one, against minutes
 FIGURES: dict[str, dict[str, dict[str, str]]] = {
@@ -108,7 +108,7 @@ def draw_panel(axis: Any, runs: dict[str, str], column: int) -> None:
 
 GREEDY = "eval/success_rate_greedy"
 TABLE = (
-    "timesteps | minutes | greedy | first, last 60 training episodes | timesteps to 80 % | s an iteration | steadiness"
+    "timesteps | minutes | greedy | training episodes at first, at last | timesteps to 80 % | s an iteration | steadiness"
 )
 
 
