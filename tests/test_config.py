@@ -140,7 +140,10 @@ def test_a_wrong_type_is_refused_with_what_came(override, words):
         ("actor.learning_rate=0", "actor.learning_rate: input should be greater than 0"),
         ("actor.learning_rate=.nan", "actor.learning_rate: input should be a finite number, got nan"),
         ("algorithm.gamma=1.01", "algorithm.gamma: input should be less than or equal to 1, got 1.01"),
-        ("policy.lora.last_layers=1", "last_layers=1 with target_modules=all-linear; set target_modules=language-model"),
+        (
+            "policy.lora.last_layers=1",
+            "last_layers=1 with target_modules=all-linear; set target_modules=language-model",
+        ),
         ("algorithm.action_dims=0-7", "algorithm.action_dims: input should be less than 7, got 7"),
         ("algorithm.clip_ratio_low=1", "algorithm.clip_ratio_low: input should be less than 1, got 1"),
         ("rollout.temperature=0", "rollout.temperature: input should be greater than 0"),

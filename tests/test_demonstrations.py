@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from vla_rl.demonstration_file import read_demonstrations
-from vla_rl.demonstrations import Pushes, episodes_of, main, record_task
+from vla_rl.demonstrations import DROP_STEPS, Disturbance, Drops, Pushes, episodes_of, main, record_episode, record_task
 from vla_rl.libero_env import LiberoEnv
+from vla_rl.types import Episode
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--image-size", "32", "--render", "fast", "--num-images", "1", "--no-progress"]
@@ -120,10 +121,35 @@ def test_without_noise_the_expert_is_executed_as_it_is():
     assert not any(pushes.next().any() for _ in range(100))
 
 
+def test_drops_begin_while_something_is_carried_and_last_some_steps():
+    drops = Drops(1.0, seed=0)
+    opened = [drops.next(carrying=step == 2) for step in range(4 + DROP_STEPS)]
+    assert opened == [False] * 2 + [True] * DROP_STEPS + [False] * 2
+    drops = Drops(0.1, seed=1)
+    opened = np.array([drops.next(carrying=True) for _ in range(20_000)])
+    assert opened.mean() == pytest.approx(DROP_STEPS / (DROP_STEPS + 9), rel=0.05)  # 9 steps without in the mean
+    assert not any(Drops(0.0, seed=2).next(carrying=True) for _ in range(100))
+
+
+@pytest.mark.libero
+def test_what_was_dropped_is_picked_up_again():
+    """The hand is open where the expert's own action says closed, and the episode is longer, and succeeds."""
+    env = LiberoEnv("libero_spatial", chunk_size=1, image_size=16, render="fast")
+    episode = Episode(0, 0, seed=0)
+    smooth = record_episode(env, episode, Disturbance())
+    dropped = record_episode(env, episode, Disturbance(drops=0.2))
+    env.close()
+    assert smooth.success and dropped.success
+    other = dropped.arrays["actions"][:, 6] != dropped.arrays["executed_actions"][:, 6]
+    assert other.any() and (dropped.arrays["executed_actions"][other, 6] == -1).all()
+    assert np.array_equal(smooth.arrays["actions"], smooth.arrays["executed_actions"])
+    assert len(dropped.arrays["actions"]) > len(smooth.arrays["actions"]) + 20
+
+
 class Pool:
     """Runs a job at once: what fails is told by the episode."""
 
-    def submit(self, function, episode, noise):
+    def submit(self, function, episode, disturbance):
         from concurrent.futures import Future
         from types import SimpleNamespace
 
@@ -135,7 +161,7 @@ class Pool:
 def test_the_first_successes_are_kept_and_failures_replaced():
     pool = Pool()
     pool.succeeds = lambda episode: episode.seed % 2 == 0
-    episodes = list(record_task(pool, episodes_of(0, "random", seed=0), 5, 0.1, ahead=4, name="x"))
+    episodes = list(record_task(pool, episodes_of(0, "random", seed=0), 5, Disturbance(), ahead=4, name="x"))
     assert sum(o.success for o in episodes) == 5 and episodes[-1].success
     expected = episodes_of(0, "random", seed=0)
     assert [o.episode for o in episodes] == [next(expected) for _ in episodes]
@@ -145,14 +171,14 @@ def test_an_expert_that_mostly_fails_ends_the_recording():
     pool = Pool()
     pool.succeeds = lambda episode: False
     with pytest.raises(Exception, match="the expert failed in 20 of 20 episodes"):
-        list(record_task(pool, episodes_of(0, "random", seed=0), 5, 0.1, ahead=4, name="x"))
+        list(record_task(pool, episodes_of(0, "random", seed=0), 5, Disturbance(), ahead=4, name="x"))
 
 
 def test_fixed_states_that_do_not_suffice_are_told():
     pool = Pool()
     pool.succeeds = lambda episode: episode.initial_state != 1
     with pytest.raises(Exception, match="succeeded in 2 of 3 fixed states, --episodes asks for 3"):
-        list(record_task(pool, episodes_of(0, [0, 1, 2], seed=0), 3, 0.1, ahead=4, name="x"))
+        list(record_task(pool, episodes_of(0, [0, 1, 2], seed=0), 3, Disturbance(), ahead=4, name="x"))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +188,7 @@ def test_fixed_states_that_do_not_suffice_are_told():
         (["--task-ids", "1", "1"], "a task is there twice"),
         (["--episodes", "0"], "--episodes 0: expected at least 1"),
         (["--noise", "-1"], "--noise -1.0: expected at least 0"),
+        (["--drops", "-1"], "--drops -1.0: expected at least 0"),
         (["--states", "0-50"], "there are 0 to 49"),
         (["--states", "some"], "--states: 'some' is not a list of indices"),
         (["--task-suite", "libero_goal", "--task-ids", "7", *QUICK], "is no single pick-and-place"),

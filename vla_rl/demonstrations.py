@@ -2,8 +2,9 @@
 
     python -m vla_rl.demonstrations --task-suite libero_spatial --task-ids 0 1 --episodes 50 --out demonstrations/a.hdf5
 
-Only successes are kept. Now and then the arm is pushed aside, so that it gets into situations that a policy will get into by
-its own errors, while the expert's own actions are what is written to be learned (DART: Laskey et al. 2017). Episodes start from random placements; evaluation has the benchmark's fixed states.
+Only successes are kept. Now and then the arm is pushed aside or lets go of what it carries, so that it gets into situations that
+a policy will get into by its own errors, while the expert's own actions are what is written to be learned (DART: Laskey et
+al. 2017). Episodes start from random placements; evaluation has the benchmark's fixed states.
 
 Not here: the expert (vla_rl.expert), the file's layout (vla_rl.demonstration_file).
 """
@@ -37,6 +38,7 @@ from vla_rl.vector_env import lean_workers
 
 PUSH_STEPS, PAUSE_STEPS = (3, 7), 30  # of a push, from 3 to 6; of a pause, in the mean
 ROTATION_SHARE = 0.3  # of a push's translation: |a| = 1 is 5 cm or 0.5 rad
+DROP_STEPS = 6  # that the hand is open
 GIVE_UP_AFTER = 20  # failed episodes of a task, when they are more than half
 
 
@@ -52,6 +54,14 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class Disturbance:
+    """What is done to the expert's actions before they are executed."""
+
+    noise: float = 0.0  # largest translation that a push adds, in units of the action (1 asks for 5 cm a step)
+    drops: float = 0.0  # chance in each step of carrying that the hand lets go
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One episode of the expert."""
 
@@ -64,14 +74,13 @@ class Outcome:
 # ------------------------------------------------------------------------------------------------------------- episode
 
 
-def record_episode(env: LiberoEnv, episode: Episode, noise: float) -> Outcome:
+def record_episode(env: LiberoEnv, episode: Episode, disturbance: Disturbance) -> Outcome:
     """Plays the expert from the start of an episode.
 
     Args:
         env: with chunks of 1 action.
-        noise: largest translation that a push adds, in units of the action (1 asks for 5 cm a step).
     """
-    from vla_rl.expert import Expert
+    from vla_rl.expert import OPEN, Expert
 
     obs, _ = env.reset(options={"episode": episode})
     sim = env.simulator
@@ -79,11 +88,13 @@ def record_episode(env: LiberoEnv, episode: Episode, noise: float) -> Outcome:
     expert.reset()
     initial_state = flat_state(sim)
     rows: list[dict[str, np.ndarray]] = []
-    pushes = Pushes(noise, seed=episode.seed)
+    pushes, drops = Pushes(disturbance.noise, episode.seed), Drops(disturbance.drops, episode.seed)
     terminated = truncated = False
     while not (terminated or truncated):
         label = np.clip(expert.act(), -1, 1)
         executed = np.clip(label + pushes.next(), -1, 1)
+        if drops.next(carrying=expert.phase == "place"):
+            executed[6] = OPEN
         rows.append(observed(sim, obs) | {"actions": label, "executed_actions": executed})
         obs, _, terminated, truncated, _ = env.step(executed[None])
     if not terminated:
@@ -126,6 +137,22 @@ class Pushes:
             self.start()
         self.left -= 1
         return self.push
+
+
+class Drops:
+    """Short moments in which a hand that carries something opens: what is to be done then, and where a placement has failed,
+    is in no demonstration otherwise."""
+
+    def __init__(self, chance: float, seed: int):
+        self.rng = np.random.default_rng([seed, 2])
+        self.chance, self.left = chance, 0  # steps of the drop under way
+
+    def next(self, carrying: bool) -> bool:
+        """Whether the hand is open in this step, whatever the action says."""
+        if self.left == 0 and carrying and self.rng.uniform() < self.chance:
+            self.left = DROP_STEPS
+        self.left -= (dropping := self.left > 0)
+        return dropping
 
 
 def observed(sim: Any, obs: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -171,8 +198,8 @@ def prepare_worker(recording: Recording) -> None:
     )
 
 
-def record(episode: Episode, noise: float) -> Outcome:
-    return record_episode(ENVS["env"], episode, noise)
+def record(episode: Episode, disturbance: Disturbance) -> Outcome:
+    return record_episode(ENVS["env"], episode, disturbance)
 
 
 def episodes_of(task_id: int, states: str | Sequence[int], seed: int) -> Iterator[Episode]:
@@ -186,7 +213,7 @@ def episodes_of(task_id: int, states: str | Sequence[int], seed: int) -> Iterato
 
 
 def record_task(
-    pool: ProcessPoolExecutor, episodes: Iterator[Episode], wanted: int, noise: float, ahead: int, name: str
+    pool: ProcessPoolExecutor, episodes: Iterator[Episode], wanted: int, disturbance: Disturbance, ahead: int, name: str
 ) -> Iterator[Outcome]:
     """The first `wanted` successes in the order of `episodes`, whichever worker is faster.
 
@@ -197,7 +224,7 @@ def record_task(
     successes = failures = 0
     while successes < wanted:
         for episode in itertools.islice(episodes, min(ahead, wanted - successes + 1) - len(waiting)):
-            waiting.append(pool.submit(record, episode, noise))
+            waiting.append(pool.submit(record, episode, disturbance))
         if not waiting:
             raise ConfigError(
                 f"{name}: the expert succeeded in {successes} of {successes + failures} fixed states, --episodes asks for "
@@ -208,8 +235,8 @@ def record_task(
         yield outcome
         if failures >= GIVE_UP_AFTER and failures > successes:
             raise ConfigError(
-                f"{name}: the expert failed in {failures} of {successes + failures} episodes (--noise {noise:g}); "
-                "lower the noise, or leave the task out"
+                f"{name}: the expert failed in {failures} of {successes + failures} episodes (--noise {disturbance.noise:g}, "
+                f"--drops {disturbance.drops:g}); lower them, or leave the task out"
             )
     for future in waiting:
         future.cancel()
@@ -231,7 +258,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", required=True, metavar="F.hdf5", help="file for all tasks; a folder gets one file a task, as LIBERO's")
     add("--states", default="random", metavar="0-39", help="fixed initial states instead of random placements")
     add("--noise", type=float, default=0.5, help="largest push, 1 is 5 cm a step; 0 for none (default 0.5)")
-    add("--seed", type=int, default=0, help="of the placements and the noise (default 0)")
+    add("--drops", type=float, default=0.0, help="chance in each step of carrying that the hand lets go (default 0)")
+    add("--seed", type=int, default=0, help="of the placements and the disturbances (default 0)")
     add("--num-images", type=int, default=2, choices=(1, 2), help="1: agent view; 2: and wrist camera (default)")
     add("--image-size", type=int, default=128, metavar="PX", help="image side (default 128, as LIBERO's files)")
     add("--render", default="exact", choices=("exact", "fast"), help="as env.render of training (default exact)")
@@ -253,6 +281,7 @@ def check_args(args: argparse.Namespace) -> str | list[int]:
         ("--episodes", args.episodes, 1),
         ("--workers", args.workers, 1),
         ("--noise", args.noise, 0),
+        ("--drops", args.drops, 0),
     ):
         if value is not None and not value >= least:
             raise ConfigError(f"{flag} {value}: expected at least {least}")
@@ -327,8 +356,9 @@ def collect_task(
     name = f"{args.task_suite} task {task_id}"
     episodes = episodes_of(task_id, states, args.seed)
     tried = kept = steps = 0
+    disturbance = Disturbance(args.noise, args.drops)
     with tqdm(total=args.episodes, desc=name, unit="ep", disable=args.no_progress, mininterval=1) as bar:
-        for outcome in record_task(pool, episodes, args.episodes, args.noise, ahead, name):
+        for outcome in record_task(pool, episodes, args.episodes, disturbance, ahead, name):
             tried += 1
             if outcome.success:
                 file.add(outcome.arrays, outcome.attributes)

@@ -107,9 +107,7 @@ def draw_panel(axis: Any, runs: dict[str, str], column: int) -> None:
 
 
 GREEDY = "eval/success_rate_greedy"
-TABLE = (
-    "timesteps | minutes | greedy | training episodes at first, at last | timesteps to 80 % | s an iteration | steadiness"
-)
+TABLE = "timesteps | minutes | greedy | training episodes at first, at last | timesteps to 80 % | s an iteration | steadiness"
 
 
 def report(label: str, name: str) -> None:
