@@ -295,12 +295,14 @@ def test_few_steps_teach_it_given_tokens_for_each_observation():
     assert losses[-1] < 0.8  # a policy blind to the observation could not get below log 4 = 1.39
 
 
-@pytest.mark.parametrize("target", ["all-linear", "language-model"])
-def test_adapters_sit_where_the_setting_says(target):
-    policy = make_policy(lora=LoraConfig(rank=2, target_modules=target))
+@pytest.mark.parametrize(
+    ("target", "last_layers"), [("all-linear", None), ("language-model", None), ("language-model", 1)]
+)
+def test_adapters_sit_where_the_setting_says(target, last_layers):
+    policy = make_policy(lora=LoraConfig(rank=2, target_modules=target, last_layers=last_layers))
     names = {n.rsplit(".lora_", 1)[0] for n, p in policy.network.named_parameters() if p.requires_grad}
     plain = load_network(ensure_tiny_openvla())
-    assert names == set(plain.adaptable_linears(language_model_only=target == "language-model"))
+    assert names == set(plain.adaptable_linears(target == "language-model", last_layers))
     assert not any("lm_head" in n or "embed" in n for n in names)
     assert all(n.startswith("language_model.") for n in names) == (target == "language-model")
 
