@@ -297,8 +297,8 @@ class OpenVLAPPO:
         done = terminated | truncated
 
         # V of the state that was reached, where no next row will tell it
-        going_on = ~done | truncated if self.config.algorithm.bootstrap_truncated else ~done
-        bootstrap_values = self.bootstrap(next_obs.rows(playing), going_on & (truncated | last))
+        ended = terminated if self.config.algorithm.bootstrap_truncated else done
+        bootstrap_values = self.bootstrap(next_obs.rows(playing), ~ended & (truncated | last))
         buffer.add(
             Transition(
                 inputs=output.inputs,

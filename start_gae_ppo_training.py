@@ -306,13 +306,9 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from vla_rl.failures import explain
+        from vla_rl.failures import report
 
-        hint = explain(error)
-        if hint is None:
-            raise  # ours to mend: with its stack
-        print(f"error: {hint}", file=sys.stderr)
-        return 1
+        return report(error)
     return 0
 
 

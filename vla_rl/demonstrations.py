@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from vla_rl.config import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
 from vla_rl.demonstration_file import CAMERAS, DemonstrationFile
-from vla_rl.failures import explain
+from vla_rl.failures import report
 from vla_rl.libero_env import LiberoEnv, Simulators, load_benchmark, task_languages
 from vla_rl.types import Episode
 from vla_rl.vector_env import lean_workers
@@ -151,8 +151,10 @@ class Drops:
         """Whether the hand is open in this step, whatever the action says."""
         if self.left == 0 and carrying and self.rng.uniform() < self.chance:
             self.left = DROP_STEPS
-        self.left -= (dropping := self.left > 0)
-        return dropping
+        if self.left == 0:
+            return False
+        self.left -= 1
+        return True
 
 
 def observed(sim: Any, obs: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -387,11 +389,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        hint = explain(error)
-        if hint is None:
-            raise
-        print(f"error: {hint}", file=sys.stderr)
-        return 1
+        return report(error)
     return 0
 
 

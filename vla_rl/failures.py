@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import errno
+import sys
+
+
+def report(error: Exception) -> int:
+    """Prints what `explain` says and returns the exit status 1; an error that may be a bug goes on, with its stack."""
+    hint = explain(error)
+    if hint is None:
+        raise error
+    print(f"error: {hint}", file=sys.stderr)
+    return 1
 
 
 def explain(error: Exception) -> str | None:

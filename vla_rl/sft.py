@@ -47,7 +47,7 @@ from vla_rl.checkpoint import (
 )
 from vla_rl.config import ConfigError, SftConfig, load_config, save_config, settings_help
 from vla_rl.demonstration_file import Demonstration, find_files, read_demonstrations
-from vla_rl.failures import explain
+from vla_rl.failures import report
 from vla_rl.image_transform import crop_center, preprocess
 from vla_rl.metrics import MetricsLogger, check_wandb
 from vla_rl.optimizer import adamw, load_optimizer
@@ -538,11 +538,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        hint = explain(error)
-        if hint is None:
-            raise
-        print(f"error: {hint}", file=sys.stderr)
-        return 1
+        return report(error)
     return 0
 
 

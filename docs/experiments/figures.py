@@ -24,10 +24,10 @@ from vla_rl.metrics import read_metrics
 HERE = Path(__file__).parent
 WINDOW = 160  # episodes
 
-# figure -> panel -> label -> runs NAME. A figure of one panel has another one, against minutes
-FIGURES: dict[str, dict[str, dict[str, str]]] = {
-    "ppo": {"": {"GAE-PPO": "ppo"}},
-    "grpo": {"": {"GAE-PPO": "ppo", "GRPO": "grpo"}},
+# figure -> label -> runs NAME
+FIGURES: dict[str, dict[str, str]] = {
+    "ppo": {"GAE-PPO": "ppo"},
+    "grpo": {"GAE-PPO": "ppo", "GRPO": "grpo"},
 }
 
 
@@ -61,33 +61,24 @@ def mean_and_interval(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.n
     return x, y.mean(axis=0), half
 
 
-def draw(figure: str, panels: dict[str, dict[str, str]]) -> None:
+def draw(figure: str, runs: dict[str, str]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    single = len(panels) == 1
-    columns = 2 if single else min(3, len(panels))
-    rows = 1 if single else -(-len(panels) // columns)
-    canvas, grid = pyplot.subplots(rows, columns, figsize=(11 if single else 13, 4 * rows), sharey=True, squeeze=False)
-    axes = grid.flatten()
-    for axis in axes[len(panels) + single :]:
-        axis.set_visible(False)
-    for number, (title, runs) in enumerate(panels.items()):
-        draw_panel(axes[number], runs, column=0)
-        axes[number].set(title=title, xlabel="timesteps")
-        axes[number].legend(fontsize=8, loc="lower right")
-    if single:
-        draw_panel(axes[1], runs, column=1)
-        axes[1].set_xlabel("minutes (rollouts and updates)")
+    canvas, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for column, text in enumerate(("timesteps", "minutes (rollouts and updates)")):
+        draw_axis(axes[column], runs, column)
+        axes[column].set_xlabel(text)
+    axes[0].legend(fontsize=8, loc="lower right")
     axes[0].set(ylabel="success", ylim=(-0.03, 1.03))
     canvas.tight_layout()
     canvas.savefig(HERE / f"{figure}.png", dpi=100)
     pyplot.close(canvas)
 
 
-def draw_panel(axis: Any, runs: dict[str, str], column: int) -> None:
+def draw_axis(axis: Any, runs: dict[str, str], column: int) -> None:
     """Against timesteps (column 0, with the evaluations) or minutes (1)."""
     for label, name in runs.items():
         seeds = list(load(name).values())
@@ -132,9 +123,8 @@ def main() -> None:
     for figure in sys.argv[1:] or FIGURES:
         draw(figure, FIGURES[figure])
         print(f"{figure}\n| | seed | {TABLE} |\n|---|---|---|---|---|---|---|---|---|")
-        for runs in FIGURES[figure].values():
-            for label, name in runs.items():
-                report(label, name)
+        for label, name in FIGURES[figure].items():
+            report(label, name)
 
 
 if __name__ == "__main__":
