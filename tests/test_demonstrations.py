@@ -189,6 +189,7 @@ def test_fixed_states_that_do_not_suffice_are_told():
         (["--episodes", "0"], "--episodes 0: expected at least 1"),
         (["--noise", "-1"], "--noise -1.0: expected at least 0"),
         (["--drops", "-1"], "--drops -1.0: expected at least 0"),
+        (["--drops", "5"], "--drops 5.0: a chance, expected at most 1"),
         (["--states", "0-50"], "there are 0 to 49"),
         (["--states", "some"], "--states: 'some' is not a list of indices"),
         (["--task-suite", "libero_goal", "--task-ids", "7", *QUICK], "is no single pick-and-place"),

@@ -287,6 +287,8 @@ def check_args(args: argparse.Namespace) -> str | list[int]:
     ):
         if value is not None and not value >= least:
             raise ConfigError(f"{flag} {value}: expected at least {least}")
+    if args.drops > 1:
+        raise ConfigError(f"--drops {args.drops}: a chance, expected at most 1")
     if args.image_size < 16:
         raise ConfigError(f"--image-size {args.image_size}: expected at least 16 pixels")
     try:
