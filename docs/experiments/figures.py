@@ -28,6 +28,13 @@ WINDOW = 160  # episodes
 FIGURES: dict[str, dict[str, str]] = {
     "ppo": {"GAE-PPO": "ppo"},
     "grpo": {"GAE-PPO": "ppo", "GRPO": "grpo"},
+    "value_gradient": {"value loss kept from the LoRA": "short", "value loss reaches the LoRA": "value_gradient"},
+    "warmup": {"1 iteration of critic warm-up": "short", "none": "warmup_0", "3": "warmup_3"},
+    "level": {"ratio of a token": "short", "of an action": "level_action", "of a chunk": "level_chunk"},
+    "epochs": {"2 epochs": "short", "1": "epochs_1", "4": "epochs_4"},
+    "clip": {"clip 0.2, 0.28": "short", "0.2, 0.2": "clip_symmetric"},
+    "temperature": {"temperature 1": "short", "0.5": "temperature_05", "1.5": "temperature_15"},
+    "reward": {"sparse": "weak_sparse", "dense": "weak_dense"},
 }
 
 
@@ -98,7 +105,10 @@ def draw_axis(axis: Any, runs: dict[str, str], column: int) -> None:
 
 
 GREEDY = "eval/success_rate_greedy"
-TABLE = "timesteps | minutes | greedy | training episodes at first, at last | timesteps to 80 % | s an iteration | steadiness"
+TABLE = (
+    "timesteps | minutes | greedy | training episodes: first iteration, second half, last ones | timesteps to 80 % | "
+    "s an iteration | steadiness"
+)
 
 
 def report(label: str, name: str) -> None:
@@ -111,10 +121,11 @@ def report(label: str, name: str) -> None:
         expected = rate * (1 - rate) / n
         steadiness = np.sqrt(np.mean(np.diff(rate) ** 2) / np.mean(expected[1:] + expected[:-1]))
         reached = np.flatnonzero(success >= 0.8)
+        half = np.array([r["timesteps"] for r in iterations]) > timesteps[-1] / 2
         greedy = " ".join(f"{r[GREEDY]:.0%}" for r in records if r.get(GREEDY) is not None)
         print(
             f"| {label} | {seed} | {timesteps[-1]:.0f} | {minutes[-1]:.0f} | {greedy} | "
-            f"{success[0]:.0%} {success[-1]:.0%} | {f'{timesteps[reached[0]]:.0f}' if len(reached) else '-'} | "
+            f"{success[0]:.0%} {np.average(rate[half], weights=n[half]):.0%} {success[-1]:.0%} | {f'{timesteps[reached[0]]:.0f}' if len(reached) else '-'} | "
             f"{60 * minutes[-1] / len(iterations):.0f} | {steadiness:.2f} |"
         )
 

@@ -1,0 +1,140 @@
+"""Makes the runs of docs/experiments.md: each on a core of its own, as many at once as there are cores.
+
+    python docs/experiments/run.py ppo grpo                all seeds that are named for them
+    python docs/experiments/run.py ppo --seeds 0           one
+    python docs/experiments/run.py ppo --print             only the commands
+
+A run that was stopped, by Ctrl-C or SIGTERM too, goes on where it was when the same command is given again. Its log is
+runs/NAME_seedS.log, its metrics are copied to docs/experiments/runs/ when it ends or is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+
+COMMON = (
+    "--no-wandb run.torch_threads=1 env.num_workers=1 eval.modes=[greedy] eval.video=false "
+    "logging.checkpoint_interval=3 logging.progress=false"
+)
+PPO, GRPO = "--config configs/tiny_gae_ppo.yaml", "--config configs/tiny_grpo.yaml"
+SHORT = f"{PPO} --timesteps 64000 eval.interval=0"
+WEAK = f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0"
+
+# name -> seeds, settings
+RUNS: dict[str, tuple[tuple[int, ...], str]] = {
+    "ppo": ((0, 1, 2), f"{PPO} eval.interval=3"),
+    "grpo": ((0, 1, 2), f"{GRPO} eval.interval=3"),
+    "short": ((1, 2), SHORT),
+    "value_gradient": ((1, 2), f"{SHORT} algorithm.freeze_vla_for_critic=false"),
+    "warmup_0": ((1, 2), f"{SHORT} algorithm.critic_warmup_iterations=0"),
+    "warmup_3": ((1, 2), f"{SHORT} algorithm.critic_warmup_iterations=3"),
+    "level_action": ((1, 2), f"{SHORT} algorithm.logprob_level=action"),
+    "level_chunk": ((1, 2), f"{SHORT} algorithm.logprob_level=chunk"),
+    "epochs_1": ((1, 2), f"{SHORT} algorithm.n_epochs=1"),
+    "epochs_4": ((1, 2), f"{SHORT} algorithm.n_epochs=4"),
+    "clip_symmetric": ((1, 2), f"{SHORT} algorithm.clip_ratio_high=0.2"),
+    "temperature_05": ((1, 2), f"{SHORT} rollout.temperature=0.5"),
+    "temperature_15": ((1, 2), f"{SHORT} rollout.temperature=1.5"),
+    "weak_sparse": ((1, 2), WEAK),
+    "weak_dense": ((1, 2), f"{WEAK} env.reward=dense"),
+}
+
+
+def command(name: str, seed: int) -> str:
+    run = f"{name}_seed{seed}"
+    if (REPOSITORY / "runs" / run / "checkpoints").is_dir():
+        return f"start_gae_ppo_training.py --resume runs/{run} --no-wandb"
+    return f"start_gae_ppo_training.py {RUNS[name][1]} {COMMON} --seed {seed} run.name={run}"
+
+
+class Cores:
+    """Takes runs from a queue, one at a time on each core."""
+
+    def __init__(self, runs: list[tuple[str, int]]):
+        self.waiting: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        for run in runs:
+            self.waiting.put(run)
+        self.processes: dict[int, subprocess.Popen] = {}
+        self.stopped = threading.Event()
+        self.failed: list[str] = []
+
+    def work_all(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.stop())
+        threads = [threading.Thread(target=self.work, args=(core,)) for core in sorted(os.sched_getaffinity(0))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def work(self, core: int) -> None:
+        while not self.stopped.is_set():
+            try:
+                name, seed = self.waiting.get_nowait()
+            except queue.Empty:
+                return
+            status = self.execute(core, name, seed)
+            keep_metrics(f"{name}_seed{seed}")
+            how = "stopped" if self.stopped.is_set() else "done" if status == 0 else f"exit status {status}"
+            print(f"{name}_seed{seed}: {how}", flush=True)
+            if how not in ("stopped", "done"):
+                self.failed.append(f"{name}_seed{seed}")
+
+    def execute(self, core: int, name: str, seed: int) -> int:
+        (REPOSITORY / "runs").mkdir(exist_ok=True)
+        with (REPOSITORY / "runs" / f"{name}_seed{seed}.log").open("a") as log:
+            process = subprocess.Popen(
+                ["taskset", "-c", str(core), sys.executable, *command(name, seed).split()],
+                cwd=REPOSITORY,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches it once, by stop()
+            )
+            self.processes[core] = process
+            if self.stopped.is_set():
+                process.terminate()
+            return process.wait()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        for process in list(self.processes.values()):
+            process.terminate()  # it saves
+
+
+def keep_metrics(run: str) -> None:
+    metrics = REPOSITORY / "runs" / run / "metrics.jsonl"
+    if metrics.is_file():
+        (HERE / "runs").mkdir(exist_ok=True)
+        shutil.copyfile(metrics, HERE / "runs" / f"{run}.jsonl")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=list(RUNS), metavar="NAME", help=", ".join(RUNS))
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="instead of those named for the runs")
+    parser.add_argument("--print", action="store_true", help="print the commands")
+    args = parser.parse_args()
+    runs = [(name, seed) for name in args.names for seed in args.seeds or RUNS[name][0]]
+    if args.print:
+        print(*(f"python {command(*run)}" for run in runs), sep="\n")
+        return 0
+    cores = Cores(runs)
+    cores.work_all()
+    if cores.failed:
+        print(f"failed: {', '.join(cores.failed)}; runs/NAME.log says why", file=sys.stderr)
+    return 130 if cores.stopped.is_set() else 1 if cores.failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
