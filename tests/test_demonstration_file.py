@@ -65,23 +65,6 @@ def test_images_are_turned_the_right_way_up(path):
     np.testing.assert_array_equal(images[2, 1], arrays(seed=3)["obs/eye_in_hand_rgb"][2, ::-1, ::-1])
 
 
-def test_steps_whose_execution_was_disturbed_are_known_and_are_no_no_ops(path):
-    executed = arrays(seed=2)["actions"]
-    executed[3, 6] = -1
-    with h5py.File(path, "a") as file:
-        file["data/demo_2"].create_dataset("executed_actions", data=executed)
-        still = file["data/demo_2/actions"][()]
-        still[[1, 3]] = [*[0] * 6, still[0, 6]]
-        file["data/demo_2/actions"][...] = still
-        executed[[0, 1]] = still[[0, 1]]
-        executed[3, :6] = 0
-        file["data/demo_2/executed_actions"][...] = executed
-    assert read(path)[2].disturbed.tolist() == [False, False, False, True, False]
-    filtered = read(path, filter_no_ops=True)[2]
-    assert len(filtered) == 4 and filtered.disturbed.tolist() == [False, False, True, False]
-    assert not read(path)[3].disturbed.any()  # LIBERO's own files say nothing of it
-
-
 def test_a_file_that_was_not_finished_does_not_get_its_name(tmp_path):
     with pytest.raises(KeyboardInterrupt), DemonstrationFile(tmp_path / "d.hdf5", {}) as file:
         file.add(arrays(), {})

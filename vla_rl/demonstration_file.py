@@ -3,7 +3,6 @@
     data                    attributes: bddl_file_name, problem_info, env_args, num_demos, total, ...
     data/demo_0             attributes: num_samples, init_state, ...
         actions             [T, 7] of robosuite's OSC_POSE: -1..1, gripper -1 opens, 1 closes
-        executed_actions    [T, 7], ours alone: what was executed in their place, the same but for disturbances
         states              [T, 1 + nq + nv] of MuJoCo, before each action
         rewards, dones      [T], 1 in the last step
         robot_states        [T, 9]: fingers (2), end-effector position (3), quaternion (4)
@@ -48,7 +47,6 @@ class Demonstration:
     images: np.ndarray  # uint8 [T, K, H, W, 3], right way up
     proprio: np.ndarray  # float32 [T, 8], metres, radians (axis-angle), metres
     actions: np.ndarray  # float64 [T, 7], environment units
-    disturbed: np.ndarray  # bool [T]: something else than the action was executed
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -165,10 +163,7 @@ def read_demonstration(path: Path, data: h5py.Group, name: str, num_images: int,
     images = [read_array(demo, f"obs/{camera}", steps, (None, None, 3)) for camera in CAMERAS[:num_images]]
     if any(image.dtype != np.uint8 for image in images):
         raise ValueError(f"images are {images[0].dtype}, expected uint8")
-    disturbed = np.zeros(steps, dtype=bool)
-    if "executed_actions" in demo:
-        disturbed = (read_array(demo, "executed_actions", steps, (ACTION_DIM,)) != actions).any(axis=1)
-    keep = ~no_ops(actions) | disturbed if filter_no_ops else np.ones(steps, dtype=bool)
+    keep = ~no_ops(actions) if filter_no_ops else np.ones(steps, dtype=bool)
     if not keep.any():
         raise ValueError("every action is a no-op")
     return Demonstration(
@@ -177,7 +172,6 @@ def read_demonstration(path: Path, data: h5py.Group, name: str, num_images: int,
         images=np.ascontiguousarray(np.stack(images, axis=1)[keep, :, ::-1, ::-1]),
         proprio=np.concatenate(proprio, axis=1)[keep].astype(np.float32),
         actions=actions[keep].astype(np.float64),
-        disturbed=disturbed[keep],
     )
 
 

@@ -54,7 +54,7 @@ from vla_rl.optimizer import adamw, load_optimizer
 from vla_rl.policy import OpenVLAPolicy, check_checkpoint
 from vla_rl.prismatic import save_checkpoint
 from vla_rl.progress import peak_memory_gib
-from vla_rl.types import ACTION_DIM, NonFiniteError, PolicyInputs
+from vla_rl.types import NonFiniteError, PolicyInputs
 
 log = logging.getLogger("vla_rl.sft")
 
@@ -80,7 +80,6 @@ class Samples:
     proprio: np.ndarray  # float32 [R, 8]
     instructions: list[str]  # R
     chunks: np.ndarray  # float64 [R, C, 7], data set's units: gripper 0 closes, 1 opens
-    label_mask: np.ndarray  # bool [R, C]: the actions that are learned, see foreseeable
     steps_to_go: np.ndarray  # int64 [R], to the end of the demonstration, which is its success; 0 in the last step
 
     def __len__(self) -> int:
@@ -103,20 +102,6 @@ def chunks_of(actions: np.ndarray, chunk_size: int) -> np.ndarray:
     return actions[np.minimum(steps, len(actions) - 1)]
 
 
-def foreseeable(disturbed: np.ndarray, chunk_size: int) -> np.ndarray:
-    """bool [T, C]: which actions of the chunk of step t are no answer to a disturbance within it.
-
-    Who chooses a chunk cannot know what will disturb its execution: labels after that would only make a policy uncertain, or
-    do of itself what answers the disturbance.
-
-    Args:
-        disturbed: bool [T]; the action of a disturbed step itself was chosen before.
-    """
-    after = np.append(disturbed, np.zeros(chunk_size, dtype=bool))
-    steps = np.arange(len(disturbed))[:, None] + np.arange(chunk_size)  # [T, C]
-    return np.cumsum(after[steps], axis=1) - after[steps] == 0
-
-
 def make_samples(demonstrations: Sequence[Demonstration], chunk_size: int, size: int, progress: bool) -> Samples:
     """Preprocesses every image once."""
     images = np.concatenate([d.images for d in demonstrations])  # [R, K, H, W, 3]
@@ -130,7 +115,6 @@ def make_samples(demonstrations: Sequence[Demonstration], chunk_size: int, size:
         proprio=np.concatenate([d.proprio for d in demonstrations]),
         instructions=[d.instruction for d in demonstrations for _ in range(len(d))],
         chunks=np.concatenate([chunks_of(data_units(d.actions), chunk_size) for d in demonstrations]),
-        label_mask=np.concatenate([foreseeable(d.disturbed, chunk_size) for d in demonstrations]),
         steps_to_go=np.concatenate([np.arange(len(d))[::-1] for d in demonstrations]),
     )
 
@@ -205,7 +189,7 @@ def soft_labels(index: Tensor, num_bins: int, sigma: float, spread: Tensor) -> T
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, first_id: int) -> Tensor:
-    """-sum q log p of each token, [B, A], over the whole vocabulary: the other ids must become unlikely too, since greedy
+    """-sum q log p over the whole vocabulary, mean over the tokens: the other ids must become unlikely too, since greedy
     decoding takes the most likely of all.
 
     Args:
@@ -213,7 +197,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, first_id: int) -> Tensor:
         labels: float32 [B, A, bins], of the ids from first_id on.
     """
     logprobs = torch.log_softmax(logits, dim=-1)[..., first_id : first_id + labels.shape[-1]]
-    return -(labels * logprobs).sum(dim=-1)
+    return -(labels * logprobs).sum(dim=-1).mean()
 
 
 def learning_rate(settings: Any, training: Any, step: int) -> float:
@@ -232,8 +216,8 @@ def learning_rate(settings: Any, training: Any, step: int) -> float:
 class Losses:
     """Of one forward."""
 
-    cross_entropy: Tensor  # nats, sum over the tokens of the label mask
-    value: Tensor  # squared error of value_discount ** steps to go, sum over the samples
+    cross_entropy: Tensor  # nats a token
+    value: Tensor  # mean squared error of value_discount ** steps to go
     logits: Tensor  # float32 [B, A, vocabulary]
 
 
@@ -312,12 +296,13 @@ class SupervisedFineTuning:
         rows = batch_rows(len(self.train_samples), training.batch_size, self.step, self.config.run.seed)
         rng = np.random.default_rng([self.config.run.seed, 1, self.step])
         self.optimizer.zero_grad(set_to_none=True)
-        total, tokens = 0.0, self.train_samples.label_mask[rows].sum() * ACTION_DIM
+        total = 0.0
         for part in rows.reshape(-1, training.micro_batch_size):
             inputs = self.inputs(self.train_samples, part, rng if self.config.data.augment else None)
             losses = self.losses(inputs, self.train_samples, part)
-            (losses.cross_entropy / tokens + training.value_coef * losses.value / len(rows)).backward()
-            total += losses.cross_entropy.item() / tokens
+            loss = losses.cross_entropy + training.value_coef * losses.value
+            (loss * len(part) / len(rows)).backward()
+            total += losses.cross_entropy.item() * len(part) / len(rows)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         if not math.isfinite(total) or not torch.isfinite(norm):
             raise NonFiniteError(
@@ -351,12 +336,9 @@ class SupervisedFineTuning:
         labels = soft_labels(tokens - first, bins, training.label_sigma, self.spread)
         steps_to_go = torch.from_numpy(samples.steps_to_go[rows]).to(policy.device)
         values = self.value_map(hidden[:, 0].float()).squeeze(-1)  # [B]
-        mask = (
-            torch.from_numpy(samples.label_mask[rows]).to(policy.device).repeat_interleave(ACTION_DIM, dim=1)
-        )  # [B, A]
         return Losses(
-            cross_entropy=(cross_entropy(logits, labels, first) * mask).sum(),
-            value=F.mse_loss(values, training.value_discount**steps_to_go, reduction="sum"),
+            cross_entropy=cross_entropy(logits, labels, first),
+            value=F.mse_loss(values, training.value_discount**steps_to_go),
             logits=logits,
         )
 
@@ -366,29 +348,22 @@ class SupervisedFineTuning:
         samples, policy = self.validation, self.policy
         count = min(self.config.training.evaluation_samples, len(samples))
         rows = np.linspace(0, len(samples) - 1, count).astype(int)
-        stats = policy.statistics["action"]
-        nats, value, right, distance, gripper, actions = np.zeros(6)  # sums; of the last, a count
+        stats, sums = policy.statistics["action"], np.zeros(5)
         for part in np.array_split(rows, math.ceil(count / self.config.training.micro_batch_size)):
-            chunks, mask = samples.chunks[part], samples.label_mask[part]  # [B, C, 7], [B, C]
+            chunks = samples.chunks[part]
             losses = self.losses(self.inputs(samples, part, None), samples, part)
-            tokens = losses.logits.argmax(dim=-1).cpu().numpy().reshape(chunks.shape)
-            expected = label_tokens(policy.action_tokenizer, chunks, stats).numpy().reshape(chunks.shape)
-            predicted = policy.action_tokenizer.decode(tokens)
+            tokens = losses.logits.argmax(dim=-1).cpu()  # [B, A]
+            expected = label_tokens(policy.action_tokenizer, chunks, stats)
+            predicted = policy.action_tokenizer.decode(tokens.numpy()).reshape(chunks.shape)
             error = np.abs(predicted - np.clip(normalize(chunks, stats), -1, 1))
-            nats += losses.cross_entropy.item()
-            value += losses.value.item()
-            right += (tokens == expected)[mask].sum()
-            distance += error[mask][:, :-1].sum()
-            gripper += ((predicted[..., -1] > 0.5) == (chunks[..., -1] > 0.5))[mask].sum()
-            actions += mask.sum()
-        metrics = {
-            "validation/loss": nats / (actions * ACTION_DIM),
-            "validation/token_accuracy": right / (actions * ACTION_DIM),
-            "validation/l1": distance / (actions * (ACTION_DIM - 1)),
-            "validation/gripper_accuracy": gripper / actions,
-        }
-        metrics |= {"validation/value_loss": value / count} if self.config.training.value_coef > 0 else {}
-        return {name: float(number) for name, number in metrics.items()}
+            gripper = (predicted[..., -1] > 0.5) == (chunks[..., -1] > 0.5)
+            accuracy = (tokens == expected).float().mean().item()
+            numbers = losses.cross_entropy.item(), accuracy, error[..., :-1].mean(), gripper.mean(), losses.value.item()
+            sums += len(part) * np.array(numbers)
+        names = ["loss", "token_accuracy", "l1", "gripper_accuracy"]
+        names += ["value_loss"] if self.config.training.value_coef > 0 else []
+        sums = sums[: len(names)]
+        return {f"validation/{name}": float(value) for name, value in zip(names, sums / count, strict=True)}
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
