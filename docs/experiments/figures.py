@@ -3,7 +3,7 @@
     python docs/experiments/figures.py            all figures
     python docs/experiments/figures.py ppo        one
 
-runs/NAME_seedS.jsonl is the metrics.jsonl of a run. Thin lines are seeds: success of the last WINDOW training episodes (sampled,
+runs/NAME_seedS.jsonl is the metrics.jsonl of a run, docs/experiments/run.py makes it. Thin lines are seeds: success of the last WINDOW training episodes (sampled,
 random placements; fewer at the start). Thick lines are means over the seeds, with a 95 % t interval from 3 seeds on. Crosses are
 the seeds' greedy evaluations over the fixed states.
 """
@@ -132,6 +132,10 @@ def report(label: str, name: str) -> None:
 
 def main() -> None:
     for figure in sys.argv[1:] or FIGURES:
+        missing = [name for name in FIGURES[figure].values() if not load(name)]
+        if missing:
+            print(f"{figure}: no runs; python docs/experiments/run.py {' '.join(missing)}")
+            continue
         draw(figure, FIGURES[figure])
         print(f"{figure}\n| | seed | {TABLE} |\n|---|---|---|---|---|---|---|---|---|")
         for label, name in FIGURES[figure].items():
