@@ -131,6 +131,9 @@ def report(label: str, name: str) -> None:
 
 
 def main() -> None:
+    unknown = set(sys.argv[1:]) - set(FIGURES)
+    if unknown:
+        raise SystemExit(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
     for figure in sys.argv[1:] or FIGURES:
         missing = [name for name in FIGURES[figure].values() if not load(name)]
         if missing:
