@@ -207,7 +207,7 @@ def test_a_damaged_only_checkpoint_names_no_other(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_with_both_names(tmp_path):
     folder = write(tmp_path, 1, fingerprint="model-a")
     verify(folder, "model-a")
-    with pytest.raises(CheckpointError, match="of another model: it was made with model-a, this run has model-b"):
+    with pytest.raises(CheckpointError, match="does not fit this run: it was made with model-a, this run has model-b"):
         verify(folder, "model-b")
 
 

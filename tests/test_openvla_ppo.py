@@ -603,9 +603,9 @@ def test_run_stopped_in_its_first_iteration_does_not_repeat_the_first_evaluation
 
 def test_checkpoint_of_another_model_or_estimator_is_refused(tmp_path):
     make_trainer(tmp_path).save_checkpoint()
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="does not fit this run"):
         make_trainer(tmp_path / "b", value_head={"hidden_sizes": [16]}).load_checkpoint(find_checkpoint(tmp_path))
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="does not fit this run"):
         make_trainer(tmp_path / "c", algorithm={"estimator": "grpo"}).load_checkpoint(find_checkpoint(tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.test_demonstration_file import arrays
 from vla_rl.augmentation import augment
@@ -155,7 +157,8 @@ def data(tmp_path_factory):
             )
             rows["actions"] = np.tile(0.4 * (2 * bright - 1)[:, None] + 0.3 * task, (1, 7))
             rows["actions"][:, 6] = 2 * task - 1
-            file.add(rows, {"bddl_file_name": f"x/{['close', 'open'][task]}_the_box.bddl"})
+            text = f"{['close', 'open'][task]} the box"
+            file.add(rows, {"problem_info": json.dumps({"language_instruction": text})})
     return path
 
 
@@ -233,7 +236,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, me
 
 def test_the_last_prompt_token_learns_how_far_the_task_is(tmp_path):
     """Where the proprio tells it: the held-out error falls below that of the best constant."""
-    with DemonstrationFile(tmp_path / "d.hdf5", {"bddl_file_name": "x/do_it.bddl"}) as file:
+    with DemonstrationFile(tmp_path / "d.hdf5", {"problem_info": '{"language_instruction": "do it"}'}) as file:
         for seed in range(8):
             rows = arrays(10, seed=seed)
             rows["obs/ee_states"] = np.zeros((10, 6))
@@ -259,6 +262,24 @@ def test_a_resume_refuses_other_data_or_another_policy(data, tmp_path, capsys):
     assert main(arguments(data, tmp_path, steps=1)) == 0
     assert main(["--resume", str(tmp_path / "r"), "policy.lora.alpha=3", "data.filter_no_ops=false"]) == 2
     assert "settings of policy, data cannot change within a run" in capsys.readouterr().err
+
+
+def test_a_resume_notices_that_the_data_or_the_base_have_changed(data, tmp_path, capsys):
+    own = tmp_path / "d.hdf5"
+    shutil.copy(data, own)
+    assert main(arguments(own, tmp_path, steps=1)) == 0
+    with h5py.File(own, "a") as file:
+        file["data/demo_0/actions"][0] *= 0.5
+    assert main(["--resume", str(tmp_path / "r")]) == 2
+    assert "does not fit this run" in capsys.readouterr().err
+
+    base = tmp_path / "r/model"
+    lora = ["training.method=lora", f"policy.checkpoint={base}", "run.name=l"]
+    assert main(arguments(data, tmp_path, *lora, steps=1)) == 0
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    assert main(["--resume", str(tmp_path / "l")]) == 2
+    assert "does not fit this run" in capsys.readouterr().err
 
 
 def test_sigterm_saves_and_ends(data, tmp_path):
@@ -292,6 +313,12 @@ def test_mistakes_are_told_before_the_heavy_part(data, tmp_path, capsys, more, m
     assert main(arguments(data, tmp_path, *more)) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_exists_is_told_before_the_data_are_read(tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    assert main(arguments(tmp_path / "nowhere.hdf5", tmp_path)) == 2
+    assert f"run folder {tmp_path / 'r'} exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["sft", "tiny_sft"])

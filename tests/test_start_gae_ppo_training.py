@@ -196,7 +196,7 @@ def test_resume_of_another_model_is_refused_before_the_run_is_touched(run, capsy
     assert "tiny-openvla" in config
     before = (run / "metrics.jsonl").read_text()
     assert main(["--resume", str(run)]) == 2
-    assert "of another model" in capsys.readouterr().err
+    assert "does not fit this run" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text() == before
     assert json.loads(manifest.read_text()) == files
 

@@ -129,7 +129,7 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint is of another model.
+        CheckpointError: a file is missing or damaged, or the checkpoint does not fit.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -146,7 +146,7 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
             raise CheckpointError(f"checkpoint {folder} is torn: {name} is not what was written")
     if fingerprint is not None and made_with != fingerprint:
         raise CheckpointError(
-            f"checkpoint {folder} is of another model: it was made with {made_with}, this run has {fingerprint}"
+            f"checkpoint {folder} does not fit this run: it was made with {made_with}, this run has {fingerprint}"
         )
     return manifest
 

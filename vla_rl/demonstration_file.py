@@ -9,8 +9,9 @@
         obs/agentview_rgb, obs/eye_in_hand_rgb      uint8 [T, H, W, 3], upside down as LIBERO renders them
         obs/ee_pos, ee_ori, ee_states, gripper_states, joint_states     [T, 3 | 3 | 6 | 2 | 7]
 
-(LIBERO 8f1084e, scripts/create_dataset.py.) A file may hold several tasks: a demonstration's own bddl_file_name counts
-before the file's. Not here: who demonstrates (vla_rl.demonstrations), what is learned (vla_rl.sft).
+(LIBERO 8f1084e, scripts/create_dataset.py.) LIBERO's own files have in obs what came after the action of the same row,
+those of OpenVLA's regenerate_libero_dataset.py and ours what came before it; both are read as what came before. A file may
+hold several tasks: a demonstration's own bddl_file_name counts before the file's. Not here: who demonstrates (vla_rl.demonstrations), what is learned (vla_rl.sft).
 
 T steps of a demonstration, K images.
 """
@@ -34,7 +35,9 @@ from vla_rl.config import ConfigError
 from vla_rl.types import ACTION_DIM
 
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of OpenVLA-OFT's images
+NUM_JOINTS = 7  # of the arm, first in a state's positions
 SPARE_BYTES = 2**24  # that a disk must have beside a demonstration: for the file's own tables
+DAMAGES = (OSError, KeyError, ValueError, TypeError, RuntimeError, OverflowError)  # what h5py raises, and this module
 NO_OP_NORM = 1e-4  # openvla c8f03f4, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
 
 
@@ -111,12 +114,15 @@ def find_files(paths: list[str]) -> list[Path]:
     return found
 
 
-def read_demonstrations(path: Path, num_images: int, filter_no_ops: bool) -> Iterator[Demonstration]:
+def read_demonstrations(
+    path: Path, num_images: int, filter_no_ops: bool, instructions: Mapping[str, str]
+) -> Iterator[Demonstration]:
     """The demonstrations of a file, checked, one at a time.
 
     Args:
         num_images: K, 1 is the agent view, 2 adds the wrist camera.
         filter_no_ops: leave out steps that do nothing (see no_ops), as OpenVLA's data have it.
+        instructions: of the benchmark's tasks, by name; a file's own are used for other tasks.
 
     Raises:
         ConfigError: the file or a demonstration in it is damaged or of another layout; names it.
@@ -126,13 +132,17 @@ def read_demonstrations(path: Path, num_images: int, filter_no_ops: bool) -> Ite
     except OSError as error:
         raise ConfigError(f"{path} cannot be read as HDF5: {error}; it is torn or another kind of file") from None
     with file:
-        if not isinstance(file.get("data"), h5py.Group) or not len(file["data"]):
+        try:
+            data = file.get("data")
+            names = sorted(data, key=demo_number) if isinstance(data, h5py.Group) else []
+        except DAMAGES as error:
+            raise ConfigError(f"{path} is damaged: {error}; make or download it anew") from error
+        if not names:
             raise ConfigError(f"{path} has no demonstrations: expected groups data/demo_0, ... as LIBERO's files have")
-        data = file["data"]
-        for name in sorted(data, key=demo_number):
+        for name in names:
             try:
-                yield read_demonstration(path, data, name, num_images, filter_no_ops)
-            except (OSError, KeyError, ValueError, TypeError) as error:
+                yield read_demonstration(path, data, name, num_images, filter_no_ops, instructions)
+            except DAMAGES as error:
                 reason = str(error).strip("'\"")
                 raise ConfigError(
                     f"{path}: demonstration {name} is damaged: {reason}; make or download the file anew, or remove the group"
@@ -144,7 +154,9 @@ def demo_number(name: str) -> tuple[int, str]:
     return int(digits.group()) if digits else -1, name
 
 
-def read_demonstration(path: Path, data: h5py.Group, name: str, num_images: int, filter_no_ops: bool) -> Demonstration:
+def read_demonstration(
+    path: Path, data: h5py.Group, name: str, num_images: int, filter_no_ops: bool, instructions: Mapping[str, str]
+) -> Demonstration:
     demo = data[name]
     actions = read_array(demo, "actions", None, (ACTION_DIM,))
     steps = len(actions)
@@ -163,16 +175,34 @@ def read_demonstration(path: Path, data: h5py.Group, name: str, num_images: int,
     images = [read_array(demo, f"obs/{camera}", steps, (None, None, 3)) for camera in CAMERAS[:num_images]]
     if any(image.dtype != np.uint8 for image in images):
         raise ValueError(f"images are {images[0].dtype}, expected uint8")
-    keep = ~no_ops(actions) if filter_no_ops else np.ones(steps, dtype=bool)
+    seen = np.concatenate(proprio, axis=1), np.stack(images, axis=1)
+    if observed_after(demo, steps):
+        actions, seen = actions[1:], tuple(array[:-1] for array in seen)
+    keep = ~no_ops(actions) if filter_no_ops else np.ones(len(actions), dtype=bool)
     if not keep.any():
         raise ValueError("every action is a no-op")
     return Demonstration(
         name=name,
-        instruction=read_instruction(path, demo, data),
-        images=np.ascontiguousarray(np.stack(images, axis=1)[keep, :, ::-1, ::-1]),
-        proprio=np.concatenate(proprio, axis=1)[keep].astype(np.float32),
+        instruction=read_instruction(path, demo, data, instructions),
+        images=np.ascontiguousarray(seen[1][keep, :, ::-1, ::-1]),
+        proprio=seen[0][keep].astype(np.float32),
         actions=actions[keep].astype(np.float64),
     )
+
+
+def observed_after(demo: h5py.Group, steps: int) -> bool:
+    """Whether obs[t] is of the moment after actions[t]: whether its joints are those of states[t + 1], not of states[t].
+
+    states[t] is before actions[t] in every file; LIBERO's script appends to obs what env.step(actions[t]) returned.
+    Without both arrays it cannot be told: then obs are taken as they are, of the moment before.
+    """
+    if steps < 2 or "states" not in demo or "obs/joint_states" not in demo:
+        return False
+    arm = read_array(demo, "states", steps, (None,))[:, 1 : 1 + NUM_JOINTS]  # after the time
+    joints = read_array(demo, "obs/joint_states", steps, (NUM_JOINTS,))
+    if arm.shape != joints.shape:
+        raise ValueError(f"states has {arm.shape[1] + 1} columns, expected the time and more than {NUM_JOINTS} joints")
+    return bool(np.abs(joints[:-1] - arm[1:]).mean() < np.abs(joints - arm).mean())
 
 
 def read_array(demo: h5py.Group, name: str, steps: int | None, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -191,24 +221,20 @@ def read_array(demo: h5py.Group, name: str, steps: int | None, shape: tuple[int 
     return array
 
 
-def read_instruction(path: Path, demo: h5py.Group, data: h5py.Group) -> str:
-    """The benchmark's text of the task: of the BDDL file's name, which LIBERO makes it from, not of the file's content.
-
-    The texts differ for some tasks, and the benchmark's is what policies are trained and evaluated on.
-    """
+def read_instruction(path: Path, demo: h5py.Group, data: h5py.Group, instructions: Mapping[str, str]) -> str:
+    """The benchmark's text of a task of the benchmark, which the BDDL file's name tells; it differs from the file's content
+    for some tasks, and is what policies are trained and evaluated on. Of another task what problem_info says."""
+    names = [owner.attrs["bddl_file_name"] for owner in (demo, data) if "bddl_file_name" in owner.attrs]
+    names = [name.decode() if isinstance(name, bytes) else name for name in names] or [path.stem.removesuffix("_demo")]
+    task = Path(names[0]).stem
+    if task in instructions:
+        return instructions[task]
     for owner in (demo, data):
-        if "bddl_file_name" in owner.attrs:
-            return task_text(Path(owner.attrs["bddl_file_name"]).stem)
-    if path.stem.endswith("_demo"):
-        return task_text(path.stem.removesuffix("_demo"))
-    if "problem_info" in data.attrs:
-        return "".join(json.loads(data.attrs["problem_info"])["language_instruction"])
-    raise ValueError("nothing tells its instruction: no attribute bddl_file_name or problem_info")
-
-
-def task_text(task_name: str) -> str:
-    """ "KITCHEN_SCENE3_turn_on_the_stove" -> "turn on the stove" (LIBERO benchmark/__init__.py)."""
-    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task_name).replace("_", " ")
+        if "problem_info" in owner.attrs:
+            return "".join(json.loads(owner.attrs["problem_info"])["language_instruction"])
+    raise ValueError(
+        f"nothing tells its instruction: {task} is no task of LIBERO, and there is no attribute problem_info"
+    )
 
 
 def no_ops(actions: np.ndarray) -> np.ndarray:

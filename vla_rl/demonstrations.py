@@ -32,7 +32,7 @@ from tqdm import tqdm
 from vla_rl.config import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
 from vla_rl.demonstration_file import CAMERAS, DemonstrationFile
 from vla_rl.failures import report
-from vla_rl.libero_env import LiberoEnv, Simulators, load_benchmark, task_languages
+from vla_rl.libero_env import LiberoEnv, Simulators, goal_predicates, load_benchmark, task_languages
 from vla_rl.types import Episode
 from vla_rl.vector_env import lean_workers
 
@@ -257,7 +257,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--task-suite", default="libero_spatial", choices=list(TASK_SUITES), metavar="SUITE", help="%(choices)s")
     add("--task-ids", type=int, nargs="+", default=[0], metavar="I", help="tasks of the suite (default 0)")
     add("--episodes", type=int, default=50, metavar="N", help="successful episodes of each task (default 50)")
-    add("--out", required=True, metavar="F.hdf5", help="file for all tasks; a folder gets one file a task, as LIBERO's")
+    add(
+        "--out",
+        required=True,
+        metavar="F.hdf5",
+        help="file for all tasks; a folder gets one file a task, as LIBERO's, each when it is whole",
+    )
     add("--states", default="random", metavar="0-39", help="fixed initial states instead of random placements")
     add("--noise", type=float, default=0.5, help="largest push, 1 is 5 cm a step; 0 for none (default 0.5)")
     add("--drops", type=float, default=0.0, help="chance in each step of carrying that the hand lets go (default 0)")
@@ -277,6 +282,13 @@ def check_args(args: argparse.Namespace) -> str | list[int]:
     wrong = [task_id for task_id in args.task_ids if not 0 <= task_id < num_tasks]
     if wrong:
         raise ConfigError(f"--task-ids {wrong} outside {args.task_suite}, which has tasks 0 to {num_tasks - 1}")
+    for task_id in args.task_ids:
+        goal = goal_predicates(args.task_suite, task_id)
+        if goal not in (["on"], ["in"]):
+            raise ConfigError(
+                f"--task-ids {task_id}: {args.task_suite} task {task_id} ({task_languages(args.task_suite)[task_id]}) is no single "
+                f"pick-and-place: its goal is {' and '.join(goal)}; leave it out"
+            )
     if len(set(args.task_ids)) < len(args.task_ids):
         raise ConfigError(f"--task-ids {args.task_ids}: a task is there twice; name each once")
     for flag, value, least in (

@@ -15,6 +15,8 @@ from gymnasium.vector import VectorEnv
 
 from vla_rl.types import Episode, Observation
 
+NOT_DEMONSTRATED = 1  # in the seeds: vla_rl.demonstrations draws without it, so no placement is seen there and here
+
 
 class EpisodeSource(Protocol):
     def next(self, env_index: int) -> Episode | None: ...  # None: nothing left to play
@@ -30,7 +32,7 @@ class EpisodeSampler:
 
     def draw(self, stream: int, number: int, task_id: int) -> Episode:
         """Episode `number` of a stream; equal arguments give equal episodes."""
-        rng = np.random.default_rng([self.seed, stream, number])
+        rng = np.random.default_rng([self.seed, stream, number, NOT_DEMONSTRATED])
         state = None if self.initial_states == "random" else int(rng.choice(self.initial_states))
         return Episode(task_id, state, seed=int(rng.integers(2**31)))
 

@@ -282,6 +282,11 @@ def task_languages(task_suite: str) -> list[str]:
     return [task.language for task in load_benchmark(task_suite).tasks]
 
 
+def task_instructions() -> dict[str, str]:
+    """The instruction of every task of the benchmark, by the task's name, which is its BDDL file's."""
+    return {task.name: task.language for suite in TASK_SUITES for task in load_benchmark(suite).tasks}
+
+
 def num_tasks(task_suite: str) -> int:
     return len(task_languages(task_suite))
 
@@ -298,13 +303,17 @@ def check_dense_reward(task_suite: str, task_ids: Sequence[int]) -> None:
         ConfigError: the goal of one asks for no object to be on or in something.
     """
     for task_id in task_ids:
-        text = Path(load_benchmark(task_suite).get_task_bddl_file_path(task_id)).read_text()
-        goal = text[text.lower().index("(:goal") :]
-        if not re.search(r"\(\s*(on|in)\s", goal, re.IGNORECASE):
+        if not {"on", "in"} & set(goal_predicates(task_suite, task_id)):
             raise ConfigError(
                 f"env.reward=dense: the goal of {task_suite} task {task_id} ({task_languages(task_suite)[task_id]}) asks for no "
                 "object to be placed; use env.reward=sparse"
             )
+
+
+def goal_predicates(task_suite: str, task_id: int) -> list[str]:
+    """What the goal of the task's BDDL file asks for, in lower case: ["on"], ["turnon", "on"], ... Builds no simulator."""
+    text = Path(load_benchmark(task_suite).get_task_bddl_file_path(task_id)).read_text().lower()
+    return re.findall(r"\(\s*(?!and\b)(\w+)", text[text.index("(:goal") + len("(:goal") :])
 
 
 def fixed_state(task_suite: str, task_id: int, index: int) -> np.ndarray:

@@ -14,6 +14,7 @@ B samples, C actions of a chunk, A = 7C action tokens, S model image side, K ima
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -49,6 +50,7 @@ from vla_rl.config import ConfigError, SftConfig, load_config, save_config, sett
 from vla_rl.demonstration_file import Demonstration, find_files, read_demonstrations
 from vla_rl.failures import report
 from vla_rl.image_transform import crop_center, preprocess
+from vla_rl.libero_env import task_instructions
 from vla_rl.metrics import MetricsLogger, check_wandb
 from vla_rl.optimizer import adamw, load_optimizer
 from vla_rl.policy import OpenVLAPolicy, check_checkpoint
@@ -85,6 +87,14 @@ class Samples:
     def __len__(self) -> int:
         return len(self.chunks)
 
+    @property
+    def digest(self) -> str:
+        """Hex digits; of the images one in 64 counts."""
+        digest = hashlib.sha256("\n".join(self.instructions).encode())
+        for array in (self.images[::64], self.proprio, self.chunks, self.steps_to_go):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()[:16]
+
 
 def data_units(actions: np.ndarray) -> np.ndarray:
     """Environment's actions [..., 7] in the data set's units: the gripper 1 (closes) becomes 0, -1 (opens) 1.
@@ -104,12 +114,12 @@ def chunks_of(actions: np.ndarray, chunk_size: int) -> np.ndarray:
 
 def make_samples(demonstrations: Sequence[Demonstration], chunk_size: int, size: int, progress: bool) -> Samples:
     """Preprocesses every image once."""
-    images = np.concatenate([d.images for d in demonstrations])  # [R, K, H, W, 3]
-    rows, cameras = images.shape[:2]
+    rows, cameras = sum(map(len, demonstrations)), demonstrations[0].images.shape[1]
     resized = np.empty((rows, cameras, size, size, 3), np.uint8)
-    for row in tqdm(range(rows), desc="images", unit="step", disable=not progress, mininterval=1):
+    images = (image for d in demonstrations for image in d.images)  # [K, H, W, 3]
+    for row, image in enumerate(tqdm(images, "images", rows, unit="step", disable=not progress, mininterval=1)):
         for camera in range(cameras):
-            resized[row, camera] = preprocess(images[row, camera], center_crop=False, size=size)
+            resized[row, camera] = preprocess(image[camera], center_crop=False, size=size)
     return Samples(
         images=resized,
         proprio=np.concatenate([d.proprio for d in demonstrations]),
@@ -247,8 +257,9 @@ class SupervisedFineTuning:
         if config.training.value_coef > 0:
             self.parameters += self.value_map.parameters()
         self.optimizer = adamw(self.parameters, config.optimizer)
-        shape = f"{len(train)} samples, {sum(p.numel() for p in self.parameters)} trained numbers"
-        self.fingerprint = f"sft {config.training.method}, policy {policy.decoder} {policy.num_tokens}, {shape}"
+        shape = f"{policy.decoder} {policy.num_tokens}, {sum(p.numel() for p in self.parameters)} trained numbers"
+        base = policy.base_digest[:16]  # of the weights that are not trained
+        self.fingerprint = f"sft {config.training.method}, policy {shape}, base {base}, data {train.digest}"
         self.step = 0  # finished optimizer steps
         self.stop_requested = False
         self.spread = torch.tensor(GRIPPER_MASK * policy.chunk_size, device=policy.device)  # [A]
@@ -444,7 +455,9 @@ def read_data(config: SftConfig) -> list[Demonstration]:
     demonstrations = [
         demonstration
         for path in find_files(config.data.files)
-        for demonstration in read_demonstrations(path, config.policy.num_images, config.data.filter_no_ops)
+        for demonstration in read_demonstrations(
+            path, config.policy.num_images, config.data.filter_no_ops, task_instructions()
+        )
     ]
     sizes = {d.images.shape[1:] for d in demonstrations}
     if len(sizes) > 1:
@@ -452,14 +465,16 @@ def read_data(config: SftConfig) -> list[Demonstration]:
     return demonstrations
 
 
-def make_run_folder(config: SftConfig) -> Path:
+def new_run_folder(config: SftConfig) -> Path:
+    """Its name; the folder is made when there is something to put into it.
+
+    Raises:
+        ConfigError: it exists already.
+    """
     name = config.run.name or f"sft_{config.data.name}_seed{config.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.run.output_dir) / name
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(f"run folder {folder} exists; choose another run.name, or --resume {folder}") from None
-    save_config(config, folder / "config.yaml")
+    if folder.exists():
+        raise ConfigError(f"run folder {folder} exists; choose another run.name, or --resume {folder}")
     return folder
 
 
@@ -472,10 +487,13 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         raise ConfigError("run.device=cuda, but torch finds no CUDA GPU; set run.device=cpu")
     check_checkpoint(settings.checkpoint, settings.use_proprio)
     check_wandb(config)
+    folder = new_run_folder(config) if checkpoint is None else checkpoint.parent.parent
     demonstrations = read_data(config)
     training, held_out = split(demonstrations, config.data.validation_fraction)
-    steps = sum(map(len, training))
+    steps, side = sum(map(len, training)), demonstrations[0].images.shape[2]
     log.info("%d demonstrations, %d steps to train on, %d held out", len(demonstrations), steps, len(held_out))
+    for instruction in dict.fromkeys(d.instruction for d in demonstrations):
+        log.info("instruction: %s", instruction)
 
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
     policy = OpenVLAPolicy.from_checkpoint(
@@ -497,7 +515,9 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     validation = make_samples(held_out, policy.chunk_size, policy.image_size, progress) if held_out else None
     del demonstrations, training, held_out
 
-    folder = make_run_folder(config) if checkpoint is None else checkpoint.parent.parent
+    if checkpoint is None:
+        folder.mkdir(parents=True)
+        save_config(config, folder / "config.yaml")
     with locked(folder), closing(MetricsLogger(folder, config)) as logger:
         trainer = SupervisedFineTuning(config, policy, train, validation, logger)
         if checkpoint is not None:
@@ -509,7 +529,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         if trainer.stop_requested:
             return folder
         trainer.save_model(folder / "model")
-    log.info("model in %s", folder / "model")
+    log.info("model in %s; its images were %d px: env.image_size=%d in training", folder / "model", side, side)
     return folder / "model"
 
 
