@@ -155,9 +155,15 @@ def check_device(config: Config) -> None:
     import torch
 
     if config.run.device == "cuda" and not torch.cuda.is_available():
+        built = (
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else "no CUDA build"
+        )
         raise ConfigError(
-            "run.device=cuda, but torch finds no CUDA GPU on this machine; use a machine with one (80 GB for the 7B "
-            f"model), or train the small model on the CPU: --config {TINY_CONFIG}"
+            f"run.device=cuda, but torch finds no CUDA GPU that it can use ({built}; nvidia-smi shows which CUDA the driver "
+            "supports: an older driver needs another build of torch). Use a machine with one (80 GB for the 7B model), or "
+            f"train the small model on the CPU: --config {TINY_CONFIG}"
         )
 
 
@@ -275,7 +281,8 @@ def log_sizes(policy, value_head) -> None:
 
 
 def stop_on_signals(trainer) -> None:
-    """Ctrl-C or a cluster's SIGTERM: save and end; a second one ends at once."""
+    """Ctrl-C, a cluster's SIGTERM, a terminal that is gone (unless nohup has it ignored): save and end; a second one ends at
+    once."""
 
     def handle(number, frame) -> None:
         if trainer.stop_requested:
@@ -283,8 +290,9 @@ def stop_on_signals(trainer) -> None:
         log.warning("%s: stopping and saving; once more to stop at once", signal.Signals(number).name)
         trainer.request_stop()
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, handle)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) != signal.SIG_IGN:
+            signal.signal(name, handle)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,9 +64,10 @@ def play(env, suite: str, episode: Episode, actions: np.ndarray, render_every: i
         T + 1 rows, the first one after the settle steps.
     """
     # Stock adds the drawer's sampler once more at each hard reset, and so draws other places each time. Once is meant.
-    env.env.object_property_initializers.clear()
     env.seed(episode.seed)
-    env.reset()
+    for _ in range(episode.resets):
+        env.env.object_property_initializers.clear()
+        env.reset()
     if episode.initial_state is not None:
         states = libero_env.load_benchmark(suite).get_task_init_states(episode.task_id)
         env.set_init_state(states[episode.initial_state])
@@ -124,7 +125,7 @@ def random_actions(seed: int, steps: int = 60) -> np.ndarray:
 
 def reset(sim, suite: str, episode: Episode, render: bool = False) -> None:
     state = None if episode.initial_state is None else fixed_state(suite, episode.task_id, episode.initial_state)
-    sim.reset(episode.seed, state, render=False)
+    sim.reset(episode.seed, state, render=False, resets=episode.resets)
     for i in range(10):
         sim.step(REST, render=render and i == 9)
 

@@ -123,8 +123,11 @@ def test_after_a_resume_from_an_earlier_one_the_later_ones_are_set_aside(tmp_pat
     assert find_checkpoint(tmp_path) == folder
     assert names(tmp_path) == ["iteration-000011", "superseded-iteration-000020", "superseded-iteration-000030"]
     write(tmp_path, 20)
-    set_aside_later_checkpoints(folder)  # and once more, with the name taken
+    set_aside_later_checkpoints(folder)  # and once more, with the name taken: nothing is lost
     assert find_checkpoint(tmp_path) == folder
+    assert names(tmp_path)[1:] == [
+        f"superseded-{name}iteration-0000{n}" for name, n in (("1-", 20), ("", 20), ("", 30))
+    ]
 
 
 def test_what_a_kill_left_over_does_not_block_writing_that_iteration_again(tmp_path):

@@ -122,18 +122,21 @@ def read_bytes(path: Path) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_run_that_is_killed_and_resumed_equals_one_that_was_not(whole, tmp_path, how):
-    """Killed in the second iteration or later, while episodes are under way; the metrics and the weights are the same."""
+@pytest.mark.parametrize(("how", "after"), [(signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGHUP, 0)])
+def test_run_that_is_killed_and_resumed_equals_one_that_was_not(whole, tmp_path, how, after):
+    """Killed when `after` iterations are saved or later, while episodes are under way; the metrics and the weights are the
+    same."""
     process = start(tmp_path, "--timesteps", "70", "run.name=killed")
     run = tmp_path / "killed"
     deadline = time.monotonic() + 240
-    while not list_checkpoints(run / "checkpoints") and time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(path.name >= f"iteration-{after:06d}" for path in list_checkpoints(run / "checkpoints")):
+            break
         time.sleep(0.05)
-    # a cluster's SIGTERM reaches the simulators too; the kernel's out-of-memory killer takes the trainer alone
-    os.killpg(process.pid, how) if how == signal.SIGTERM else os.kill(process.pid, how)
+    # a cluster's SIGTERM and a closed terminal reach the simulators too; the out-of-memory killer takes the trainer alone
+    os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == (0 if how == signal.SIGTERM else -signal.SIGKILL), output
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 0), output
     assert len([line for line in read_metrics(run / "metrics.jsonl") if "actor/policy_loss" in line]) < 3
 
     resumed = start(tmp_path, "--resume", str(run))

@@ -8,6 +8,7 @@ import pytest
 
 from tests import stock_libero
 from tests.stock_libero import CAMERAS, SIZE, Row, assert_equal, random_actions, reset, row
+from vla_rl.evaluation import evaluation_episodes
 from vla_rl.libero_env import build_simulator
 from vla_rl.types import Episode
 
@@ -34,7 +35,7 @@ def assert_plays_like(sim, suite: str, episode: Episode, actions: np.ndarray, ex
 
 @pytest.mark.parametrize(("suite", "task"), TASKS)
 def test_everything_equals_stock_and_resets_leave_nothing_behind(suite, task):
-    episodes = [Episode(task, 7, seed=3), Episode(task, 31, seed=0), Episode(task, None, seed=11)]
+    episodes = [Episode(task, 7, seed=3), *evaluation_episodes([task], [2]), Episode(task, None, seed=11)]
     plays = [random_actions(0), random_actions(1), random_actions(2, steps=16)]
     env = stock_libero.make(suite, task)
     expected = [stock_libero.play(env, suite, *play, render_every=CHUNK) for play in zip(episodes, plays, strict=True)]

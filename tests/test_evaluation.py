@@ -82,8 +82,9 @@ EPISODES = evaluation_episodes([3, 0, 2], [4, 5, 6])  # lengths 4, 1 and 3 decis
 
 
 def test_evaluation_episodes_are_every_task_from_every_state():
-    pairs = [(e.task_id, e.initial_state, e.seed) for e in evaluation_episodes([3, 1], [0, 9])]
-    assert pairs == [(3, 0, 0), (3, 9, 0), (1, 0, 0), (1, 9, 0)]
+    """With the fixtures of the official evaluation: seeded once, reset before each trial."""
+    starts = [(e.task_id, e.initial_state, e.seed, e.resets) for e in evaluation_episodes([3, 1], [0, 9])]
+    assert starts == [(3, 0, 0, 1), (3, 9, 0, 10), (1, 0, 0, 1), (1, 9, 0, 10)]
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 4, 9])

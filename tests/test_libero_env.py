@@ -291,7 +291,7 @@ def test_a_reset_that_fails_leaves_the_others_their_episodes(env, monkeypatch):
     env.reset(options={"episode": RANDOM})
     env.step(actions[0])
 
-    def spoil(seed, state, render):
+    def spoil(*_):
         shared.simulator.data.qpos[:] += 0.1
         raise RuntimeError("no placement")
 

@@ -674,12 +674,28 @@ def test_failing_save_does_not_hide_what_went_wrong(tmp_path, caplog):
     def no_room(folder, values=None):
         raise OSError(28, "No space left on device")
 
-    trainer.policy.save_adapter = no_room
-    trainer.envs.step_async = lambda actions, active: 1 / 0
+    def disk_and_simulator_fail(actions, active):
+        trainer.policy.save_adapter = no_room
+        raise ZeroDivisionError
+
+    trainer.envs.step_async = disk_and_simulator_fail
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert "could not be saved" in caplog.text
-    assert list((tmp_path / "checkpoints").iterdir()) == []  # and nothing half written stays
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [
+        "iteration-000000"
+    ]  # the first, nothing half written
+
+
+def test_a_rollout_without_reward_is_told(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    rollout, _ = trainer.collect_rollout()
+    trainer.compute_advantages(rollout)
+    assert ("no reward in this rollout" in caplog.text) is not bool(rollout.stack("rewards").any())
+    caplog.clear()
+    rollout.stack = lambda name, stack=rollout.stack: stack(name) * 0 if name == "rewards" else stack(name)
+    trainer.compute_advantages(rollout)
+    assert "no reward in this rollout" in caplog.text
 
 
 def test_nan_gradient_is_not_stepped(tmp_path):
@@ -737,7 +753,7 @@ def test_run_leaves_metrics_checkpoints_curves_and_config(tmp_path):
     for name in {name for line in lines for name in line}:
         assert f"`{name}`" in documented or f"`{re.sub('greedy|sampled', 'MODE', name)}`" in documented, name
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [f"iteration-{i:06d}" for i in (1, 2, 3)]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [f"iteration-{i:06d}" for i in range(4)]
     assert list((tmp_path / "videos").glob("*.mp4"))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -79,15 +80,14 @@ def write_manifest(folder: Path, fingerprint: str) -> None:
 
 
 def set_aside_later_checkpoints(folder: Path) -> None:
-    """Renames what is later than a checkpoint that a run resumes from to superseded-NAME.
+    """Renames what is later than a checkpoint that a run resumes from to superseded-NAME, or superseded-1-NAME, ...
 
     They are not of the resumed run's history, so the next resume must not find them; nor must they be lost.
     """
     for later in list_checkpoints(folder.parent):
         if later.name > folder.name:
-            superseded = folder.parent / f"superseded-{later.name}"
-            shutil.rmtree(superseded, ignore_errors=True)
-            os.replace(later, superseded)
+            names = (f"superseded-{f'{n}-' if n else ''}{later.name}" for n in itertools.count())
+            os.replace(later, next(p for name in names if not (p := folder.parent / name).exists()))
 
 
 def list_checkpoints(root: Path) -> list[Path]:

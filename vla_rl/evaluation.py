@@ -32,8 +32,12 @@ class EpisodeResult:
 
 
 def evaluation_episodes(task_ids: Sequence[int], states: Sequence[int]) -> list[Episode]:
-    """Every task from every fixed state. Seed 0 places the fixtures, as the official evaluation's env.seed(0) does."""
-    return [Episode(task_id, state, seed=0) for task_id in task_ids for state in states]
+    """Every task from every fixed state, with the fixtures where the official evaluation has them.
+
+    A state does not hold them: each reset draws them anew. openvla (c8f03f4, experiments/robot/libero/run_libero_eval.py)
+    seeds a task's environment once with 0 and resets it before each trial, trial i with state i.
+    """
+    return [Episode(task_id, state, seed=0, resets=state + 1) for task_id in task_ids for state in states]
 
 
 def evaluate_policy(

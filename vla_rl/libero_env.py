@@ -133,7 +133,7 @@ class LiberoEnv(gymnasium.Env):
             episode = as_dict(options["episode"])
         else:
             placement = seed if seed is not None else int(self.np_random.integers(2**31))
-            episode = {"task_id": self.default_task_id, "initial_state": None, "seed": placement}
+            episode = as_dict(Episode(self.default_task_id, None, seed=placement))
         self._start(episode, render=True)
         return self._observe(), {"instruction": self._instruction}
 
@@ -207,13 +207,13 @@ class LiberoEnv(gymnasium.Env):
 
     def _start(self, episode: dict[str, Any], render: bool) -> None:
         """Resets and settles the simulator, or puts it into that state if it has been there before."""
-        task_id, state_index, seed = episode["task_id"], episode["initial_state"], episode["seed"]
+        task_id, state_index, seed, resets = (episode[key] for key in ("task_id", "initial_state", "seed", "resets"))
         shared = self._shared(task_id)
-        simulator, start = shared.simulator, (state_index, seed, self.settle_steps, self.dense)
+        simulator, start = shared.simulator, (state_index, seed, resets, self.settle_steps, self.dense)
         shared.holder = None  # whatever goes wrong from here on, nobody's state is in it
         if start not in shared.settled:
             state = None if state_index is None else fixed_state(self.task_suite, task_id, state_index)
-            simulator.reset(seed, state, render=render and self.settle_steps == 0)
+            simulator.reset(seed, state, render and self.settle_steps == 0, resets)
             for i in range(self.settle_steps):
                 simulator.step(REST, render=render and i == self.settle_steps - 1)
         self._state, self._potential = shared.settled.get(start) or (simulator.state(), self._measure(simulator))
@@ -258,7 +258,7 @@ class LiberoEnv(gymnasium.Env):
 
 
 def as_dict(episode: Episode | Mapping[str, Any]) -> dict[str, Any]:
-    return dict(episode) if isinstance(episode, Mapping) else dataclasses.asdict(episode)
+    return dataclasses.asdict(Episode(**episode) if isinstance(episode, Mapping) else episode)
 
 
 def check_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

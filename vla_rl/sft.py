@@ -523,8 +523,9 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s", checkpoint)
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *_: setattr(trainer, "stop_requested", True))
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(name) != signal.SIG_IGN:  # nohup
+                signal.signal(name, lambda *_: setattr(trainer, "stop_requested", True))
         trainer.train()
         if trainer.stop_requested:
             return folder

@@ -119,7 +119,7 @@ class Simulator:
 
     # ----------------------------------------------------------------------------------------------------------- reset
 
-    def reset(self, seed: int, state: np.ndarray | None, render: bool) -> None:
+    def reset(self, seed: int, state: np.ndarray | None, render: bool, resets: int = 1) -> None:
         """As stock's `seed(seed); reset()` and, with a state, `set_init_state(state)`. Seeds NumPy's global generator.
 
         In tasks that begin with something open or on, stock draws for it once more at each reset; here it is drawn once.
@@ -127,12 +127,14 @@ class Simulator:
         Args:
             seed: of the placements; with a state it still places the fixtures, which a state does not hold.
             state: float64 [1 + nq + nv], a fixed initial state of the benchmark.
+            resets: how often stock resets after it was seeded.
 
         Raises:
             RuntimeError: no placement of the objects was found.
         """
         np.random.seed(seed)
-        until_placed(lambda _: self.env.reset())
+        for _ in range(resets):
+            until_placed(lambda _: self.env.reset())
         self.clock.restart()
         self.clock.update(force=True)
         if state is not None:

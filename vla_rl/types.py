@@ -43,6 +43,7 @@ class Episode:
     task_id: int
     initial_state: int | None  # index of the benchmark's fixed state, 0-49; None draws fresh placements
     seed: int  # of the placements and the fixtures
+    resets: int = 1  # placements drawn with that seed; the last one is played
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
 
 def command(name: str, seed: int) -> str:
     run = f"{name}_seed{seed}"
-    if (REPOSITORY / "runs" / run / "checkpoints").is_dir():
+    if any((REPOSITORY / "runs" / run / "checkpoints").glob("iteration-*")):
         return f"start_gae_ppo_training.py --resume runs/{run} --no-wandb"
     return f"start_gae_ppo_training.py {RUNS[name][1]} {COMMON} --seed {seed} run.name={run}"
 
