@@ -80,10 +80,12 @@ def advantages_of(config: Config, rollout: RolloutBuffer) -> tuple[Minibatch, Te
 
 
 def gae(config: Config, rollout: RolloutBuffer, values: Tensor, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """With the row's own value where the next state's is not known (truncated, or the end of the rollout)."""
+    """With the row's own value where the next state's is not known (the end of the rollout, or truncated unless that is
+    failure)."""
     following = torch.cat([values[1:], values[-1:]])
     truncated = rollout.stack("truncated")
-    following = torch.where(truncated, values, following)
+    at_the_limit = values if config.algorithm.bootstrap_truncated else torch.zeros_like(values)
+    following = torch.where(truncated, at_the_limit, following)
     done = rollout.stack("terminated"), truncated
     return compute_gae(rollout.stack("rewards"), values, following, *done, config.algorithm.gamma, gae_lambda)
 
