@@ -11,7 +11,8 @@
 
 (LIBERO 8f1084e, scripts/create_dataset.py.) LIBERO's own files have in obs what came after the action of the same row,
 those of OpenVLA's regenerate_libero_dataset.py and ours what came before it; both are read as what came before. A file may
-hold several tasks: a demonstration's own bddl_file_name counts before the file's. Not here: who demonstrates (vla_rl.demonstrations), what is learned (vla_rl.sft).
+hold several tasks: a demonstration's own bddl_file_name counts before the file's. Not here: who demonstrates
+(vla_rl.demonstrations), what is learned (vla_rl.sft).
 
 T steps of a demonstration, K images.
 """
