@@ -1,9 +1,12 @@
 """Which episode is played next depends on the seed and on counters, on nothing else."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from tests.fakes import make_envs
+from vla_rl.demonstrations import episodes_of
 from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
 from vla_rl.types import Episode
 
@@ -44,6 +47,14 @@ def test_a_stream_goes_on_from_its_counters():
 def test_no_two_episodes_of_a_run_start_alike():
     streams = EpisodeStreams(sampler(), 8)
     assert len({streams.next(i).seed for i in range(8) for _ in range(50)}) == 400
+
+
+def test_no_seed_trains_on_the_placements_that_it_demonstrates():
+    demonstrated = {e.seed for task in range(8) for e in itertools.islice(episodes_of(task, "random", 0), 50)}
+    streams = EpisodeStreams(sampler(seed=0), 8)
+    trained = {streams.next(env).seed for _ in range(50) for env in range(8)}
+    grouped = {e.seed for e in group_episodes(sampler(seed=0), 0, 50, 2)}
+    assert not demonstrated & (trained | grouped)
 
 
 def test_with_fewer_tasks_than_environments_each_environment_keeps_its_task():

@@ -245,6 +245,7 @@ def test_critic_epochs_step_the_value_head_alone_on_the_cached_hidden_states(tmp
     assert passes[-1]["critic/value_loss"] < passes[0]["critic/value_loss"]
     assert trainer.policy.forwards == forwards
     assert torch.equal(trainer.policy.adapter, adapter)
+    assert "critic/passes_value_loss" in trainer.update(batch)
     # the first pass is a full-batch step: the same as that of a critic in warm-up, which has the same loss
     twin = make_trainer(tmp_path / "b", algorithm={"value_coef": 1.0, "critic_warmup_iterations": 1})
     twin.minibatch_gradients(batch, train_actor=False, score_actor=False)
@@ -682,9 +683,8 @@ def test_failing_save_does_not_hide_what_went_wrong(tmp_path, caplog):
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert "could not be saved" in caplog.text
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [
-        "iteration-000000"
-    ]  # the first, nothing half written
+    saved = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+    assert saved == ["iteration-000000"]  # before the first iteration; nothing half written stays
 
 
 def test_a_rollout_without_reward_is_told(tmp_path, caplog):

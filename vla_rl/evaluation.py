@@ -35,7 +35,8 @@ def evaluation_episodes(task_ids: Sequence[int], states: Sequence[int]) -> list[
     """Every task from every fixed state, with the fixtures where the official evaluation has them.
 
     A state does not hold them: each reset draws them anew. openvla (c8f03f4, experiments/robot/libero/run_libero_eval.py)
-    seeds a task's environment once with 0 and resets it before each trial, trial i with state i.
+    seeds a task's environment once with 0 and resets it before each trial, trial i with state i. In the few tasks that begin
+    with something open or on, stock LIBERO then draws other places (docs/libero.md, departures).
     """
     return [Episode(task_id, state, seed=0, resets=state + 1) for task_id in task_ids for state in states]
 

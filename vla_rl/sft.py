@@ -452,13 +452,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_data(config: SftConfig) -> list[Demonstration]:
-    demonstrations = [
-        demonstration
-        for path in find_files(config.data.files)
-        for demonstration in read_demonstrations(
-            path, config.policy.num_images, config.data.filter_no_ops, task_instructions()
-        )
-    ]
+    settings = config.policy.num_images, config.data.filter_no_ops, task_instructions()
+    demonstrations = [d for path in find_files(config.data.files) for d in read_demonstrations(path, *settings)]
     sizes = {d.images.shape[1:] for d in demonstrations}
     if len(sizes) > 1:
         raise ConfigError(f"data.files have images of different shapes: {sorted(map(list, sizes))}; give one kind")
