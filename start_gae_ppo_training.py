@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="start_gae_ppo_training.py",
         description="Fine-tune OpenVLA on LIBERO with PPO and GAE (or GRPO).\n\n"
-        f"On a CPU: start_gae_ppo_training.py --config {TINY_CONFIG} --task-id 0 --timesteps 1000 --no-wandb",
+        f"On a CPU: start_gae_ppo_training.py --config {TINY_CONFIG} --task-id 0 --no-wandb",
         epilog="settings, given as section.key=value; the defaults hold where the settings file says nothing:\n"
         + settings_help(),
         formatter_class=HelpFormatter,
