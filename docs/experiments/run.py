@@ -52,7 +52,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "temperature_05": ((1, 2), f"{ABLATION} rollout.temperature=0.5"),
     "temperature_15": ((1, 2), f"{ABLATION} rollout.temperature=1.5"),
     "dims": ((1, 2), f"{ABLATION} algorithm.action_dims=0-2,6 actor.learning_rate=2e-3"),
-    "rank_32": ((1, 2), f"{ABLATION} policy.lora.rank=32 policy.lora.alpha=64"),
+    "lambda_07": ((1, 2), f"{ABLATION} algorithm.gae_lambda=0.7"),
     "weak_sparse": ((1, 2), WEAK),
     "weak_dense": ((1, 2), f"{WEAK} env.reward=dense"),
 }
