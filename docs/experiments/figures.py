@@ -28,12 +28,12 @@ WINDOW = 160  # episodes
 FIGURES: dict[str, dict[str, str]] = {
     "ppo": {"GAE-PPO": "ppo"},
     "grpo": {"GAE-PPO": "ppo", "GRPO": "grpo"},
-    "value_gradient": {"value loss kept from the LoRA": "ppo", "value loss reaches the LoRA": "value_gradient"},
-    "warmup": {"1 iteration of critic warm-up": "ppo", "none": "warmup_0", "3": "warmup_3"},
-    "level": {"ratio of a token": "ppo", "of an action": "level_action", "of a chunk": "level_chunk"},
-    "epochs": {"2 epochs": "ppo", "1": "epochs_1", "4": "epochs_4"},
-    "clip": {"clip 0.2, 0.28": "ppo", "0.2, 0.2": "clip_symmetric"},
-    "temperature": {"temperature 1": "ppo", "0.5": "temperature_05", "1.5": "temperature_15"},
+    "value_gradient": {"value loss kept from the LoRA": "short", "value loss reaches the LoRA": "value_gradient"},
+    "warmup": {"1 iteration of critic warm-up": "short", "none": "warmup_0", "3": "warmup_3"},
+    "level": {"ratio of a token": "short", "of an action": "level_action", "of a chunk": "level_chunk"},
+    "epochs": {"2 epochs": "short", "1": "epochs_1", "4": "epochs_4"},
+    "clip": {"clip 0.2, 0.28": "short", "0.2, 0.2": "clip_symmetric"},
+    "temperature": {"temperature 1": "short", "0.5": "temperature_05", "1.5": "temperature_15"},
     "reward": {"sparse": "weak_sparse", "dense": "weak_dense"},
 }
 

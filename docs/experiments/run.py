@@ -28,19 +28,21 @@ COMMON = (
     "logging.checkpoint_interval=3 logging.progress=false"
 )
 PPO, GRPO = "--config configs/tiny_gae_ppo.yaml", "--config configs/tiny_grpo.yaml"
-ABLATION = f"{PPO} eval.interval=0"
+ABLATION = f"{PPO} --timesteps 64000 algorithm.gae_lambda=0.9 eval.interval=0"
+GRPO_TRIAL = f"{GRPO} --timesteps 64000 eval.interval=2"
 WEAK = f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0"
 
 # name -> seeds, settings
 RUNS: dict[str, tuple[tuple[int, ...], str]] = {
-    "ppo": ((0, 1, 2), f"{PPO} eval.interval=2"),
-    "grpo": ((0, 1, 2), f"{GRPO} eval.interval=2"),
-    "long": ((0, 1, 2), f"{PPO} --timesteps 150000 eval.interval=3"),
-    "grpo_long": ((0,), f"{GRPO} --timesteps 150000 eval.interval=3"),
-    "grpo_1e-3": ((1,), f"{GRPO} eval.interval=2 actor.learning_rate=1e-3"),
-    "grpo_6e-3": ((1,), f"{GRPO} eval.interval=2 actor.learning_rate=6e-3"),
-    "grpo_group_4": ((1,), f"{GRPO} eval.interval=2 rollout.group_size=4"),
-    "grpo_group_16": ((1,), f"{GRPO} eval.interval=2 rollout.group_size=16 rollout.num_envs=16"),
+    "ppo": ((0, 1, 2), f"{PPO} eval.interval=3"),
+    "grpo": ((0, 1, 2), f"{GRPO} eval.interval=3"),
+    "long": ((0, 1, 2), f"{PPO} algorithm.gae_lambda=0.9 eval.interval=3"),
+    "grpo_short": ((1,), GRPO_TRIAL),
+    "grpo_1e-3": ((1,), f"{GRPO_TRIAL} actor.learning_rate=1e-3"),
+    "grpo_6e-3": ((1,), f"{GRPO_TRIAL} actor.learning_rate=6e-3"),
+    "grpo_group_4": ((1,), f"{GRPO_TRIAL} rollout.group_size=4"),
+    "grpo_group_16": ((1,), f"{GRPO_TRIAL} rollout.group_size=16 rollout.num_envs=16"),
+    "short": ((0, 1, 2, 3), ABLATION),
     "value_gradient": ((1, 2), f"{ABLATION} algorithm.freeze_vla_for_critic=false"),
     "warmup_0": ((1, 2), f"{ABLATION} algorithm.critic_warmup_iterations=0"),
     "warmup_3": ((1, 2), f"{ABLATION} algorithm.critic_warmup_iterations=3"),
@@ -51,8 +53,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "clip_symmetric": ((1, 2), f"{ABLATION} algorithm.clip_ratio_high=0.2"),
     "temperature_05": ((1, 2), f"{ABLATION} rollout.temperature=0.5"),
     "temperature_15": ((1, 2), f"{ABLATION} rollout.temperature=1.5"),
-    "dims": ((1, 2), f"{ABLATION} algorithm.action_dims=0-2,6 actor.learning_rate=2e-3"),
-    "lambda_07": ((1, 2), f"{ABLATION} algorithm.gae_lambda=0.7"),
+    "dims": ((1,), f"{ABLATION} algorithm.action_dims=0-2,6 actor.learning_rate=2e-3"),
     "weak_sparse": ((1, 2), WEAK),
     "weak_dense": ((1, 2), f"{WEAK} env.reward=dense"),
 }
