@@ -1,13 +1,15 @@
 """How much of a rollout's policy gradient is signal: it is taken on half of the environments and scored on the other half.
 
-    python tests/bench/gradient_signal.py [--config YAML] [--steps T] [section.key=value ...]
+    python tests/bench/gradient_signal.py [--config YAML] [--steps T] [--gae-lambda L ...] [section.key=value ...]
 
 For the plain gradient and for its sign (Adam's first step), over all LoRA weights and over the weights of one part, it
 prints the surrogate's first-order gain a decision, E[sum over tokens of A d log pi], divided by sqrt(2 KL) of that step, KL
 being of a decision: the most that a unit of movement can gain, whatever the learning rate. "own" is on the half that gave
 the gradient, "other" on the half that did not, with the standard error over environments. Only the second is progress; own
 much above other says that the update is mostly noise, other within its error of 0 that there is nothing to learn from yet.
-Advantages are normalised; values come from a head fitted on the other half.
+
+The gradient is of advantages with gae_lambda, the score of Monte Carlo ones (lambda 1), both normalised. An environment's
+values come from a head fitted on the other environments of its half, so that nothing of one half enters the other.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ from vla_rl.value_head import ValueHead
 from vla_rl.vector_env import make_vector_env
 
 FIT_ROUNDS, FIT_STEPS, FIT_BATCH, FIT_LEARNING_RATE = 10, 60, 256, 1e-3
+MONTE_CARLO = 1.0  # gae_lambda
 TARGET_KL = 0.1  # nats a decision, of the step whose KL is measured: small enough for the first order to hold
-PARTS = {"all": "", "vision": "vision_backbone", "projector": "projector.fc", "language model": "language_model"}
+PARTS = {"vision": "vision_backbone", "projector": "projector.", "language model": "language_", "proprio": "proprio_"}
 
 
 def main() -> None:
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default="configs/tiny_gae_ppo.yaml")
     parser.add_argument("--steps", type=int, default=512, help="decisions of each environment")
+    parser.add_argument("--gae-lambda", type=float, nargs="+", metavar="L", help="to compare (default: the setting)")
     args = parser.parse_intermixed_args()
     changes = {"rollout.n_steps": args.steps, "algorithm.estimator": "gae"}
     config = load_config(find_config(args.config), args.overrides, changes)
@@ -51,9 +55,12 @@ def main() -> None:
     policy, rollout, metrics = collect(config)
     print(f"{len(rollout) * config.rollout.num_envs} decisions, {metrics['rollout/episodes']} episodes, ", end="")
     print(f"success {metrics['rollout/success_rate']:.0%}")
-    batch, half = advantages_of(config, rollout)
-    gradients = gradients_of_environments(policy, batch, config)  # [N][parameters]
-    report(policy, batch, gradients, half, config)
+    lambdas = args.gae_lambda or [config.algorithm.gae_lambda]
+    advantages = advantages_of(config, rollout, {*lambdas, MONTE_CARLO})
+    gradients = gradients_of_environments(policy, rollout, advantages, config)
+    print(f"{'lambda':<7} {'direction':<10} {'part':<16} {'numbers':>8} {'own':>7} {'other':>7} {'error':>7}")
+    for gae_lambda in lambdas:
+        report(policy, rollout, gradients[gae_lambda], gradients[MONTE_CARLO], f"{gae_lambda:<7g}", config)
 
 
 def collect(config: Config) -> tuple:
@@ -68,15 +75,22 @@ def collect(config: Config) -> tuple:
     return policy, rollout, metrics
 
 
-def advantages_of(config: Config, rollout: RolloutBuffer) -> tuple[Minibatch, Tensor]:
-    """Rows with normalised advantages, and which environments [N] are of the first half."""
+def first_half(num_envs: int) -> Tensor:
+    """Which environments [N] are of it."""
+    return torch.arange(num_envs) % 2 == 0
+
+
+def advantages_of(config: Config, rollout: RolloutBuffer, lambdas: set[float]) -> dict[float, Tensor]:
+    """lambda -> normalised advantages [T, N]."""
     values = torch.zeros_like(rollout.stack("rewards"))  # [T, N]
-    half = torch.arange(values.shape[1]) % 2 == 0
-    for fitted in (half, ~half):
-        values[:, ~fitted] = fit_values(config, rollout, fitted)[:, ~fitted]
-    advantages, returns = gae(config, rollout, values, config.algorithm.gae_lambda)
-    print(f"explained variance of the returns by the other half's head {explained_variance(values, returns):.2f}")
-    return rollout.flatten(normalize(advantages).flatten(), returns.flatten()), half
+    half = first_half(values.shape[1])
+    for env in range(len(half)):
+        fitted = half == half[env]
+        fitted[env] = False
+        values[:, env] = fit_values(config, rollout, fitted)[:, env]
+    returns = gae(config, rollout, values, MONTE_CARLO)[1]
+    print(f"explained variance of the returns by heads of other environments {explained_variance(values, returns):.2f}")
+    return {lam: normalize(gae(config, rollout, values, lam)[0].flatten()).view_as(values) for lam in lambdas}
 
 
 def gae(config: Config, rollout: RolloutBuffer, values: Tensor, gae_lambda: float) -> tuple[Tensor, Tensor]:
@@ -119,18 +133,31 @@ def score(policy, rows: Minibatch, config: Config) -> tuple[Tensor, Tensor]:
     return logprobs, token_mask(rows.steps, policy.chunk_size, ACTION_DIM)
 
 
-def gradients_of_environments(policy, batch: Minibatch, config: Config) -> list[list[Tensor]]:
-    """For each environment the gradient of the mean over its decisions of A sum log pi."""
-    parameters, num_envs, gradients = policy.trainable_parameters(), config.rollout.num_envs, []
+def gradients_of_environments(
+    policy, rollout: RolloutBuffer, advantages: dict[float, Tensor], config: Config
+) -> dict[float, list[list[Tensor]]]:
+    """lambda -> for each environment the gradient of the mean over its decisions of A sum log pi."""
+    parameters, num_envs = policy.trainable_parameters(), config.rollout.num_envs
+    gradients: dict[float, list[list[Tensor]]] = {lam: [] for lam in advantages}
+    batch = rows_of(rollout)
     for env in range(num_envs):
-        rows = batch.rows(torch.arange(env, len(batch), num_envs))
-        for parameter in parameters:
-            parameter.grad = None
-        for micro in rows.split(config.algorithm.micro_batch_size):
-            logprobs, mask = score(policy, micro, config)
-            ((logprobs * mask).sum(1) @ micro.advantages / len(rows)).backward()
-        gradients.append([parameter.grad.clone() for parameter in parameters])
+        for found in gradients.values():
+            found.append([torch.zeros_like(parameter) for parameter in parameters])
+        for indices in torch.arange(env, len(batch), num_envs).split(config.algorithm.micro_batch_size):
+            logprobs, mask = score(policy, batch.rows(indices), config)
+            joint = (logprobs * mask).sum(1)
+            for lam, found in gradients.items():
+                objective = joint @ advantages[lam].flatten()[indices] / (len(batch) // num_envs)
+                for total, part in zip(
+                    found[env], torch.autograd.grad(objective, parameters, retain_graph=True), strict=True
+                ):
+                    total += part
     return gradients
+
+
+def rows_of(rollout: RolloutBuffer) -> Minibatch:
+    nothing = torch.zeros(rollout.stack("rewards").numel())
+    return rollout.flatten(nothing, nothing)
 
 
 @torch.no_grad()
@@ -149,16 +176,28 @@ def divergence(policy, rows: Minibatch, step: list[Tensor], config: Config) -> f
     return total / len(rows)
 
 
-def report(policy, batch: Minibatch, gradients: list[list[Tensor]], half: Tensor, config: Config) -> None:
+def report(
+    policy,
+    rollout: RolloutBuffer,
+    gradients: list[list[Tensor]],
+    scores: list[list[Tensor]],
+    label: str,
+    config: Config,
+) -> None:
+    """Lines of the table: directions from `gradients`, what they gain by `scores`, both [N][parameters]."""
     names = [name for name, parameter in policy.network.named_parameters() if parameter.requires_grad]
+    batch = rows_of(rollout)
     probe = batch.rows(torch.arange(0, len(batch), max(1, len(batch) // 256)))
+    half = first_half(len(gradients))
 
     def gain(env: int, step: list[Tensor]) -> float:
-        return sum((g * s).sum().item() for g, s in zip(gradients[env], step, strict=True))
+        return sum((g * s).sum().item() for g, s in zip(scores[env], step, strict=True))
 
-    print(f"{'direction':<10} {'part':<16} {'numbers':>8} {'own':>7} {'other':>7} {'error':>7}")
     for kind, direction in (("gradient", lambda g: g), ("sign", torch.sign)):
-        for part, prefix in PARTS.items():
+        for part, prefix in {"all": "", **PARTS}.items():
+            numbers = sum(g.numel() for n, g in zip(names, gradients[0], strict=True) if n.startswith(prefix))
+            if not numbers:
+                continue
             own, other = [], []
             for fitted in (half, ~half):
                 mean = [torch.stack(g).mean(0) for g in zip(*(gradients[i] for i in fitted.nonzero()), strict=True)]
@@ -166,19 +205,22 @@ def report(policy, batch: Minibatch, gradients: list[list[Tensor]], half: Tensor
                     direction(g) if n.startswith(prefix) else torch.zeros_like(g)
                     for n, g in zip(names, mean, strict=True)
                 ]
-                norm = sum(s.square().sum() for s in step).sqrt()
-                size, kl = 0.05 / norm, 0.0
-                for _ in range(4):  # to TARGET_KL
-                    kl = divergence(policy, probe, [s * size for s in step], config)
-                    size = size * (TARGET_KL / max(kl, 1e-8)) ** 0.5
-                size = size * (kl / TARGET_KL) ** 0.5  # of the step whose KL was measured last
-                unit = size / (2 * kl) ** 0.5
+                unit = unit_of(policy, probe, step, config)
                 for env, is_own in enumerate(fitted.tolist()):
-                    (own if is_own else other).append(gain(env, step) * unit.item())
-            count = sum(p.numel() for n, p in policy.network.named_parameters() if n in names and n.startswith(prefix))
+                    (own if is_own else other).append(gain(env, step) * unit)
             error = torch.tensor(other).std() / len(other) ** 0.5
-            mean_own, mean_other = torch.tensor(own).mean(), torch.tensor(other).mean()
-            print(f"{kind:<10} {part:<16} {count:>8} {mean_own:>7.3f} {mean_other:>7.3f} {error:>7.3f}", flush=True)
+            means = f"{torch.tensor(own).mean():>7.3f} {torch.tensor(other).mean():>7.3f} {error:>7.3f}"
+            print(f"{label} {kind:<10} {part:<16} {numbers:>8} {means}", flush=True)
+
+
+def unit_of(policy, probe: Minibatch, step: list[Tensor], config: Config) -> float:
+    """What to multiply a step with, so that it moves by sqrt(2 KL) = 1 where KL is of second order."""
+    size, kl = 0.05 / sum(s.square().sum() for s in step).sqrt().item(), 0.0
+    for _ in range(4):  # to TARGET_KL
+        kl = divergence(policy, probe, [s * size for s in step], config)
+        size = size * (TARGET_KL / max(kl, 1e-8)) ** 0.5
+    size = size * (kl / TARGET_KL) ** 0.5  # of the step whose KL was measured last
+    return size / (2 * kl) ** 0.5
 
 
 if __name__ == "__main__":
