@@ -105,29 +105,56 @@ def draw_axis(axis: Any, runs: dict[str, str], column: int) -> None:
 
 
 GREEDY = "eval/success_rate_greedy"
-TABLE = (
-    "timesteps | minutes | greedy | training episodes: first iteration, second half, last ones | timesteps to 80 % | "
-    "s an iteration | steadiness"
+COLUMNS = (
+    "",
+    "seed",
+    "timesteps",
+    "minutes",
+    "greedy",
+    "its spread after the start",
+    "training episodes: first iteration, second half, last ones",
+    "timesteps to 70 %, 80 %",
+    "s an iteration: rollout, update",
+    "s per 1,000 timesteps",
+    "steadiness",
 )
 
 
 def report(label: str, name: str) -> None:
-    """A line of the Markdown table for each seed. Steadiness: standard deviation of success between iterations, over
-    that of as many independent episodes; 1 if the policy's changes add nothing."""
+    """A line of the Markdown table for each seed. Seconds are medians. Steadiness: standard deviation of success between
+    iterations, over that of as many independent episodes; 1 if the policy's changes add nothing."""
     for seed, records in load(name).items():
         timesteps, minutes, success = success_curve(records)
         iterations = [r for r in records if r.get("rollout/episodes")]
+        column = {
+            key: np.array([r[key] for r in iterations]) for key in ("timesteps", "time/rollout_s", "time/update_s")
+        }
         n, rate = (np.array([r[f"rollout/{key}"] for r in iterations]) for key in ("episodes", "success_rate"))
         expected = rate * (1 - rate) / n
         steadiness = np.sqrt(np.mean(np.diff(rate) ** 2) / np.mean(expected[1:] + expected[:-1]))
-        reached = np.flatnonzero(success >= 0.8)
-        half = np.array([r["timesteps"] for r in iterations]) > timesteps[-1] / 2
-        greedy = " ".join(f"{r[GREEDY]:.0%}" for r in records if r.get(GREEDY) is not None)
-        print(
-            f"| {label} | {seed} | {timesteps[-1]:.0f} | {minutes[-1]:.0f} | {greedy} | "
-            f"{success[0]:.0%} {np.average(rate[half], weights=n[half]):.0%} {success[-1]:.0%} | {f'{timesteps[reached[0]]:.0f}' if len(reached) else '-'} | "
-            f"{60 * minutes[-1] / len(iterations):.0f} | {steadiness:.2f} |"
+        half = column["timesteps"] > timesteps[-1] / 2
+        greedy = [r[GREEDY] for r in records if r.get(GREEDY) is not None]
+        rollout, update = column["time/rollout_s"], column["time/update_s"]
+        per_timestep = (rollout + update) / np.diff(column["timesteps"], prepend=0)
+        cells = (
+            label,
+            seed,
+            f"{timesteps[-1]:.0f}",
+            f"{minutes[-1]:.0f}",
+            " ".join(f"{g:.0%}" for g in greedy),
+            f"{np.std(greedy[1:], ddof=1):.1%}" if len(greedy) > 2 else "-",
+            f"{rate[0]:.0%} {np.average(rate[half], weights=n[half]):.0%} {success[-1]:.0%}",
+            ", ".join(first_at(timesteps, success, level) for level in (0.7, 0.8)),
+            f"{np.median(rollout):.0f}, {np.median(update[1:]):.0f}",
+            f"{1000 * np.median(per_timestep[1:]):.1f}",
+            f"{steadiness:.2f}",
         )
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def first_at(timesteps: np.ndarray, success: np.ndarray, level: float) -> str:
+    reached = np.flatnonzero(success >= level)
+    return f"{timesteps[reached[0]]:.0f}" if len(reached) else "-"
 
 
 def main() -> None:
@@ -140,7 +167,7 @@ def main() -> None:
             print(f"{figure}: no runs; python docs/experiments/run.py {' '.join(missing)}")
             continue
         draw(figure, FIGURES[figure])
-        print(f"{figure}\n| | seed | {TABLE} |\n|---|---|---|---|---|---|---|---|---|")
+        print(f"{figure}\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
         for label, name in FIGURES[figure].items():
             report(label, name)
 

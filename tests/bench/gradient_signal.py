@@ -1,6 +1,6 @@
 """How much of a rollout's policy gradient is signal: it is taken on half of the environments and scored on the other half.
 
-    python tests/bench/gradient_signal.py [--config YAML] [--steps T] [--gae-lambda L ...] [section.key=value ...]
+    python tests/bench/gradient_signal.py [--config YAML] [--steps T] [--gae-lambda L,L,...] [section.key=value ...]
 
 For the plain gradient and for its sign (Adam's first step), over all LoRA weights and over the weights of one part, it
 prints the surrogate's first-order gain a decision, E[sum over tokens of A d log pi], divided by sqrt(2 KL) of that step, KL
@@ -46,16 +46,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default="configs/tiny_gae_ppo.yaml")
     parser.add_argument("--steps", type=int, default=512, help="decisions of each environment")
-    parser.add_argument("--gae-lambda", type=float, nargs="+", metavar="L", help="to compare (default: the setting)")
+    parser.add_argument("--gae-lambda", metavar="L,L,...", help="to compare (default: the setting)")
     args = parser.parse_intermixed_args()
     changes = {"rollout.n_steps": args.steps, "algorithm.estimator": "gae"}
     config = load_config(find_config(args.config), args.overrides, changes)
     if config.rollout.num_envs < 4 or config.rollout.num_envs % 2:
         raise SystemExit(f"rollout.num_envs={config.rollout.num_envs}: two halves need an even number, 4 or more")
+    lambdas = [float(lam) for lam in (args.gae_lambda or str(config.algorithm.gae_lambda)).split(",")]
     policy, rollout, metrics = collect(config)
     print(f"{len(rollout) * config.rollout.num_envs} decisions, {metrics['rollout/episodes']} episodes, ", end="")
     print(f"success {metrics['rollout/success_rate']:.0%}")
-    lambdas = args.gae_lambda or [config.algorithm.gae_lambda]
     advantages = advantages_of(config, rollout, {*lambdas, MONTE_CARLO})
     gradients = gradients_of_environments(policy, rollout, advantages, config)
     print(f"{'lambda':<7} {'direction':<10} {'part':<16} {'numbers':>8} {'own':>7} {'other':>7} {'error':>7}")
