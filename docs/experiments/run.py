@@ -53,6 +53,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "clip_symmetric": ((1, 2), f"{ABLATION} algorithm.clip_ratio_high=0.2"),
     "temperature_05": ((1, 2), f"{ABLATION} rollout.temperature=0.5"),
     "temperature_15": ((1, 2), f"{ABLATION} rollout.temperature=1.5"),
+    "small_steps": ((1, 2), f"{ABLATION} actor.learning_rate=2e-3 algorithm.target_kl=0.003"),
     "dims": ((1,), f"{ABLATION} algorithm.action_dims=0-2,6 actor.learning_rate=2e-3"),
     "weak_sparse": ((1, 2), WEAK),
     "weak_dense": ((1, 2), f"{WEAK} env.reward=dense"),

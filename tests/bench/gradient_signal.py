@@ -38,7 +38,13 @@ from vla_rl.vector_env import make_vector_env
 FIT_ROUNDS, FIT_STEPS, FIT_BATCH, FIT_LEARNING_RATE = 10, 60, 256, 1e-3
 MONTE_CARLO = 1.0  # gae_lambda
 TARGET_KL = 0.1  # nats a decision, of the step whose KL is measured: small enough for the first order to hold
-PARTS = {"vision": "vision_backbone", "projector": "projector.", "language model": "language_", "proprio": "proprio_"}
+PARTS = {
+    "all": "",
+    "vision": "vision_backbone",
+    "projector": "projector.",
+    "language model": "language_",
+    "proprio": "proprio_",
+}
 
 
 def main() -> None:
@@ -46,21 +52,22 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default="configs/tiny_gae_ppo.yaml")
     parser.add_argument("--steps", type=int, default=512, help="decisions of each environment")
-    parser.add_argument("--gae-lambda", metavar="L,L,...", help="to compare (default: the setting)")
+    parser.add_argument("--gae-lambda", metavar="L,L,...", help="to compare with the setting, over all weights")
     args = parser.parse_intermixed_args()
     changes = {"rollout.n_steps": args.steps, "algorithm.estimator": "gae"}
     config = load_config(find_config(args.config), args.overrides, changes)
     if config.rollout.num_envs < 4 or config.rollout.num_envs % 2:
         raise SystemExit(f"rollout.num_envs={config.rollout.num_envs}: two halves need an even number, 4 or more")
-    lambdas = [float(lam) for lam in (args.gae_lambda or str(config.algorithm.gae_lambda)).split(",")]
+    compared = [float(lam) for lam in args.gae_lambda.split(",")] if args.gae_lambda else []
+    lambdas = {lam: {"all": ""} for lam in compared} | {config.algorithm.gae_lambda: PARTS}
     policy, rollout, metrics = collect(config)
     print(f"{len(rollout) * config.rollout.num_envs} decisions, {metrics['rollout/episodes']} episodes, ", end="")
     print(f"success {metrics['rollout/success_rate']:.0%}")
     advantages = advantages_of(config, rollout, {*lambdas, MONTE_CARLO})
     gradients = gradients_of_environments(policy, rollout, advantages, config)
     print(f"{'lambda':<7} {'direction':<10} {'part':<16} {'numbers':>8} {'own':>7} {'other':>7} {'error':>7}")
-    for gae_lambda in lambdas:
-        report(policy, rollout, gradients[gae_lambda], gradients[MONTE_CARLO], f"{gae_lambda:<7g}", config)
+    for gae_lambda, parts in lambdas.items():
+        report(policy, rollout, gradients[gae_lambda], gradients[MONTE_CARLO], parts, f"{gae_lambda:<7g}", config)
 
 
 def collect(config: Config) -> tuple:
@@ -181,6 +188,7 @@ def report(
     rollout: RolloutBuffer,
     gradients: list[list[Tensor]],
     scores: list[list[Tensor]],
+    parts: dict[str, str],
     label: str,
     config: Config,
 ) -> None:
@@ -194,7 +202,7 @@ def report(
         return sum((g * s).sum().item() for g, s in zip(scores[env], step, strict=True))
 
     for kind, direction in (("gradient", lambda g: g), ("sign", torch.sign)):
-        for part, prefix in {"all": "", **PARTS}.items():
+        for part, prefix in parts.items():
             numbers = sum(g.numel() for n, g in zip(names, gradients[0], strict=True) if n.startswith(prefix))
             if not numbers:
                 continue
