@@ -28,7 +28,7 @@ COMMON = (
     "logging.checkpoint_interval=3 logging.progress=false"
 )
 PPO, GRPO = "--config configs/tiny_gae_ppo.yaml", "--config configs/tiny_grpo.yaml"
-ABLATION = f"{PPO} --timesteps 64000 algorithm.gae_lambda=0.9 eval.interval=0"
+ABLATION = f"{PPO} --timesteps 64000 eval.interval=0"
 GRPO_TRIAL = f"{GRPO} --timesteps 64000 eval.interval=2"
 WEAK = f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0"
 
@@ -36,7 +36,7 @@ WEAK = f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0"
 RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "ppo": ((0, 1, 2), f"{PPO} eval.interval=3"),
     "grpo": ((0, 1, 2), f"{GRPO} eval.interval=3"),
-    "long": ((0, 1, 2), f"{PPO} algorithm.gae_lambda=0.9 eval.interval=3"),
+    "lambda_07": ((0, 1), f"{PPO} algorithm.gae_lambda=0.7 eval.interval=3"),
     "grpo_short": ((1,), GRPO_TRIAL),
     "grpo_1e-3": ((1,), f"{GRPO_TRIAL} actor.learning_rate=1e-3"),
     "grpo_6e-3": ((1,), f"{GRPO_TRIAL} actor.learning_rate=6e-3"),
