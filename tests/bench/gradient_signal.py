@@ -52,22 +52,34 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default="configs/tiny_gae_ppo.yaml")
     parser.add_argument("--steps", type=int, default=512, help="decisions of each environment")
-    parser.add_argument("--gae-lambda", metavar="L,L,...", help="to compare with the setting, over all weights")
+    parser.add_argument(
+        "--gae-lambda",
+        type=numbers,
+        default=[],
+        metavar="L,L,...",
+        help="to compare with the setting, over all weights",
+    )
     args = parser.parse_intermixed_args()
     changes = {"rollout.n_steps": args.steps, "algorithm.estimator": "gae"}
     config = load_config(find_config(args.config), args.overrides, changes)
     if config.rollout.num_envs < 4 or config.rollout.num_envs % 2:
         raise SystemExit(f"rollout.num_envs={config.rollout.num_envs}: two halves need an even number, 4 or more")
-    compared = [float(lam) for lam in args.gae_lambda.split(",")] if args.gae_lambda else []
-    lambdas = {lam: {"all": ""} for lam in compared} | {config.algorithm.gae_lambda: PARTS}
+    lambdas = {lam: {"all": ""} for lam in args.gae_lambda} | {config.algorithm.gae_lambda: PARTS}
     policy, rollout, metrics = collect(config)
     print(f"{len(rollout) * config.rollout.num_envs} decisions, {metrics['rollout/episodes']} episodes, ", end="")
     print(f"success {metrics['rollout/success_rate']:.0%}")
     advantages = advantages_of(config, rollout, {*lambdas, MONTE_CARLO})
-    gradients = gradients_of_environments(policy, rollout, advantages, config)
+    nothing = torch.zeros(len(rollout) * config.rollout.num_envs)
+    batch = rollout.flatten(nothing, nothing)
+    probe = batch.rows(torch.arange(0, len(batch), max(1, len(batch) // 256)))
+    gradients = gradients_of_environments(policy, batch, advantages, config)
     print(f"{'lambda':<7} {'direction':<10} {'part':<16} {'numbers':>8} {'own':>7} {'other':>7} {'error':>7}")
     for gae_lambda, parts in lambdas.items():
-        report(policy, rollout, gradients[gae_lambda], gradients[MONTE_CARLO], parts, f"{gae_lambda:<7g}", config)
+        report(policy, probe, gradients[gae_lambda], gradients[MONTE_CARLO], parts, f"{gae_lambda:<7g}", config)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
 def collect(config: Config) -> tuple:
@@ -141,12 +153,11 @@ def score(policy, rows: Minibatch, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def gradients_of_environments(
-    policy, rollout: RolloutBuffer, advantages: dict[float, Tensor], config: Config
+    policy, batch: Minibatch, advantages: dict[float, Tensor], config: Config
 ) -> dict[float, list[list[Tensor]]]:
     """lambda -> for each environment the gradient of the mean over its decisions of A sum log pi."""
     parameters, num_envs = policy.trainable_parameters(), config.rollout.num_envs
     gradients: dict[float, list[list[Tensor]]] = {lam: [] for lam in advantages}
-    batch = rows_of(rollout)
     for env in range(num_envs):
         for found in gradients.values():
             found.append([torch.zeros_like(parameter) for parameter in parameters])
@@ -155,16 +166,9 @@ def gradients_of_environments(
             joint = (logprobs * mask).sum(1)
             for lam, found in gradients.items():
                 objective = joint @ advantages[lam].flatten()[indices] / (len(batch) // num_envs)
-                for total, part in zip(
-                    found[env], torch.autograd.grad(objective, parameters, retain_graph=True), strict=True
-                ):
-                    total += part
+                parts = torch.autograd.grad(objective, parameters, retain_graph=True)
+                found[env] = [total + part for total, part in zip(found[env], parts, strict=True)]
     return gradients
-
-
-def rows_of(rollout: RolloutBuffer) -> Minibatch:
-    nothing = torch.zeros(rollout.stack("rewards").numel())
-    return rollout.flatten(nothing, nothing)
 
 
 @torch.no_grad()
@@ -185,7 +189,7 @@ def divergence(policy, rows: Minibatch, step: list[Tensor], config: Config) -> f
 
 def report(
     policy,
-    rollout: RolloutBuffer,
+    probe: Minibatch,
     gradients: list[list[Tensor]],
     scores: list[list[Tensor]],
     parts: dict[str, str],
@@ -194,8 +198,6 @@ def report(
 ) -> None:
     """Lines of the table: directions from `gradients`, what they gain by `scores`, both [N][parameters]."""
     names = [name for name, parameter in policy.network.named_parameters() if parameter.requires_grad]
-    batch = rows_of(rollout)
-    probe = batch.rows(torch.arange(0, len(batch), max(1, len(batch) // 256)))
     half = first_half(len(gradients))
 
     def gain(env: int, step: list[Tensor]) -> float:
@@ -203,8 +205,8 @@ def report(
 
     for kind, direction in (("gradient", lambda g: g), ("sign", torch.sign)):
         for part, prefix in parts.items():
-            numbers = sum(g.numel() for n, g in zip(names, gradients[0], strict=True) if n.startswith(prefix))
-            if not numbers:
+            count = sum(g.numel() for n, g in zip(names, gradients[0], strict=True) if n.startswith(prefix))
+            if not count:
                 continue
             own, other = [], []
             for fitted in (half, ~half):
@@ -218,7 +220,7 @@ def report(
                     (own if is_own else other).append(gain(env, step) * unit)
             error = torch.tensor(other).std() / len(other) ** 0.5
             means = f"{torch.tensor(own).mean():>7.3f} {torch.tensor(other).mean():>7.3f} {error:>7.3f}"
-            print(f"{label} {kind:<10} {part:<16} {numbers:>8} {means}", flush=True)
+            print(f"{label} {kind:<10} {part:<16} {count:>8} {means}", flush=True)
 
 
 def unit_of(policy, probe: Minibatch, step: list[Tensor], config: Config) -> float:
