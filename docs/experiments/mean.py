@@ -1,0 +1,50 @@
+"""Greedy success over the fixed states of task 0 of the policy whose weight change is the mean of several runs'.
+
+    python docs/experiments/mean.py runs/ppo_seed0 runs/ppo_seed1 runs/ppo_seed2
+    python docs/experiments/mean.py runs/ppo_seed0            one run alone: its newest checkpoint
+
+The mean of k adapters of rank r is an adapter of rank k r: their A below each other, their B beside each other, over k.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from safetensors.torch import load_file
+
+from start_gae_ppo_training import build_policy
+from vla_rl.checkpoint import list_checkpoints
+from vla_rl.config import load_config
+from vla_rl.evaluation import evaluate_policy, evaluation_episodes
+from vla_rl.vector_env import make_vector_env
+
+
+def main() -> None:
+    runs = [Path(run) for run in sys.argv[1:]]
+    missing = [str(run) for run in runs if not list_checkpoints(run / "checkpoints")]
+    if not runs or missing:
+        raise SystemExit(f"no checkpoint in {', '.join(missing)}" if runs else __doc__)
+    adapters = [list_checkpoints(run / "checkpoints")[-1] / "adapter" / "adapter_model.safetensors" for run in runs]
+    config = load_config(runs[0] / "config.yaml")
+    lora = config.policy.lora
+    lora = lora.model_copy(update={"rank": lora.rank * len(runs), "alpha": lora.alpha * len(runs)})
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"lora": lora})})
+    policy = build_policy(config)
+    saved = [load_file(adapter) for adapter in adapters]
+    with torch.no_grad():
+        for name, tensor in policy.adapter_tensors().items():
+            parts = [tensors[name] for tensors in saved]
+            tensor.copy_(torch.cat(parts) if "lora_A" in name else torch.cat(parts, dim=1) / len(runs))
+    with closing(make_vector_env(config, config.eval.num_envs, evaluation=True)) as envs:
+        episodes = evaluation_episodes([0], range(50))
+        results = evaluate_policy(policy, envs, episodes, greedy=True, temperature=1.0, seed=0)
+    print(f"{sum(r.success for r in results)} of {len(results)}")
+
+
+if __name__ == "__main__":
+    main()
