@@ -31,11 +31,14 @@ FIGURES: dict[str, dict[str, str]] = {
     "value_gradient": {"value loss kept from the LoRA": "short", "value loss reaches the LoRA": "value_gradient"},
     "warmup": {"1 iteration of critic warm-up": "short", "none": "warmup_0", "3": "warmup_3"},
     "level": {"ratio of a token": "short", "of an action": "level_action", "of a chunk": "level_chunk"},
+    "level_chunk": {"ratio of a chunk": "level_chunk", "actor at 1e-3": "level_chunk_1e-3"},
     "epochs": {"2 epochs": "short", "1": "epochs_1", "4": "epochs_4"},
     "clip": {"clip 0.2, 0.28": "short", "0.2, 0.2": "clip_symmetric"},
     "temperature": {"temperature 1": "short", "0.5": "temperature_05", "1.5": "temperature_15"},
     "reward": {"sparse": "weak_sparse", "dense": "weak_dense"},
 }
+
+TIMED = ("ppo", "grpo")  # also against minutes: beside the other runs went now more, now less
 
 
 def load(name: str) -> dict[str, list[dict]]:
@@ -74,11 +77,13 @@ def draw(figure: str, runs: dict[str, str]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for column, text in enumerate(("timesteps", "minutes (rollouts and updates)")):
+    texts = ("timesteps", "minutes (rollouts and updates)")[: 2 if figure in TIMED else 1]
+    canvas, (axes,) = pyplot.subplots(1, len(texts), figsize=(11, 4), sharey=True, squeeze=False)
+    for column, text in enumerate(texts):
         draw_axis(axes[column], runs, column)
         axes[column].set_xlabel(text)
-    axes[0].legend(fontsize=8, loc="lower right")
+    place = {"loc": "lower right"} if figure in TIMED else {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}
+    axes[0].legend(fontsize=8, **place)
     axes[0].set(ylabel="success", ylim=(-0.03, 1.03))
     canvas.tight_layout()
     canvas.savefig(HERE / f"{figure}.png", dpi=100)

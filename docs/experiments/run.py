@@ -48,6 +48,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "warmup_3": ((1, 2), f"{ABLATION} algorithm.critic_warmup_iterations=3"),
     "level_action": ((1, 2), f"{ABLATION} algorithm.logprob_level=action"),
     "level_chunk": ((1, 2), f"{ABLATION} algorithm.logprob_level=chunk"),
+    "level_chunk_1e-3": ((1, 2), f"{ABLATION} algorithm.logprob_level=chunk actor.learning_rate=1e-3"),
     "epochs_1": ((1, 2), f"{ABLATION} algorithm.n_epochs=1"),
     "epochs_4": ((1, 2), f"{ABLATION} algorithm.n_epochs=4"),
     "clip_symmetric": ((1, 2), f"{ABLATION} algorithm.clip_ratio_high=0.2"),
