@@ -1,13 +1,15 @@
 """Greedy success over the fixed states of task 0 of the policy whose weight change is the mean of several runs'.
 
     python docs/experiments/mean.py runs/ppo_seed0 runs/ppo_seed1 runs/ppo_seed2
-    python docs/experiments/mean.py runs/ppo_seed0            one run alone: its newest checkpoint
+    python docs/experiments/mean.py runs/ppo_seed0                one run alone: its newest checkpoint
+    python docs/experiments/mean.py runs/ppo_seed0 --scale 0.6    its weight change times 0.6
 
 The mean of k adapters of rank r is an adapter of rank k r: their A below each other, their B beside each other, over k.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -25,10 +27,14 @@ from vla_rl.vector_env import make_vector_env
 
 
 def main() -> None:
-    runs = [Path(run) for run in sys.argv[1:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the mean weight change (default: 1)")
+    args = parser.parse_args()
+    runs = args.runs
     missing = [str(run) for run in runs if not list_checkpoints(run / "checkpoints")]
-    if not runs or missing:
-        raise SystemExit(f"no checkpoint in {', '.join(missing)}" if runs else __doc__)
+    if missing:
+        raise SystemExit(f"no checkpoint in {', '.join(missing)}")
     adapters = [list_checkpoints(run / "checkpoints")[-1] / "adapter" / "adapter_model.safetensors" for run in runs]
     config = load_config(runs[0] / "config.yaml")
     lora = config.policy.lora
@@ -39,7 +45,7 @@ def main() -> None:
     with torch.no_grad():
         for name, tensor in policy.adapter_tensors().items():
             parts = [tensors[name] for tensors in saved]
-            tensor.copy_(torch.cat(parts) if "lora_A" in name else torch.cat(parts, dim=1) / len(runs))
+            tensor.copy_(torch.cat(parts) if "lora_A" in name else torch.cat(parts, dim=1) * args.scale / len(runs))
     with closing(make_vector_env(config, config.eval.num_envs, evaluation=True)) as envs:
         episodes = evaluation_episodes([0], range(50))
         results = evaluate_policy(policy, envs, episodes, greedy=True, temperature=1.0, seed=0)
