@@ -38,7 +38,7 @@ FIGURES: dict[str, dict[str, str]] = {
     "reward": {"sparse": "weak_sparse", "dense": "weak_dense"},
 }
 
-TIMED = ("ppo", "grpo")  # also against minutes: beside the other runs went now more, now less
+TIMED = ("ppo", "grpo")  # also against minutes; beside the ablations the machine had more or less other work
 
 
 def load(name: str) -> dict[str, list[dict]]:
