@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -16,3 +17,7 @@ torch.set_num_threads(1)
 # compiled models stay out of the user's home
 os.environ["VLA_RL_CACHE"] = str(Path(__file__).parent.parent / ".pytest_cache" / "models")
 prepare_environment()  # MuJoCo reads it when it is imported
+# under nohup or as a shell's background job these are ignored, and the programs that tests start would inherit that
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)  # of no effect here still, but not inherited

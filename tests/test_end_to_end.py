@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,8 +48,7 @@ def start(folder: Path, *args: str) -> subprocess.Popen:
     fresh = ["--config", "configs/tiny_gae_ppo.yaml", *SETTINGS]
     args = args if "--resume" in args else (*fresh, *args)
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    hangup = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # under nohup tests inherit that it is ignored
-    return subprocess.Popen(command(folder, *args), cwd=folder, start_new_session=True, preexec_fn=hangup, **output)
+    return subprocess.Popen(command(folder, *args), cwd=folder, start_new_session=True, **output)
 
 
 @pytest.fixture(scope="module")
