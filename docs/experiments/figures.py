@@ -28,6 +28,13 @@ WINDOW = 160  # episodes
 FIGURES: dict[str, dict[str, str]] = {
     "ppo": {"GAE-PPO": "ppo"},
     "grpo": {"GAE-PPO": "ppo", "GRPO": "grpo"},
+    "grpo_trials": {
+        "GRPO, 3e-3, groups of 8": "grpo_short",
+        "1e-3": "grpo_1e-3",
+        "6e-3": "grpo_6e-3",
+        "groups of 4": "grpo_group_4",
+        "groups of 16": "grpo_group_16",
+    },
     "value_gradient": {"value loss kept from the LoRA": "short", "value loss reaches the LoRA": "value_gradient"},
     "warmup": {"1 iteration of critic warm-up": "short", "none": "warmup_0", "3": "warmup_3"},
     "level": {"ratio of a token": "short", "of an action": "level_action", "of a chunk": "level_chunk"},
@@ -157,6 +164,23 @@ def report(label: str, name: str) -> None:
         print(f"| {' | '.join(map(str, cells))} |")
 
 
+def final_greedy(name: str) -> tuple[int, int]:
+    """Successes and failures of the last evaluations of a setting's seeds, together."""
+    last = [[r for r in records if r.get(GREEDY) is not None][-1] for records in load(name).values()]
+    successes = sum(round(r[GREEDY] * r["eval/episodes_greedy"]) for r in last)
+    return successes, sum(r["eval/episodes_greedy"] for r in last) - successes
+
+
+def compare(base: str, *others: str) -> None:
+    """Fisher's p of each setting's last evaluations against the base's, as if all episodes were independent."""
+    for name in others:
+        counts, reference = final_greedy(name), final_greedy(base)
+        p = stats.fisher_exact([counts, reference]).pvalue
+        print(
+            f"greedy at the end: {name} {counts[0]} of {sum(counts)}, {base} {reference[0]} of {sum(reference)}, p {p:.2g}"
+        )
+
+
 def first_at(timesteps: np.ndarray, success: np.ndarray, level: float) -> str:
     reached = np.flatnonzero(success >= level)
     return f"{timesteps[reached[0]]:.0f}" if len(reached) else "-"
@@ -175,6 +199,7 @@ def main() -> None:
         print(f"{figure}\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
         for label, name in FIGURES[figure].items():
             report(label, name)
+        compare(*FIGURES[figure].values())
 
 
 if __name__ == "__main__":
