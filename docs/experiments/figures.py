@@ -103,7 +103,9 @@ def draw_axis(axis: Any, runs: dict[str, str], column: int) -> None:
         seeds = list(load(name).values())
         curves = [(curve[column], curve[2]) for curve in map(success_curve, seeds)]
         x, mean, half = mean_and_interval(curves)
-        (line,) = axis.plot(x, mean, linewidth=2.2, label=f"{label}, training episodes ({len(seeds)} seeds)")
+        (line,) = axis.plot(
+            x, mean, linewidth=2.2, label=f"{label}, training episodes ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+        )
         for curve in curves:
             axis.plot(*curve, linewidth=0.8, alpha=0.5, color=line.get_color())
         axis.fill_between(x, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1), alpha=0.15, color=line.get_color())
