@@ -1,8 +1,9 @@
-"""Greedy success over the fixed states of task 0 of the policy whose weight change is the mean of several runs'.
+"""Success over the fixed states of the policy whose weight change is the mean of several runs', greedy or sampled.
 
     python docs/experiments/mean.py runs/ppo_seed0 runs/ppo_seed1 runs/ppo_seed2
     python docs/experiments/mean.py runs/ppo_seed0                one run alone: its newest checkpoint
     python docs/experiments/mean.py runs/ppo_seed0 --scale 0.6    its weight change times 0.6
+    python docs/experiments/mean.py runs/ppo_seed0 --sampled      at the temperature of training
 
 The mean of k adapters of rank r is an adapter of rank k r: their A below each other, their B beside each other, over k.
 """
@@ -30,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--scale", type=float, default=1.0, help="of the mean weight change (default: 1)")
+    parser.add_argument("--sampled", action="store_true", help="instead of greedy")
     args = parser.parse_args()
     runs = args.runs
     missing = [str(run) for run in runs if not list_checkpoints(run / "checkpoints")]
@@ -47,8 +49,9 @@ def main() -> None:
             parts = [tensors[name] for tensors in saved]
             tensor.copy_(torch.cat(parts) if "lora_A" in name else torch.cat(parts, dim=1) * args.scale / len(runs))
     with closing(make_vector_env(config, config.eval.num_envs, evaluation=True)) as envs:
-        episodes = evaluation_episodes([0], range(50))
-        results = evaluate_policy(policy, envs, episodes, greedy=True, temperature=1.0, seed=0)
+        episodes = evaluation_episodes(config.env.task_ids, range(50))
+        temperature = config.rollout.temperature
+        results = evaluate_policy(policy, envs, episodes, greedy=not args.sampled, temperature=temperature, seed=0)
     print(f"{sum(r.success for r in results)} of {len(results)}")
 
 

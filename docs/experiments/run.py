@@ -30,7 +30,7 @@ COMMON = (
 PPO, GRPO = "--config configs/tiny_gae_ppo.yaml", "--config configs/tiny_grpo.yaml"
 ABLATION = f"{PPO} --timesteps 64000 eval.interval=0"
 GRPO_TRIAL = f"{GRPO} --timesteps 64000 eval.interval=2"
-WEAK = f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0"
+WEAK = "--task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled]"
 
 # name -> seeds, settings
 RUNS: dict[str, tuple[tuple[int, ...], str]] = {
@@ -58,8 +58,10 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "temperature_15": ((1, 2), f"{ABLATION} rollout.temperature=1.5"),
     "small_steps": ((1, 2), f"{ABLATION} actor.learning_rate=2e-3 algorithm.target_kl=0.003"),
     "dims": ((1,), f"{ABLATION} algorithm.action_dims=0-2,6 actor.learning_rate=2e-3"),
-    "weak_sparse": ((1, 2), WEAK),
-    "weak_dense": ((1, 2), f"{WEAK} env.reward=dense"),
+    "weak_sparse": ((0, 1, 2), f"{PPO} {WEAK}"),
+    "weak_dense": ((0, 1, 2), f"{PPO} {WEAK} env.reward=dense"),
+    "weak_grpo": ((0, 1, 2), f"{GRPO} {WEAK}"),
+    "weak_grpo_4": ((0, 1, 2), f"{GRPO} {WEAK} rollout.group_size=4"),
 }
 
 
@@ -67,7 +69,7 @@ def command(name: str, seed: int) -> str:
     run = f"{name}_seed{seed}"
     if any((REPOSITORY / "runs" / run / "checkpoints").glob("iteration-*")):
         return f"start_gae_ppo_training.py --resume runs/{run} --no-wandb"
-    return f"start_gae_ppo_training.py {RUNS[name][1]} {COMMON} --seed {seed} run.name={run}"
+    return f"start_gae_ppo_training.py {COMMON} {RUNS[name][1]} --seed {seed} run.name={run}"
 
 
 class Cores:
