@@ -42,10 +42,12 @@ FIGURES: dict[str, dict[str, str]] = {
     "epochs": {"2 epochs": "short", "1": "epochs_1", "4": "epochs_4"},
     "clip": {"clip 0.2, 0.28": "short", "0.2, 0.2": "clip_symmetric"},
     "temperature": {"temperature 1": "short", "0.5": "temperature_05", "1.5": "temperature_15"},
+    "weak": {"GAE-PPO": "weak_sparse"},
+    "weak_grpo": {"GAE-PPO": "weak_sparse", "GRPO, groups of 8": "weak_grpo"},
     "reward": {"sparse": "weak_sparse", "dense": "weak_dense"},
 }
 
-TIMED = ("ppo", "grpo")  # also against minutes; beside the ablations the machine had more or less other work
+TIMED = ("ppo", "grpo", "weak")  # also against minutes; beside the ablations the machine had more or less other work
 
 
 def load(name: str) -> dict[str, list[dict]]:
