@@ -169,8 +169,8 @@ def report(label: str, name: str) -> None:
 
 
 def final_greedy(name: str) -> tuple[int, int]:
-    """Successes and failures of the last evaluations of a setting's seeds, together."""
-    last = [[r for r in records if r.get(GREEDY) is not None][-1] for records in load(name).values()]
+    """Successes and failures in the evaluations that ended a setting's seeds, together; a run under way has none."""
+    last = [records[-1] for records in load(name).values() if records[-1].get(GREEDY) is not None]
     successes = sum(round(r[GREEDY] * r["eval/episodes_greedy"]) for r in last)
     return successes, sum(r["eval/episodes_greedy"] for r in last) - successes
 
