@@ -36,7 +36,7 @@ WEAK = "--task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sample
 RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "ppo": ((0, 1, 2), f"{PPO} eval.interval=3"),
     "grpo": ((0, 1, 2), f"{GRPO} eval.interval=3"),
-    "grpo_4": ((0, 1, 2), f"{GRPO} rollout.group_size=4 eval.interval=3"),
+    "grpo_4": ((0, 1), f"{GRPO} rollout.group_size=4 eval.interval=3"),
     "lambda_07": ((0, 1), f"{PPO} algorithm.gae_lambda=0.7 eval.interval=3"),
     "grpo_short": ((1,), GRPO_TRIAL),
     "grpo_1e-3": ((1,), f"{GRPO_TRIAL} actor.learning_rate=1e-3"),
@@ -59,9 +59,8 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "small_steps": ((1, 2), f"{ABLATION} actor.learning_rate=2e-3 algorithm.target_kl=0.003"),
     "dims": ((1,), f"{ABLATION} algorithm.action_dims=0-2,6 actor.learning_rate=2e-3"),
     "weak_sparse": ((0, 1, 2), f"{PPO} {WEAK}"),
-    "weak_dense": ((0, 1, 2), f"{PPO} {WEAK} env.reward=dense"),
+    "weak_dense": ((1, 2), f"{PPO} {WEAK} env.reward=dense"),
     "weak_grpo": ((0, 1, 2), f"{GRPO} {WEAK}"),
-    "weak_grpo_4": ((0, 1, 2), f"{GRPO} {WEAK} rollout.group_size=4"),
 }
 
 
