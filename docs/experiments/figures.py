@@ -47,12 +47,8 @@ FIGURES: dict[str, dict[str, str]] = {
     "reward": {"sparse": "weak_sparse", "dense": "weak_dense"},
 }
 
-TIMED = (
-    "ppo",
-    "grpo",
-    "weak",
-    "weak_grpo",
-)  # also against minutes; beside the ablations the machine had more or less other work
+# also against minutes; beside the ablations the machine had more or less other work
+TIMED = ("ppo", "grpo", "weak", "weak_grpo")
 
 
 def load(name: str) -> dict[str, list[dict]]:
