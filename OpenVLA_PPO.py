@@ -24,16 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_rl.advantages import compute_gae, compute_grpo_advantages, normalize
-from vla_rl.checkpoint import (
-    cpu_copy,
-    load_trainer_state,
-    save_tensors,
-    save_torch,
-    set_aside_later_checkpoints,
-    verify,
-    write_checkpoint,
-)
-from vla_rl.config import Config, save_config
 from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
 from vla_rl.evaluation import evaluate_policy, evaluation_episodes, success_metrics, write_videos
 from vla_rl.losses import (
@@ -48,9 +38,20 @@ from vla_rl.losses import (
     token_mask,
     value_loss,
 )
-from vla_rl.metrics import MetricsLogger
 from vla_rl.optimizer import adamw, load_optimizer
-from vla_rl.progress import (
+from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
+from vla_rl.run.checkpoint import (
+    cpu_copy,
+    load_trainer_state,
+    save_tensors,
+    save_torch,
+    set_aside_later_checkpoints,
+    verify,
+    write_checkpoint,
+)
+from vla_rl.run.load_settings import save_config
+from vla_rl.run.metrics import MetricsLogger
+from vla_rl.run.progress import (
     FinishedEpisode,
     episodes_text,
     evaluation_text,
@@ -60,7 +61,7 @@ from vla_rl.progress import (
     summary_line,
     update_text,
 )
-from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
+from vla_rl.run.settings import Config
 from vla_rl.types import ACTION_DIM, InvariantError, NonFiniteError, Observation, Policy, PolicyOutput, SimulatorDied
 from vla_rl.value_head import ValueHead
 

@@ -14,16 +14,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from vla_rl.config import (
-    Config,
-    ConfigError,
-    config_from_dict,
-    list_settings,
-    load_config,
-    read_yaml,
-    save_config,
-    settings_help,
-)
+from vla_rl.run.load_settings import config_from_dict, list_settings, load_config, read_yaml, save_config, settings_help
+from vla_rl.run.settings import Config, ConfigError
 
 log = logging.getLogger("start_gae_ppo_training")
 
@@ -93,7 +85,7 @@ def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
     """The run's settings and, for --resume, the verified checkpoint to continue from.
 
     Raises:
-        ConfigError: see vla_rl.config.load_config; or the checkpoint is missing, torn, or of other settings.
+        ConfigError: see vla_rl.run.load_settings.load_config; or the checkpoint is missing, torn, or of other settings.
     """
     flags: dict[str, Any] = {setting: getattr(args, flag) for flag, setting in FLAGS.items()}
     flags["env.task_ids"] = args.task_ids if args.task_id is None else [args.task_id]
@@ -103,7 +95,7 @@ def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
     if args.config is not None:
         raise ConfigError("--resume takes the settings of the run; give --config or --resume, not both")
 
-    from vla_rl.checkpoint import find_checkpoint  # torch: not before the arguments are known to be sound
+    from vla_rl.run.checkpoint import find_checkpoint  # torch: not before the arguments are known to be sound
 
     checkpoint = find_checkpoint(Path(args.resume).resolve())
     before = config_from_dict(read_yaml(checkpoint / "config.yaml"), f"{checkpoint}/config.yaml")
@@ -185,9 +177,9 @@ def train(config: Config, checkpoint: Path | None) -> None:
 
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 
-    from vla_rl.checkpoint import locked
-    from vla_rl.metrics import check_wandb
     from vla_rl.policy import check_checkpoint, read_statistics
+    from vla_rl.run.checkpoint import locked
+    from vla_rl.run.metrics import check_wandb
 
     model = check_checkpoint(config.policy.checkpoint, config.policy.use_proprio)
     read_statistics(model, config.policy.unnorm_key or config.env.task_suite)
@@ -203,7 +195,7 @@ def train(config: Config, checkpoint: Path | None) -> None:
 
 def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:
     from OpenVLA_PPO import OpenVLAPPO
-    from vla_rl.metrics import MetricsLogger
+    from vla_rl.run.metrics import MetricsLogger
     from vla_rl.vector_env import make_vector_env
 
     logger = MetricsLogger(folder, config)
@@ -314,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from vla_rl.failures import report
+        from vla_rl.run.failures import report
 
         return report(error)
     return 0

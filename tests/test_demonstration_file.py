@@ -9,7 +9,6 @@ import h5py
 import numpy as np
 import pytest
 
-from vla_rl.config import ConfigError
 from vla_rl.demonstration_file import (
     DemonstrationFile,
     find_files,
@@ -17,6 +16,7 @@ from vla_rl.demonstration_file import (
     read_demonstrations,
 )
 from vla_rl.libero_env import task_instructions
+from vla_rl.run.settings import ConfigError
 
 
 def arrays(steps=5, seed=0, size=16):

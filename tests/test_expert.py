@@ -7,9 +7,9 @@ import pytest
 
 from tests.test_goals import settled
 from vla_rl import goals
-from vla_rl.config import TASK_SUITES
 from vla_rl.expert import Expert, clearance, grasps
 from vla_rl.libero_env import REST
+from vla_rl.run.settings import TASK_SUITES
 
 
 def play(sim, expert: Expert, steps: int, noise: float = 0.0) -> list[np.ndarray]:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vla_rl"
 
 LAYERS = [
-    {"config", "types"},
+    {"settings", "types"},
+    {"load_settings"},
     {
         "advantages",
         "losses",
@@ -63,7 +64,7 @@ HOMES = {
     "tensorflow": set(),
 }
 
-MODULES = [path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"]
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "__init__"]
 PROGRAMS = [path for path in (ROOT / "OpenVLA_PPO.py", ROOT / "start_gae_ppo_training.py") if path.exists()]
 
 
@@ -82,7 +83,7 @@ def imports(path: Path) -> set[str]:
 def own_imports(path: Path) -> set[str]:
     """Modules of this project that a file imports."""
     parts = [name.split(".") for name in imports(path)]
-    return {p[1] for p in parts if p[0] == "vla_rl"} | {p[0] for p in parts if p[0] in LAYER_OF}
+    return {next(part for part in p if part in LAYER_OF) for p in parts if p[0] == "vla_rl" or p[0] in LAYER_OF}
 
 
 @pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=lambda path: path.stem)
@@ -113,7 +114,7 @@ def test_a_module_opens_with_what_it_is(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_a_module_has_a_test_file_of_its_name(path):
-    test = ROOT / "tests" / f"test_{path.stem}.py"
+    test = ROOT / "tests" / path.relative_to(PACKAGE).with_name(f"test_{path.name}")
     assert test.exists() and path.stem in own_imports(test)
 
 
@@ -128,7 +129,7 @@ def test_the_algorithm_needs_no_network_simulator_or_command_line():
 
 
 def test_settings_are_checked_before_torch_is_imported():
-    code = "import sys, start_gae_ppo_training, vla_rl.config; vla_rl.config.load_config(); print(*sys.modules)"
+    code = "import sys, start_gae_ppo_training as start; start.load_config(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     heavy = {"torch", "transformers", "gymnasium", "wandb", "matplotlib"}
     assert "pydantic" in loaded.split() and not heavy & set(loaded.split())

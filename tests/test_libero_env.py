@@ -15,8 +15,8 @@ import pytest
 
 from tests import stock_libero
 from vla_rl import libero_env
-from vla_rl.config import NUM_FIXED_STATES, TASK_SUITES
 from vla_rl.libero_env import LiberoEnv, Simulators, num_tasks, quat_to_axis_angle, task_languages
+from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES
 from vla_rl.types import ACTION_DIM, Episode
 
 libero = pytest.mark.libero

@@ -2,8 +2,8 @@
 
 import torch
 
-from vla_rl.config import ActorConfig
 from vla_rl.optimizer import adamw, load_optimizer
+from vla_rl.run.settings import ActorConfig
 
 
 def test_the_settings_arrive():

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vla_rl.config import ConfigError, LoraConfig
 from vla_rl.image_transform import preprocess
 from vla_rl.policy import OpenVLAPolicy, append_space, check_checkpoint, draw, prompt_text
 from vla_rl.prismatic import load_network
+from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.tiny_openvla import ensure_tiny_openvla
 from vla_rl.types import NonFiniteError, Observation, PolicyInputs
 

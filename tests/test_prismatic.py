@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from vla_rl.config import ConfigError
 from vla_rl.prismatic import (
     Prismatic,
     load_network,
@@ -21,6 +20,7 @@ from vla_rl.prismatic import (
     read_config,
     save_checkpoint,
 )
+from vla_rl.run.settings import ConfigError
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny_openvla"

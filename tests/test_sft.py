@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_demonstration_file import arrays
 from vla_rl.augmentation import augment
-from vla_rl.config import ConfigError, SftConfig, load_config, read_yaml
 from vla_rl.demonstration_file import Demonstration, DemonstrationFile
 from vla_rl.image_transform import crop_center
-from vla_rl.metrics import read_metrics
 from vla_rl.policy import OpenVLAPolicy
+from vla_rl.run.load_settings import load_config, read_yaml
+from vla_rl.run.metrics import read_metrics
+from vla_rl.run.settings import ConfigError, SftConfig
 from vla_rl.sft import (
     Samples,
     SupervisedFineTuning,

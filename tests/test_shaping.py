@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from vla_rl.config import ConfigError, load_config
 from vla_rl.expert import Expert
 from vla_rl.libero_env import LiberoEnv, Simulators, build_simulator, check_dense_reward, task_languages
+from vla_rl.run.load_settings import load_config
+from vla_rl.run.settings import ConfigError
 from vla_rl.shaping import nearness, potential, shaped
 
 GAMMA = 0.97

@@ -14,7 +14,7 @@ import torch
 
 from start_gae_ppo_training import ROOT, build_policy, build_value_head, main, parse_args, settings_from
 from tests.test_openvla_ppo import make_trainer
-from vla_rl.config import list_settings, save_config
+from vla_rl.run.load_settings import list_settings, save_config
 
 TINY = "configs/tiny_gae_ppo.yaml"
 

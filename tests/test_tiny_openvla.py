@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from vla_rl import tiny_openvla
-from vla_rl.config import TASK_SUITES, load_config
 from vla_rl.evaluation import evaluate_policy, evaluation_episodes
 from vla_rl.policy import OpenVLAPolicy
 from vla_rl.prismatic import load_network
+from vla_rl.run.load_settings import load_config
+from vla_rl.run.settings import TASK_SUITES
 from vla_rl.tiny_openvla import TRAINED, ensure_tiny_openvla, write_tiny_openvla
 from vla_rl.vector_env import make_vector_env
 

@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from vla_rl.config import config_from_dict
 from vla_rl.libero_env import LiberoEnv, task_languages
+from vla_rl.run.load_settings import config_from_dict
 from vla_rl.types import ACTION_DIM, Episode, Observation
 from vla_rl.vector_env import LiberoVectorEnv, make_vector_env
 

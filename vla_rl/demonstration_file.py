@@ -32,7 +32,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from vla_rl.config import ConfigError
+from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM
 
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of OpenVLA-OFT's images

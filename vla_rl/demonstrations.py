@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vla_rl.config import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
 from vla_rl.demonstration_file import CAMERAS, DemonstrationFile
-from vla_rl.failures import report
 from vla_rl.libero_env import LiberoEnv, Simulators, goal_predicates, load_benchmark, task_languages
+from vla_rl.run.failures import report
+from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
 from vla_rl.types import Episode
 from vla_rl.vector_env import lean_workers
 

@@ -30,7 +30,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
-from vla_rl.config import TASK_SUITES, ConfigError
+from vla_rl.run.settings import TASK_SUITES, ConfigError
 from vla_rl.shaping import potential, shaped
 from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError
 

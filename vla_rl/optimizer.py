@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vla_rl.config import OptimizerConfig
+from vla_rl.run.settings import OptimizerConfig
 
 
 def adamw(parameters: list[torch.nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:

@@ -28,8 +28,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_rl.action_tokenizer import ActionTokenizer, normalize_proprio, to_environment, unnormalize
-from vla_rl.checkpoint import save_tensors
-from vla_rl.config import ConfigError, LoraConfig
 from vla_rl.image_transform import preprocess
 from vla_rl.prismatic import (
     Prismatic,
@@ -40,6 +38,8 @@ from vla_rl.prismatic import (
     save_checkpoint,
     weight_files,
 )
+from vla_rl.run.checkpoint import save_tensors
+from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.tiny_openvla import TRAINED, ensure_tiny_openvla
 from vla_rl.types import (
     ACTION_DIM,

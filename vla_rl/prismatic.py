@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vla_rl.checkpoint import save_tensors, save_torch
-from vla_rl.config import ConfigError
+from vla_rl.run.checkpoint import save_tensors, save_torch
+from vla_rl.run.settings import ConfigError
 
 PROPRIO_DIM = 8  # as vla_rl.types; the network must not import what is of robots
 MAX_SHARD_BYTES = 5 * 1024**3  # transformers' own default when these checkpoints were written

@@ -19,8 +19,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vla_rl.config import TASK_SUITES
 from vla_rl.prismatic import Prismatic, read_config, save_checkpoint
+from vla_rl.run.settings import TASK_SUITES
 
 ASSETS = Path(__file__).parent / "assets"
 TRAINED = ASSETS / "tiny_openvla"  # in the repository: fine-tuned on libero_spatial, see its README.md

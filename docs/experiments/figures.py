@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from scipy import stats
 
-from vla_rl.metrics import read_metrics
+from vla_rl.run.metrics import read_metrics
 
 HERE = Path(__file__).parent
 WINDOW = 160  # episodes

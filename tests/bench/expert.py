@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from vla_rl.config import TASK_SUITES, parse_indices
 from vla_rl.demonstrations import Pushes
 from vla_rl.libero_env import REST, build_simulator, fixed_state
+from vla_rl.run.settings import TASK_SUITES, parse_indices
 
 # the other tasks of libero_goal ask for a drawer, a push or a knob
 TASKS = "libero_spatial:0-9 libero_object:0-9 libero_goal:1,2,4,6,8,9"

@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from OpenVLA_PPO import OpenVLAPPO
 from start_gae_ppo_training import build_policy, build_value_head, find_config
-from vla_rl.config import Config, load_config
-from vla_rl.metrics import MetricsLogger
-from vla_rl.progress import peak_memory_gib
+from vla_rl.run.load_settings import load_config
+from vla_rl.run.metrics import MetricsLogger
+from vla_rl.run.progress import peak_memory_gib
+from vla_rl.run.settings import Config
 from vla_rl.types import Episode
 from vla_rl.vector_env import LiberoVectorEnv, make_vector_env
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vla_rl import checkpoint
-from vla_rl.checkpoint import (
+from vla_rl.run import checkpoint
+from vla_rl.run.checkpoint import (
     CheckpointError,
     cpu_copy,
     find_checkpoint,
@@ -21,7 +21,7 @@ from vla_rl.checkpoint import (
     verify,
     write_checkpoint,
 )
-from vla_rl.config import ConfigError
+from vla_rl.run.settings import ConfigError
 
 
 def fill(folder: Path, text: str = "weights") -> None:

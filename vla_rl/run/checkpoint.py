@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vla_rl.config import ConfigError
+from vla_rl.run.settings import ConfigError
 
 MANIFEST = "manifest.json"
 

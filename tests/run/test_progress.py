@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vla_rl.progress import (
+from vla_rl.run.progress import (
     FinishedEpisode,
     episodes_text,
     evaluation_text,

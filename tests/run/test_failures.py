@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vla_rl.checkpoint import save_tensors, save_torch
-from vla_rl.failures import explain
+from vla_rl.run.checkpoint import save_tensors, save_torch
+from vla_rl.run.failures import explain
 from vla_rl.types import InvariantError, NonFiniteError, RenderingError, SimulatorDied
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_rl.config import Config, ConfigError, load_config
-from vla_rl.metrics import CURVES, MetricsLogger, read_metrics
+from vla_rl.run.load_settings import load_config
+from vla_rl.run.metrics import CURVES, MetricsLogger, read_metrics
+from vla_rl.run.settings import Config, ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -180,8 +181,8 @@ def test_wandb_and_matplotlib_are_not_imported_when_they_are_not_used(tmp_path):
     code = """
         import sys
         from pathlib import Path
-        from vla_rl.config import Config
-        from vla_rl.metrics import MetricsLogger
+        from vla_rl.run.settings import Config
+        from vla_rl.run.metrics import MetricsLogger
         logger = MetricsLogger(Path(sys.argv[1]), Config())
         logger.log({"iteration": 1, "timesteps": 1})
         logger.close()
@@ -194,8 +195,9 @@ def test_wandb_and_matplotlib_are_not_imported_when_they_are_not_used(tmp_path):
 WANDB = """
     import socket, sys
     from pathlib import Path
-    from vla_rl.config import ConfigError, load_config
-    from vla_rl.metrics import MetricsLogger, check_wandb
+    from vla_rl.run.load_settings import load_config
+    from vla_rl.run.settings import ConfigError
+    from vla_rl.run.metrics import MetricsLogger, check_wandb
 
     def connect(self, address):
         if self.family != socket.AF_UNIX and address[0] not in ("localhost", "127.0.0.1"):

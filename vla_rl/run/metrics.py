@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vla_rl.config import Config, ConfigError, SftConfig
+from vla_rl.run.settings import Config, ConfigError, SftConfig
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -1,0 +1,150 @@
+"""Every mistake in the settings is an error that names the setting, what came and the way out."""
+
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from vla_rl.run.load_settings import load_config
+from vla_rl.run.settings import Config, ConfigError, SftConfig
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "indices"), [("0-3", [0, 1, 2, 3]), ("5", [5]), ("0-1,7,3-4", [0, 1, 7, 3, 4]), ("[2, 9]", [2, 9])]
+)
+def test_indices_are_written_as_ranges_or_lists(text, indices):
+    assert load_config(overrides=[f"env.task_ids={text}"]).env.task_ids == indices
+
+
+def test_the_default_evaluation_states_are_all_fifty():
+    assert Config().eval.states == list(range(50))
+
+
+def test_null_is_a_value_where_a_setting_allows_it():
+    assert load_config(overrides=["algorithm.target_kl=null", "env.max_steps=null"]).algorithm.target_kl is None
+
+
+def test_a_run_may_be_named_by_a_number():
+    assert load_config(overrides=["run.name=2024"]).run.name == "2024"
+
+
+@pytest.mark.parametrize(("suite", "limit"), [("libero_spatial", 220), ("libero_10", 520)])
+def test_an_episode_is_as_long_as_the_suite_says_unless_set(suite, limit):
+    assert load_config(overrides=[f"env.task_suite={suite}"]).max_episode_steps() == limit
+    shorter = load_config(overrides=[f"env.task_suite={suite}", "env.max_steps=7"])
+    assert (shorter.max_episode_steps(), shorter.max_episode_steps(evaluation=True)) == (7, limit)
+    assert load_config(overrides=["eval.max_steps=9"]).max_episode_steps(evaluation=True) == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.num_envs=0", "greater than or equal to 1, got 0"),
+        ("actor.learning_rate=0", "actor.learning_rate: input should be greater than 0"),
+        ("actor.learning_rate=.nan", "actor.learning_rate: input should be a finite number, got nan"),
+        ("algorithm.gamma=1.01", "algorithm.gamma: input should be less than or equal to 1, got 1.01"),
+        (
+            "policy.lora.last_layers=1",
+            "last_layers=1 with target_modules=all-linear; set target_modules=language-model",
+        ),
+        ("algorithm.action_dims=0-7", "algorithm.action_dims: input should be less than 7, got 7"),
+        ("algorithm.clip_ratio_low=1", "algorithm.clip_ratio_low: input should be less than 1, got 1"),
+        ("rollout.temperature=0", "rollout.temperature: input should be greater than 0"),
+        ("rollout.group_size=1", "rollout.group_size: input should be greater than or equal to 2"),
+        ("policy.num_images=3", "policy.num_images: input should be 1 or 2, got 3"),
+        ("env.num_workers=0", "env.num_workers: input should be greater than or equal to 1"),
+        ("env.simulators_per_worker=0", "greater than or equal to 1"),
+        ("env.model_cache_gb=-1", "env.model_cache_gb: input should be greater than or equal to 0"),
+        ("eval.render=null", "eval.render: input should be 'exact' or 'fast'"),
+        ("env.render=nice", "env.render: input should be 'exact' or 'fast', got 'nice'"),
+        ("eval.modes=[best]", "eval.modes: input should be 'greedy' or 'sampled', got 'best'"),
+        ("eval.modes=[]", "eval.modes: list should have at least 1 item"),
+        ("env.task_ids=[]", "env.task_ids: list should have at least 1 item"),
+        ("env.initial_states=[]", "env.initial_states"),
+        ("eval.states=49-50", "eval.states: input should be less than 50, got 50"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_what_came(override, words):
+    assert words in error_of(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["rollout.num_envs=10", "rollout.group_size=4"],
+            "rollout.num_envs=10 is not a multiple of rollout.group_size=4; use 8 or 12",
+        ),
+        (["rollout.num_envs=2", "rollout.group_size=4"], "use 4"),
+        (["rollout.n_episodes=20"], "rollout.n_episodes=20 is not a multiple of rollout.group_size=8; use 16 or 24"),
+        (["rollout.num_envs=16", "rollout.n_episodes=8"], "rollout.n_episodes=8 leaves some of rollout.num_envs=16"),
+    ],
+)
+def test_grpo_groups_must_fit(overrides, words):
+    assert words in error_of("algorithm.estimator=grpo", *overrides)
+
+
+def test_group_settings_are_not_checked_where_there_are_no_groups():
+    assert load_config(overrides=["rollout.num_envs=3", "rollout.n_steps=64"]).algorithm.estimator == "gae"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["env.task_ids=8-11"], "env.task_ids=[10, 11] outside libero_spatial, which has tasks 0 to 9"),
+        (["env.task_suite=libero_90", "env.task_ids=90"], "which has tasks 0 to 89"),
+        (["env.task_ids=1,2,1"], "env.task_ids has [1] twice; name each once"),
+        (["eval.states=0-4,3-5"], "eval.states has [3, 4] twice"),
+        (["env.initial_states=0-40", "eval.states=40-49"], "env.initial_states and eval.states share [40]"),
+        (["policy.decoder=autoregressive"], "set policy.chunk_size=1 or policy.decoder=parallel"),
+        (["algorithm.micro_batch_size=65"], "algorithm.micro_batch_size=65 is larger than algorithm.minibatch_size=64"),
+        (["rollout.overlap=true", "rollout.num_envs=1", "rollout.n_steps=64"], "use 2 or more environments"),
+        (["rollout.num_envs=2", "rollout.n_steps=31"], "algorithm.minibatch_size=64 is larger than the rollout of 62"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_with_a_way_out(overrides, words):
+    assert words in error_of(*overrides)
+
+
+def test_fixed_states_may_be_trained_on_when_none_of_them_is_evaluated():
+    config = load_config(overrides=["env.initial_states=0-39", "eval.states=40-49"])
+    assert config.env.initial_states == list(range(40))
+
+
+def test_settings_cannot_be_changed():
+    config = Config()
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.rollout.num_envs = 3
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.policy.lora.rank = 3
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    result = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_file_loads_and_says_in_its_first_line_what_it_is_for(path):
+    load_config(path, kind=SftConfig if path.stem.endswith("sft") else Config)
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(("ppo", "grpo"), [("gae_ppo_config", "grpo_config"), ("tiny_gae_ppo", "tiny_grpo")])
+def test_shipped_ppo_and_grpo_differ_only_in_what_the_estimator_needs(ppo, grpo):
+    folder = Path(__file__).parents[2] / "configs"
+    first, second = (flat(load_config(folder / f"{name}.yaml").model_dump()) for name in (ppo, grpo))
+    different = {key for key in first if first[key] != second[key]}
+    assert "algorithm.estimator" in different
+    estimator = {key for key in first if key.startswith("algorithm.")}
+    assert different <= estimator | {"rollout.group_size", "rollout.n_episodes", "rollout.n_steps"}
