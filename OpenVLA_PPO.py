@@ -1,6 +1,6 @@
 """PPO with dense advantages (GAE) for OpenVLA on LIBERO; GRPO as the baseline. The algorithm, from top to bottom.
 
-Not here: the network and its prompt (vla_rl.policy), the simulators (vla_rl.vector_env), files and flags
+Not here: the network and its prompt (vla_rl.policy), the simulators (vla_rl.simulation.vector_env), files and flags
 (start_gae_ppo_training.py). The parts are handed in, so tests run this very class on small ones.
 
 T decisions, N environments, C simulator steps of a decision, A = 7C action tokens, D hidden size, R rows of a rollout,
@@ -102,7 +102,7 @@ class OpenVLAPPO:
         config: all settings.
         policy: acts, and scores actions with gradients; only its adapter is trainable.
         value_head: V(s) from the policy's hidden state; None for GRPO, which has no critic.
-        envs: N training environments (vla_rl.vector_env.LiberoVectorEnv or alike, autoreset disabled).
+        envs: N training environments (vla_rl.simulation.vector_env.LiberoVectorEnv or alike, autoreset disabled).
         eval_envs: evaluation environments; their fixed initial states are never trained on. None: no evaluation.
         logger: knows the run's folder.
     """

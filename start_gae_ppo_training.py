@@ -173,7 +173,7 @@ def train(config: Config, checkpoint: Path | None) -> None:
     check_device(config)
     check_rendering()
     if config.env.reward == "dense":
-        from vla_rl.libero_env import check_dense_reward
+        from vla_rl.simulation.libero_env import check_dense_reward
 
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 
@@ -196,7 +196,7 @@ def train(config: Config, checkpoint: Path | None) -> None:
 def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:
     from OpenVLA_PPO import OpenVLAPPO
     from vla_rl.run.metrics import MetricsLogger
-    from vla_rl.vector_env import make_vector_env
+    from vla_rl.simulation.vector_env import make_vector_env
 
     logger = MetricsLogger(folder, config)
     log.info("run folder %s", folder)

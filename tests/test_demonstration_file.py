@@ -15,8 +15,8 @@ from vla_rl.demonstration_file import (
     no_ops,
     read_demonstrations,
 )
-from vla_rl.libero_env import task_instructions
 from vla_rl.run.settings import ConfigError
+from vla_rl.simulation.libero_env import task_instructions
 
 
 def arrays(steps=5, seed=0, size=16):

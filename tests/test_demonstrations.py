@@ -14,7 +14,7 @@ import pytest
 
 from vla_rl.demonstration_file import read_demonstrations
 from vla_rl.demonstrations import DROP_STEPS, Disturbance, Drops, Pushes, episodes_of, main, record_episode, record_task
-from vla_rl.libero_env import LiberoEnv, task_instructions
+from vla_rl.simulation.libero_env import LiberoEnv, task_instructions
 from vla_rl.types import Episode
 
 ROOT = Path(__file__).parent.parent

@@ -22,8 +22,8 @@ from vla_rl.policy import OpenVLAPolicy
 from vla_rl.prismatic import load_network
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.settings import TASK_SUITES
+from vla_rl.simulation.vector_env import make_vector_env
 from vla_rl.tiny_openvla import TRAINED, ensure_tiny_openvla, write_tiny_openvla
-from vla_rl.vector_env import make_vector_env
 
 
 @pytest.fixture(scope="module")

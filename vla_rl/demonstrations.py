@@ -6,7 +6,7 @@ Only successes are kept. Now and then the arm is pushed aside or lets go of what
 a policy will get into by its own errors, while the expert's own actions are what is written to be learned (DART: Laskey et
 al. 2017). Episodes start from random placements; evaluation has the benchmark's fixed states.
 
-Not here: the expert (vla_rl.expert), the file's layout (vla_rl.demonstration_file).
+Not here: the expert (vla_rl.simulation.expert), the file's layout (vla_rl.demonstration_file).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import numpy as np
 from tqdm import tqdm
 
 from vla_rl.demonstration_file import CAMERAS, DemonstrationFile
-from vla_rl.libero_env import LiberoEnv, Simulators, goal_predicates, load_benchmark, task_languages
 from vla_rl.run.failures import report
 from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
+from vla_rl.simulation.libero_env import LiberoEnv, Simulators, goal_predicates, load_benchmark, task_languages
+from vla_rl.simulation.vector_env import lean_workers
 from vla_rl.types import Episode
-from vla_rl.vector_env import lean_workers
 
 PUSH_STEPS, PAUSE_STEPS = (3, 7), 30  # of a push, from 3 to 6; of a pause, in the mean
 ROTATION_SHARE = 0.3  # of a push's translation: |a| = 1 is 5 cm or 0.5 rad
@@ -80,7 +80,7 @@ def record_episode(env: LiberoEnv, episode: Episode, disturbance: Disturbance) -
     Args:
         env: with chunks of 1 action.
     """
-    from vla_rl.expert import OPEN, Expert
+    from vla_rl.simulation.expert import OPEN, Expert
 
     obs, _ = env.reset(options={"episode": episode})
     sim = env.simulator

@@ -39,7 +39,6 @@ from vla_rl.action_tokenizer import ActionTokenizer, normalize
 from vla_rl.augmentation import augment
 from vla_rl.demonstration_file import Demonstration, find_files, read_demonstrations
 from vla_rl.image_transform import crop_center, preprocess
-from vla_rl.libero_env import task_instructions
 from vla_rl.optimizer import adamw, load_optimizer
 from vla_rl.policy import OpenVLAPolicy, check_checkpoint
 from vla_rl.prismatic import save_checkpoint
@@ -57,6 +56,7 @@ from vla_rl.run.load_settings import load_config, save_config, settings_help
 from vla_rl.run.metrics import MetricsLogger, check_wandb
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.settings import ConfigError, SftConfig
+from vla_rl.simulation.libero_env import task_instructions
 from vla_rl.types import NonFiniteError, PolicyInputs
 
 log = logging.getLogger("vla_rl.sft")

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from vla_rl.demonstrations import Pushes
-from vla_rl.libero_env import REST, build_simulator, fixed_state
 from vla_rl.run.settings import TASK_SUITES, parse_indices
+from vla_rl.simulation.libero_env import REST, build_simulator, fixed_state
 
 # the other tasks of libero_goal ask for a drawer, a push or a knob
 TASKS = "libero_spatial:0-9 libero_object:0-9 libero_goal:1,2,4,6,8,9"
@@ -27,7 +27,7 @@ TASKS = "libero_spatial:0-9 libero_object:0-9 libero_goal:1,2,4,6,8,9"
 
 def play(suite: str, task_id: int, states: list[int], noise: float) -> list[int | None]:
     """Steps to success from each state; None for a failure."""
-    from vla_rl.expert import Expert
+    from vla_rl.simulation.expert import Expert
 
     sim = build_simulator(suite, task_id, cameras=(), image_size=16, fast=True, cache_gb=3)
     expert, lengths = Expert(sim), []

@@ -26,10 +26,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vla_rl import libero_env
-from vla_rl.libero_env import CAMERAS, REST, build_simulator, fixed_state
+from vla_rl.simulation import libero_env
+from vla_rl.simulation.libero_env import CAMERAS, REST, build_simulator, fixed_state
+from vla_rl.simulation.vector_env import LiberoVectorEnv
 from vla_rl.types import Episode
-from vla_rl.vector_env import LiberoVectorEnv
 
 CHUNK, STEPS, SETTLE = 8, 110, 10
 
@@ -192,7 +192,7 @@ def ours(suite: str, task_id: int, cameras: list[str], size: int, render: str) -
     libero_env.prepare_environment()
     import robosuite  # noqa: F401 (imports do not count)
 
-    from vla_rl import simulator  # noqa: F401
+    from vla_rl.simulation import simulator  # noqa: F401
 
     before = resident_gib()
     kept = []

@@ -27,8 +27,8 @@ from vla_rl.run.load_settings import load_config
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.settings import Config
+from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
 from vla_rl.types import Episode
-from vla_rl.vector_env import LiberoVectorEnv, make_vector_env
 
 
 def main() -> None:

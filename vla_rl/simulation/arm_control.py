@@ -4,7 +4,7 @@ robosuite 1.4.0 (controllers/osc.py, base_controller.py; Khatib 1987) looks up n
 Jacobian twice in every one of the 25 sub-steps of a control step. Here the same numbers go through the same compiled
 functions, in the same memory layout: BLAS adds in another order where a matrix lies otherwise in memory.
 
-Not here: when the dynamics are computed (vla_rl.simulator).
+Not here: when the dynamics are computed (vla_rl.simulation.simulator).
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ A process has one current GL context: the stock environment runs first and is cl
 import numpy as np
 import pytest
 
-from tests import stock_libero
-from tests.stock_libero import CAMERAS, SIZE, Row, assert_equal, random_actions, reset, row
+from tests.simulation import stock_libero
+from tests.simulation.stock_libero import CAMERAS, SIZE, Row, assert_equal, random_actions, reset, row
 from vla_rl.evaluation import evaluation_episodes
-from vla_rl.libero_env import build_simulator
+from vla_rl.simulation.libero_env import build_simulator
 from vla_rl.types import Episode
 
 pytestmark = pytest.mark.libero

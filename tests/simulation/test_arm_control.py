@@ -4,8 +4,8 @@ import mujoco
 import numpy as np
 import pytest
 
-from vla_rl.arm_control import consecutive
-from vla_rl.libero_env import build_simulator
+from vla_rl.simulation.arm_control import consecutive
+from vla_rl.simulation.libero_env import build_simulator
 
 pytestmark = pytest.mark.libero
 

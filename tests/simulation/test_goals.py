@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from vla_rl import goals
-from vla_rl.goals import PickAndPlace
-from vla_rl.libero_env import REST, build_simulator, fixed_state
+from vla_rl.simulation import goals
+from vla_rl.simulation.goals import PickAndPlace
+from vla_rl.simulation.libero_env import REST, build_simulator, fixed_state
 
 pytestmark = pytest.mark.libero
 

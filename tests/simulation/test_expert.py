@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.test_goals import settled
-from vla_rl import goals
-from vla_rl.expert import Expert, clearance, grasps
-from vla_rl.libero_env import REST
+from tests.simulation.test_goals import settled
 from vla_rl.run.settings import TASK_SUITES
+from vla_rl.simulation import goals
+from vla_rl.simulation.expert import Expert, clearance, grasps
+from vla_rl.simulation.libero_env import REST
 
 
 def play(sim, expert: Expert, steps: int, noise: float = 0.0) -> list[np.ndarray]:

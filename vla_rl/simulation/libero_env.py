@@ -1,7 +1,7 @@
 """One LIBERO task as a gymnasium.Env that executes action chunks.
 
 Not here: which episodes are run (the trainer's), how images are preprocessed (vla_rl.image_transform), worker processes
-(vla_rl.vector_env), the physics (vla_rl.simulator). No torch, and no simulator before the first reset, so that worker
+(vla_rl.simulation.vector_env), the physics (vla_rl.simulation.simulator). No torch, and no simulator before the first reset, so that worker
 processes start fast and the main process has no GL.
 
 K images, H = W image side in pixels, C steps in a chunk. One simulator step is 50 ms (20 Hz).
@@ -31,11 +31,11 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
 from vla_rl.run.settings import TASK_SUITES, ConfigError
-from vla_rl.shaping import potential, shaped
+from vla_rl.simulation.shaping import potential, shaped
 from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError
 
 if TYPE_CHECKING:
-    from vla_rl.simulator import Simulator, SimulatorState
+    from vla_rl.simulation.simulator import Simulator, SimulatorState
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # in the order of OpenVLA-OFT's images
 MAX_INSTRUCTION = 200  # characters; the longest of the five suites has 88
@@ -62,7 +62,7 @@ class LiberoEnv(gymnasium.Env):
         render: "exact" are stock LIBERO's images; "fast" leaves out reflections and multi-sampling.
         max_steps: simulator steps until truncation; None takes the suite's own limit.
         settle_steps: steps with a resting arm in `reset`; they do not count.
-        reward: "sparse" is 1 on success; "dense" adds vla_rl.shaping's potentials.
+        reward: "sparse" is 1 on success; "dense" adds vla_rl.simulation.shaping's potentials.
         gamma: of the shaping, per call of `step`; the trainer's own.
         bootstrap_truncated: whether a dense reward leaves a truncated episode's last state its potential; the trainer's own.
         index: which of `options["episodes"]` is this environment's.
@@ -341,7 +341,7 @@ class Simulators:
 
     Args:
         limit: how many are kept; beyond it, the one that was used longest ago is closed.
-        cache_gb: disk for compiled models (vla_rl.model_cache); 0 for none.
+        cache_gb: disk for compiled models (vla_rl.simulation.model_cache); 0 for none.
     """
 
     def __init__(self, limit: int = 1, cache_gb: float = 0):
@@ -395,7 +395,7 @@ def build_simulator(
     try:
         if os.environ["MUJOCO_GL"].lower() == "egl":
             ctypes.CDLL("libEGL.so.1")  # PyOpenGL's own error for this is an AttributeError of None
-        from vla_rl.simulator import Simulator
+        from vla_rl.simulation.simulator import Simulator
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is not installed; run: pip install -r requirements.txt") from error
     except (ImportError, OSError, AttributeError) as error:

@@ -13,10 +13,10 @@ import sys
 import numpy as np
 import pytest
 
-from tests import stock_libero
-from vla_rl import libero_env
-from vla_rl.libero_env import LiberoEnv, Simulators, num_tasks, quat_to_axis_angle, task_languages
+from tests.simulation import stock_libero
 from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES
+from vla_rl.simulation import libero_env
+from vla_rl.simulation.libero_env import LiberoEnv, Simulators, num_tasks, quat_to_axis_angle, task_languages
 from vla_rl.types import ACTION_DIM, Episode
 
 libero = pytest.mark.libero
@@ -347,7 +347,7 @@ def test_axis_angle_of_known_rotations():
 
 def test_import_and_construction_load_no_torch_and_no_simulator():
     code = (
-        "import sys; from vla_rl.libero_env import LiberoEnv; LiberoEnv('libero_goal', chunk_size=1);"
+        "import sys; from vla_rl.simulation.libero_env import LiberoEnv; LiberoEnv('libero_goal', chunk_size=1);"
         "print([m for m in ('torch', 'mujoco', 'robosuite', 'libero') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

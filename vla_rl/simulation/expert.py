@@ -4,7 +4,7 @@ Each action is a proportional controller's, from the present state towards where
 execution is corrected in the next step, and a grasp that failed is tried again. It chooses by fixed rules, so that a
 policy can copy it: the same scene gives the same grasp.
 
-Not here: where things are (vla_rl.goals), who executes and records the actions.
+Not here: where things are (vla_rl.simulation.goals), who executes and records the actions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vla_rl.goals import (
+from vla_rl.simulation.goals import (
     PickAndPlace,
     goal_position,
     grip_position,
@@ -25,7 +25,7 @@ from vla_rl.goals import (
 )
 
 if TYPE_CHECKING:
-    from vla_rl.simulator import Simulator
+    from vla_rl.simulation.simulator import Simulator
 
 # of robosuite's OSC_POSE: what an action of 1 asks for
 METRES, RADIANS = 0.05, 0.5

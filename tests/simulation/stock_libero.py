@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_rl import libero_env
-from vla_rl.libero_env import fixed_state
+from vla_rl.simulation import libero_env
+from vla_rl.simulation.libero_env import fixed_state
 from vla_rl.types import Episode
 
 SIZE = 64

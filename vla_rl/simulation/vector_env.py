@@ -26,8 +26,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState
 from gymnasium.vector.utils import batch_space
 
-from vla_rl.libero_env import LiberoEnv, Simulators, check_actions
 from vla_rl.run.settings import Config
+from vla_rl.simulation.libero_env import LiberoEnv, Simulators, check_actions
 from vla_rl.types import SimulatorDied
 
 WORKER_GB = 0.4  # resident, of a worker without a simulator (docs/performance.md)
@@ -44,7 +44,7 @@ class LiberoVectorEnv(VectorEnv):
         env_kwargs: of each LiberoEnv.
         num_workers: W, processes.
         simulators_per_worker: tasks that a worker keeps in memory; None: as many as it has environments.
-        cache_gb: see vla_rl.libero_env.Simulators.
+        cache_gb: see vla_rl.simulation.libero_env.Simulators.
     """
 
     def __init__(

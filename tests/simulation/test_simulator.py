@@ -6,10 +6,10 @@ That it equals stock LIBERO bit for bit is shown in test_equal_to_stock.py.
 import numpy as np
 import pytest
 
-from tests.stock_libero import CAMERAS, REST, SIZE, random_actions, reset
-from vla_rl import libero_env, simulator
-from vla_rl.libero_env import build_simulator, fixed_state
-from vla_rl.simulator import SampleClock
+from tests.simulation.stock_libero import CAMERAS, REST, SIZE, random_actions, reset
+from vla_rl.simulation import libero_env, simulator
+from vla_rl.simulation.libero_env import build_simulator, fixed_state
+from vla_rl.simulation.simulator import SampleClock
 from vla_rl.types import Episode
 
 pytestmark = pytest.mark.libero

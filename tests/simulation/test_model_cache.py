@@ -9,8 +9,8 @@ import mujoco
 import numpy as np
 import pytest
 
-from vla_rl import model_cache
-from vla_rl.model_cache import load_model
+from vla_rl.simulation import model_cache
+from vla_rl.simulation.model_cache import load_model
 
 MESH = "v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n"
 

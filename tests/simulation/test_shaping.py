@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from vla_rl.expert import Expert
-from vla_rl.libero_env import LiberoEnv, Simulators, build_simulator, check_dense_reward, task_languages
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.settings import ConfigError
-from vla_rl.shaping import nearness, potential, shaped
+from vla_rl.simulation.expert import Expert
+from vla_rl.simulation.libero_env import LiberoEnv, Simulators, build_simulator, check_dense_reward, task_languages
+from vla_rl.simulation.shaping import nearness, potential, shaped
 
 GAMMA = 0.97
 

@@ -3,7 +3,7 @@
     r' = r + gamma phi(s') - phi(s),    phi(terminal) = 0
 
 leaves the optimal policy as it is: over an episode the potentials cancel, whatever they are. They only say earlier what is
-promising. Not here: the goal (vla_rl.goals), the success reward (the simulator's).
+promising. Not here: the goal (vla_rl.simulation.goals), the success reward (the simulator's).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vla_rl.goals import (
+from vla_rl.simulation.goals import (
     PickAndPlace,
     goal_position,
     grip_position,
@@ -22,7 +22,7 @@ from vla_rl.goals import (
 )
 
 if TYPE_CHECKING:
-    from vla_rl.simulator import Simulator
+    from vla_rl.simulation.simulator import Simulator
 
 NEARNESS_SCALE = 5.0  # 1/m, of 1 - tanh(5 d)
 

@@ -4,9 +4,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from vla_rl import libero_env, rendering
-from vla_rl.libero_env import build_simulator
-from vla_rl.rendering import is_outside, pyramid
+from vla_rl.simulation import libero_env, rendering
+from vla_rl.simulation.libero_env import build_simulator
+from vla_rl.simulation.rendering import is_outside, pyramid
 
 SIZE = 64
 VIEW = (-1.0, 1.0, -0.5, 0.5)  # 90 degrees wide

@@ -1,7 +1,7 @@
 """What a pick-and-place task asks for, read from the goal of its BDDL file, and where things stand towards it.
 
 Positions are float64 [3] in metres, in the world frame. Not here: whether the goal holds (the simulator's step says that),
-how a hand gets there (vla_rl.expert).
+how a hand gets there (vla_rl.simulation.expert).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from vla_rl.simulator import Simulator
+    from vla_rl.simulation.simulator import Simulator
 
 BOX, MESH = 6, 7  # mujoco.mjtGeom
 

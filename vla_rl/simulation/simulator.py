@@ -4,7 +4,7 @@ Stock is libero's OffScreenRenderEnv with a hard reset an episode, on robosuite 
 still builds the scene, draws the placements and judges success; what is replaced is robosuite's control loop and reset.
 docs/performance.md says what is left out and why the bits stay.
 
-Not here: episodes, chunks of actions, step limits (vla_rl.libero_env).
+Not here: episodes, chunks of actions, step limits (vla_rl.simulation.libero_env).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from libero.libero.envs import TASK_MAPPING, bddl_utils
 from robosuite.utils.binding_utils import MjSim
 from robosuite.utils.errors import RandomizationError
 
-from vla_rl.arm_control import ArmControl
-from vla_rl.model_cache import load_model
-from vla_rl.rendering import Renderer
+from vla_rl.simulation.arm_control import ArmControl
+from vla_rl.simulation.model_cache import load_model
+from vla_rl.simulation.rendering import Renderer
 
 MAX_PLACEMENT_TRIES = 100  # each try already draws 5,000 positions an object
 CONTROL_HZ = 20
@@ -80,7 +80,7 @@ class Simulator:
         cameras: names, K; with none there is no OpenGL either.
         image_size: H = W.
         fast: leave out reflections and multi-sampling.
-        cache_gb: disk for compiled models (vla_rl.model_cache); 0 for none.
+        cache_gb: disk for compiled models (vla_rl.simulation.model_cache); 0 for none.
     """
 
     def __init__(self, bddl_file: str, cameras: Sequence[str], image_size: int, fast: bool, cache_gb: float = 0):
