@@ -1,6 +1,6 @@
 """PPO with dense advantages (GAE) for OpenVLA on LIBERO; GRPO as the baseline. The algorithm, from top to bottom.
 
-Not here: the network and its prompt (vla_rl.policy), the simulators (vla_rl.simulation.vector_env), files and flags
+Not here: the network and its prompt (vla_rl.model.policy), the simulators (vla_rl.simulation.vector_env), files and flags
 (start_gae_ppo_training.py). The parts are handed in, so tests run this very class on small ones.
 
 T decisions, N environments, C simulator steps of a decision, A = 7C action tokens, D hidden size, R rows of a rollout,
@@ -38,6 +38,7 @@ from vla_rl.losses import (
     token_mask,
     value_loss,
 )
+from vla_rl.model.value_head import ValueHead
 from vla_rl.optimizer import adamw, load_optimizer
 from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
 from vla_rl.run.checkpoint import (
@@ -63,7 +64,6 @@ from vla_rl.run.progress import (
 )
 from vla_rl.run.settings import Config
 from vla_rl.types import ACTION_DIM, InvariantError, NonFiniteError, Observation, Policy, PolicyOutput, SimulatorDied
-from vla_rl.value_head import ValueHead
 
 log = logging.getLogger(__name__)
 

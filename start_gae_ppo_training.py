@@ -177,7 +177,7 @@ def train(config: Config, checkpoint: Path | None) -> None:
 
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 
-    from vla_rl.policy import check_checkpoint, read_statistics
+    from vla_rl.model.policy import check_checkpoint, read_statistics
     from vla_rl.run.checkpoint import locked
     from vla_rl.run.metrics import check_wandb
 
@@ -229,7 +229,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
 def build_policy(config: Config):
     import torch
 
-    from vla_rl.policy import OpenVLAPolicy
+    from vla_rl.model.policy import OpenVLAPolicy
 
     if config.run.torch_threads is not None:
         torch.set_num_threads(config.run.torch_threads)
@@ -255,7 +255,7 @@ def build_value_head(config: Config, hidden_size: int):
     """None for GRPO, which has no critic."""
     import torch
 
-    from vla_rl.value_head import ValueHead
+    from vla_rl.model.value_head import ValueHead
 
     if config.algorithm.estimator == "grpo":
         return None

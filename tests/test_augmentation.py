@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from vla_rl.augmentation import adjust_contrast, adjust_hue_and_saturation, augment, crop
-from vla_rl.image_transform import crop_center
+from vla_rl.model.image_transform import crop_center
 
 
 def random_colours(side=24, seed=0):

@@ -13,13 +13,13 @@ import torch
 
 from OpenVLA_PPO import InvariantError, OpenVLAPPO
 from tests.fakes import CHUNK, FakePolicy, make_envs
-from vla_rl.policy import OpenVLAPolicy
+from vla_rl.model.policy import OpenVLAPolicy
+from vla_rl.model.value_head import ValueHead
 from vla_rl.run.checkpoint import CheckpointError, find_checkpoint
 from vla_rl.run.load_settings import config_from_dict
 from vla_rl.run.metrics import MetricsLogger, read_metrics
 from vla_rl.run.settings import LoraConfig
 from vla_rl.types import NonFiniteError, SimulatorDied
-from vla_rl.value_head import ValueHead
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tests.test_demonstration_file import arrays
 from vla_rl.augmentation import augment
 from vla_rl.demonstration_file import Demonstration, DemonstrationFile
-from vla_rl.image_transform import crop_center
-from vla_rl.policy import OpenVLAPolicy
+from vla_rl.model.image_transform import crop_center
+from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.run.load_settings import load_config, read_yaml
 from vla_rl.run.metrics import read_metrics
 from vla_rl.run.settings import ConfigError, SftConfig
@@ -333,7 +333,7 @@ def test_a_full_disk_is_told_in_words_and_leaves_no_torn_model(data, tmp_path, m
     def write_shard(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vla_rl.prismatic.save_tensors", write_shard)
+    monkeypatch.setattr("vla_rl.model.prismatic.save_tensors", write_shard)
     assert main(arguments(data, tmp_path, steps=1)) == 1
     assert "the disk is full" in capsys.readouterr().err and not (tmp_path / "r/model").exists()
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from vla_rl.image_transform import CROP_AREA
+from vla_rl.model.image_transform import CROP_AREA
 
 BRIGHTNESS = 0.2  # added: -0.2..0.2 of the range 0..1
 CONTRAST = SATURATION = (0.8, 1.2)  # factors

@@ -114,7 +114,7 @@ class ActionEvaluation:
 
 
 class Policy(Protocol):
-    """What OpenVLAPPO needs of a policy; vla_rl.policy.OpenVLAPolicy is the one that is shipped."""
+    """What OpenVLAPPO needs of a policy; vla_rl.model.policy.OpenVLAPolicy is the one that is shipped."""
 
     hidden_size: int  # D
     chunk_size: int  # C

@@ -28,13 +28,13 @@ from OpenVLA_PPO import OpenVLAPPO
 from start_gae_ppo_training import build_policy, build_value_head, find_config
 from vla_rl.advantages import compute_gae, normalize
 from vla_rl.losses import approx_kl, explained_variance, token_mask
+from vla_rl.model.value_head import ValueHead
 from vla_rl.rollout_buffer import Minibatch, RolloutBuffer
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.settings import Config
 from vla_rl.simulation.vector_env import make_vector_env
 from vla_rl.types import ACTION_DIM
-from vla_rl.value_head import ValueHead
 
 FIT_ROUNDS, FIT_STEPS, FIT_BATCH, FIT_LEARNING_RATE = 10, 60, 256, 1e-3
 MONTE_CARLO = 1.0  # gae_lambda

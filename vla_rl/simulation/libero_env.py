@@ -1,6 +1,6 @@
 """One LIBERO task as a gymnasium.Env that executes action chunks.
 
-Not here: which episodes are run (the trainer's), how images are preprocessed (vla_rl.image_transform), worker processes
+Not here: which episodes are run (the trainer's), how images are preprocessed (vla_rl.model.image_transform), worker processes
 (vla_rl.simulation.vector_env), the physics (vla_rl.simulation.simulator). No torch, and no simulator before the first reset, so that worker
 processes start fast and the main process has no GL.
 

@@ -1,4 +1,4 @@
-"""vla_rl/policy.py: one distribution for sampling and scoring, the official code's numbers, LoRA that touches no base weight."""
+"""vla_rl/model/policy.py: one distribution for sampling and scoring, the official code's numbers, LoRA that touches no base weight."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vla_rl.image_transform import preprocess
-from vla_rl.policy import OpenVLAPolicy, append_space, check_checkpoint, draw, prompt_text
-from vla_rl.prismatic import load_network
+from vla_rl.model.image_transform import preprocess
+from vla_rl.model.policy import OpenVLAPolicy, append_space, check_checkpoint, draw, prompt_text
+from vla_rl.model.prismatic import load_network
+from vla_rl.model.tiny_openvla import ensure_tiny_openvla
 from vla_rl.run.settings import ConfigError, LoraConfig
-from vla_rl.tiny_openvla import ensure_tiny_openvla
 from vla_rl.types import NonFiniteError, Observation, PolicyInputs
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 RECORDED = DATA / "tiny_openvla"  # the official layout, with the official code's numbers, without a tokenizer
 DECODERS = ("autoregressive", "parallel")
 TASKS = (
@@ -474,7 +474,7 @@ def test_bad_inputs_are_named(policy):
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_loads(settings, message, monkeypatch):
-    monkeypatch.setattr("vla_rl.policy.load_network", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("vla_rl.model.policy.load_network", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=message):
         make_policy(**settings)
 

@@ -19,10 +19,10 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vla_rl.prismatic import Prismatic, read_config, save_checkpoint
+from vla_rl.model.prismatic import Prismatic, read_config, save_checkpoint
 from vla_rl.run.settings import TASK_SUITES
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 TRAINED = ASSETS / "tiny_openvla"  # in the repository: fine-tuned on libero_spatial, see its README.md
 FOLDER = ASSETS / "tiny_openvla_random"  # made on first use
 RECIPE = 1  # raise it when anything below changes what is written; an older folder is then made anew

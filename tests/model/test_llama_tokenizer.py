@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-import vla_rl.policy
-from vla_rl.policy import OpenVLAPolicy, prompt_text
-from vla_rl.tiny_openvla import ensure_tiny_openvla
+import vla_rl.model.policy
+from vla_rl.model.policy import OpenVLAPolicy, prompt_text
+from vla_rl.model.tiny_openvla import ensure_tiny_openvla
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 PACKAGE = "llama-tokenizer-js@1.2.2"
 PROMPTS = json.loads((DATA / "prompts.json").read_text())
 SPECIAL = PROMPTS["special"]
@@ -102,7 +102,7 @@ def test_special_tokens_have_the_official_ids(policy):
 
 @pytest.mark.parametrize("ending", ["", " "])
 def test_the_space_is_appended_only_where_the_text_gives_none(policy, ending, monkeypatch):
-    monkeypatch.setattr(vla_rl.policy, "PROMPT", vla_rl.policy.PROMPT + ending)
+    monkeypatch.setattr(vla_rl.model.policy, "PROMPT", vla_rl.model.policy.PROMPT + ending)
     for case in PROMPTS["cases"]:
         ids = policy.tokenizer.encode(prompt_text(case["task"]), add_special_tokens=False).ids
         assert [SPECIAL["bos"], *ids] == case["input_ids_with_29871" if ending else "input_ids"], case["task"]

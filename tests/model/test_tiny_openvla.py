@@ -1,4 +1,4 @@
-"""vla_rl/tiny_openvla.py: the built-in checkpoint is the same everywhere, small, complete and of use for learning."""
+"""vla_rl/model/tiny_openvla.py: the built-in checkpoint is the same everywhere, small, complete and of use for learning."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from vla_rl import tiny_openvla
 from vla_rl.evaluation import evaluate_policy, evaluation_episodes
-from vla_rl.policy import OpenVLAPolicy
-from vla_rl.prismatic import load_network
+from vla_rl.model import tiny_openvla
+from vla_rl.model.policy import OpenVLAPolicy
+from vla_rl.model.prismatic import load_network
+from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla, write_tiny_openvla
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.settings import TASK_SUITES
 from vla_rl.simulation.vector_env import make_vector_env
-from vla_rl.tiny_openvla import TRAINED, ensure_tiny_openvla, write_tiny_openvla
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_the_trained_checkpoint_has_the_statistics_of_its_data():
 
 @pytest.mark.libero
 def test_the_trained_checkpoint_solves_task_0_now_and_then():
-    config = load_config(Path(__file__).parent.parent / "configs/tiny_gae_ppo.yaml")
+    config = load_config(Path(__file__).parents[2] / "configs/tiny_gae_ppo.yaml")
     settings = config.policy
     policy = OpenVLAPolicy.from_checkpoint(
         settings.checkpoint,

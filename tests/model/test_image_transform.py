@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla_rl.image_transform import crop_center, jpeg_round_trip, lanczos3_weights, preprocess
+from vla_rl.model.image_transform import crop_center, jpeg_round_trip, lanczos3_weights, preprocess
 
-OFFICIAL = np.load(Path(__file__).parent / "data" / "images.npz")
+OFFICIAL = np.load(Path(__file__).parents[1] / "data" / "images.npz")
 
 
 def assert_same_picture(image, official, different_share):

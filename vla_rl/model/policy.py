@@ -27,9 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vla_rl.action_tokenizer import ActionTokenizer, normalize_proprio, to_environment, unnormalize
-from vla_rl.image_transform import preprocess
-from vla_rl.prismatic import (
+from vla_rl.model.action_tokenizer import ActionTokenizer, normalize_proprio, to_environment, unnormalize
+from vla_rl.model.image_transform import preprocess
+from vla_rl.model.prismatic import (
     Prismatic,
     Prompt,
     find_proprio_file,
@@ -38,9 +38,9 @@ from vla_rl.prismatic import (
     save_checkpoint,
     weight_files,
 )
+from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla
 from vla_rl.run.checkpoint import save_tensors
 from vla_rl.run.settings import ConfigError, LoraConfig
-from vla_rl.tiny_openvla import TRAINED, ensure_tiny_openvla
 from vla_rl.types import (
     ACTION_DIM,
     PROPRIO_DIM,

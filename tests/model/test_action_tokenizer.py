@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vla_rl.action_tokenizer import ActionTokenizer, normalize_proprio, to_environment, unnormalize
+from vla_rl.model.action_tokenizer import ActionTokenizer, normalize_proprio, to_environment, unnormalize
 
-OFFICIAL = np.load(Path(__file__).parent / "data" / "action_tokenizer.npz")
+OFFICIAL = np.load(Path(__file__).parents[1] / "data" / "action_tokenizer.npz")
 # "action" of the statistics the official arrays were made with (shared tiny_openvla, dataset_statistics.json)
 STATS = {
     "q01": [-0.353416, -0.845943, -0.606886, -0.806426, -0.984593, -0.676947, 0.0],

@@ -1,4 +1,4 @@
-"""vla_rl/prismatic.py against the official code's recorded numbers (tests/data/openvla.npz) and its checkpoint layout."""
+"""vla_rl/model/prismatic.py against the official code's recorded numbers (tests/data/openvla.npz) and its checkpoint layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from vla_rl.prismatic import (
+from vla_rl.model.prismatic import (
     Prismatic,
     load_network,
     official_name,
@@ -22,7 +22,7 @@ from vla_rl.prismatic import (
 )
 from vla_rl.run.settings import ConfigError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny_openvla"
 MEAN = torch.tensor([0.485, 0.456, 0.406, 0.5, 0.5, 0.5])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225, 0.5, 0.5, 0.5])[:, None, None]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vla_rl.value_head import ValueHead
+from vla_rl.model.value_head import ValueHead
 
 
 def head(seed: int = 0, hidden_size: int = 16, hidden_sizes=(8,)) -> ValueHead:
