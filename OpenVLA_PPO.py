@@ -23,10 +23,10 @@ from gymnasium.vector import VectorEnv
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vla_rl.advantages import compute_gae, compute_grpo_advantages, normalize
-from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
-from vla_rl.evaluation import evaluate_policy, evaluation_episodes, success_metrics, write_videos
-from vla_rl.losses import (
+from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize
+from vla_rl.learning.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
+from vla_rl.learning.evaluation import evaluate_policy, evaluation_episodes, success_metrics, write_videos
+from vla_rl.learning.losses import (
     approx_kl,
     clip_fraction,
     explained_variance,
@@ -38,9 +38,9 @@ from vla_rl.losses import (
     token_mask,
     value_loss,
 )
+from vla_rl.learning.optimizer import adamw, load_optimizer
+from vla_rl.learning.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
 from vla_rl.model.value_head import ValueHead
-from vla_rl.optimizer import adamw, load_optimizer
-from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
 from vla_rl.run.checkpoint import (
     cpu_copy,
     load_trainer_state,

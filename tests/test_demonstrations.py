@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from vla_rl.demonstration_file import read_demonstrations
 from vla_rl.demonstrations import DROP_STEPS, Disturbance, Drops, Pushes, episodes_of, main, record_episode, record_task
+from vla_rl.learning.demonstration_file import read_demonstrations
 from vla_rl.simulation.libero_env import LiberoEnv, task_instructions
 from vla_rl.types import Episode
 

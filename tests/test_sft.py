@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.test_demonstration_file import arrays
-from vla_rl.augmentation import augment
-from vla_rl.demonstration_file import Demonstration, DemonstrationFile
+from tests.learning.test_demonstration_file import arrays
+from vla_rl.learning.augmentation import augment
+from vla_rl.learning.demonstration_file import Demonstration, DemonstrationFile
 from vla_rl.model.image_transform import crop_center
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.run.load_settings import load_config, read_yaml

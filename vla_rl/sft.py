@@ -5,8 +5,8 @@
 Cross-entropy on action tokens (behaviour cloning), as OpenVLA and OpenVLA-OFT with its token head are fine-tuned. The
 result, runs/NAME/model, is a checkpoint in the official layout with the statistics of its data: what PPO starts from.
 
-Not here: the network and its tokens (vla_rl.model.policy), the data's layout (vla_rl.demonstration_file), images
-(vla_rl.augmentation).
+Not here: the network and its tokens (vla_rl.model.policy), the data's layout (vla_rl.learning.demonstration_file), images
+(vla_rl.learning.augmentation).
 
 B samples, C actions of a chunk, A = 7C action tokens, S model image side, K images.
 """
@@ -35,13 +35,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vla_rl.augmentation import augment
-from vla_rl.demonstration_file import Demonstration, find_files, read_demonstrations
+from vla_rl.learning.augmentation import augment
+from vla_rl.learning.demonstration_file import Demonstration, find_files, read_demonstrations
+from vla_rl.learning.optimizer import adamw, load_optimizer
 from vla_rl.model.action_tokenizer import ActionTokenizer, normalize
 from vla_rl.model.image_transform import crop_center, preprocess
 from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
 from vla_rl.model.prismatic import save_checkpoint
-from vla_rl.optimizer import adamw, load_optimizer
 from vla_rl.run.checkpoint import (
     cpu_copy,
     find_checkpoint,

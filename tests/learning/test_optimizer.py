@@ -2,7 +2,7 @@
 
 import torch
 
-from vla_rl.optimizer import adamw, load_optimizer
+from vla_rl.learning.optimizer import adamw, load_optimizer
 from vla_rl.run.settings import ActorConfig
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.fakes import FakePolicy, make_envs
-from vla_rl.evaluation import (
+from vla_rl.learning.evaluation import (
     EpisodeResult,
     evaluate_policy,
     evaluation_episodes,

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from vla_rl.demonstration_file import (
+from vla_rl.learning.demonstration_file import (
     DemonstrationFile,
     find_files,
     no_ops,

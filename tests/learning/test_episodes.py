@@ -7,7 +7,7 @@ import pytest
 
 from tests.fakes import make_envs
 from vla_rl.demonstrations import episodes_of
-from vla_rl.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
+from vla_rl.learning.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
 from vla_rl.types import Episode
 
 

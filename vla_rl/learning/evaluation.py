@@ -15,7 +15,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
-from vla_rl.episodes import EpisodeQueue, reset_finished
+from vla_rl.learning.episodes import EpisodeQueue, reset_finished
 from vla_rl.types import Episode, Observation, Policy
 
 CONTROL_HZ = 20  # LIBERO's control frequency: simulator steps per second of robot time

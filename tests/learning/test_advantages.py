@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vla_rl.advantages import compute_gae, compute_grpo_advantages, normalize
+from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize
 
 NO = [False, False, False, False]
 

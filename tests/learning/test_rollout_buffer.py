@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vla_rl.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches
+from vla_rl.learning.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches
 from vla_rl.types import PolicyInputs
 
 A, D = 4, 3  # action tokens, hidden size

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vla_rl.losses import (
+from vla_rl.learning.losses import (
     approx_kl,
     clip_fraction,
     explained_variance,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from vla_rl.augmentation import adjust_contrast, adjust_hue_and_saturation, augment, crop
+from vla_rl.learning.augmentation import adjust_contrast, adjust_hue_and_saturation, augment, crop
 from vla_rl.model.image_transform import crop_center
 
 
