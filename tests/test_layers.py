@@ -10,62 +10,49 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vla_rl"
 
-LAYERS = [
-    {"settings", "types"},
-    {"load_settings"},
-    {
-        "advantages",
-        "losses",
-        "action_tokenizer",
-        "image_transform",
-        "value_head",
-        "prismatic",
-        "metrics",
-        "episodes",
-        "rollout_buffer",
-        "progress",
-        "checkpoint",
-        "failures",
-        "augmentation",
-        "optimizer",
-        "demonstration_file",
-    },
-    {
-        "policy",
-        "tiny_openvla",
-        "model_cache",
-        "arm_control",
-        "rendering",
-        "simulator",
-        "goals",
-        "expert",
-        "libero_env",
-        "vector_env",
-        "shaping",
-    },
-    {"evaluation", "demonstrations", "sft"},
-    {"OpenVLA_PPO"},
+# what a wing, a command or a program may import: itself, and what is on a floor below it; not what stands beside it
+FLOORS = [
+    {"types"},
+    {"run"},
+    {"simulation", "model"},
+    {"learning"},
+    {"OpenVLA_PPO", "commands"},
     {"start_gae_ppo_training"},
 ]
-LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 
-# package -> the only modules that may import it
+# package -> the wing or the only modules that may import it
 HOMES = {
-    "transformers": {"prismatic", "policy"},
-    "timm": {"prismatic", "policy"},
-    "peft": {"prismatic", "policy"},
-    "libero": {"libero_env", "simulator", "tiny_openvla"},  # tiny_openvla: task names
-    "robosuite": {"simulator", "arm_control", "rendering"},
-    "mujoco": {"simulator", "arm_control", "rendering", "model_cache"},
-    "wandb": {"metrics"},
-    "h5py": {"demonstration_file"},
-    "cv2": {"augmentation"},
-    "matplotlib": {"metrics"},
+    "transformers": {"model/prismatic"},
+    "timm": {"model/prismatic"},
+    "peft": {"model/adapter", "model/policy"},
+    "huggingface_hub": {"model/checkpoint_folder", "model/policy"},
+    "libero": {"simulation/libero_env", "simulation/simulator"},
+    "robosuite": {"simulation/simulator", "simulation/arm_control", "simulation/rendering"},
+    "mujoco": {"simulation/simulator", "simulation/arm_control", "simulation/rendering", "simulation/model_cache"},
+    "wandb": {"run/metrics"},
+    "matplotlib": {"run/metrics"},
+    "h5py": {"learning/demonstration_file"},
+    "cv2": {"learning/augmentation"},
     "tensorflow": set(),
 }
 
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "__init__"]
 PROGRAMS = [path for path in (ROOT / "OpenVLA_PPO.py", ROOT / "start_gae_ppo_training.py") if path.exists()]
+
+
+def name_of(path: Path) -> str:
+    """ "run/settings", "sft", "OpenVLA_PPO"."""
+    return str((path.relative_to(PACKAGE) if PACKAGE in path.parents else path.relative_to(ROOT)).with_suffix(""))
+
+
+NAMES = {name_of(path): path for path in MODULES + PROGRAMS}
+
+
+def part_of(name: str) -> str:
+    """The wing of a module; "commands" for a file directly in vla_rl, which is a command that a person runs."""
+    wing, slash, _ = name.rpartition("/")
+    return wing if slash else name if name in FLOOR_OF else "commands"
 
 
 def imports(path: Path) -> set[str]:
@@ -82,28 +69,56 @@ def imports(path: Path) -> set[str]:
 
 def own_imports(path: Path) -> set[str]:
     """Modules of this project that a file imports."""
-    parts = [name.split(".") for name in imports(path)]
-    return {next(part for part in p if part in LAYER_OF) for p in parts if p[0] == "vla_rl" or p[0] in LAYER_OF}
+    found = set()
+    for name in imports(path):
+        parts = name.removeprefix("vla_rl.").split(".")
+        found |= {"/".join(parts[:n]) for n in (1, 2)} & NAMES.keys()
+    return found
 
 
-@pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=lambda path: path.stem)
-def test_imports_point_down(path):
-    assert path.stem in LAYER_OF, f"{path.stem} has no layer; give it one in tests/test_layers.py"
-    upward = {name for name in own_imports(path) if LAYER_OF[name] > LAYER_OF[path.stem]}
-    assert upward == set()
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_point_down_or_stay_in_the_wing(name):
+    own, above = part_of(name), []
+    for other in own_imports(NAMES[name]) - {name}:
+        if FLOOR_OF[part_of(other)] >= FLOOR_OF[own] and part_of(other) != own:
+            above.append(other)
+    assert above == []
 
 
-def test_modules_of_one_layer_do_not_import_in_a_circle():
-    beside = {p.stem: {n for n in own_imports(p) if LAYER_OF[n] == LAYER_OF[p.stem]} - {p.stem} for p in MODULES}
+@pytest.mark.parametrize("part", FLOOR_OF)
+def test_modules_of_one_part_do_not_import_in_a_circle(part):
+    beside = {n: {o for o in own_imports(path) if part_of(o) == part} - {n} for n, path in NAMES.items()}
+    beside = {name: needed for name, needed in beside.items() if part_of(name) == part}
+    assert beside
     while free := {name for name, needed in beside.items() if not needed}:
         beside = {name: needed - free for name, needed in beside.items() if name not in free}
     assert beside == {}
 
 
+def test_every_folder_of_the_package_is_a_wing_that_says_what_it_holds():
+    wings = {path.parent.name: ast.get_docstring(ast.parse(path.read_text())) for path in PACKAGE.glob("*/__init__.py")}
+    assert set(wings) == {"run", "simulation", "model", "learning"} and all(wings.values())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if part_of(name) == "commands"])
+def test_a_file_directly_in_the_package_is_a_command(name):
+    text = NAMES[name].read_text()
+    assert name == "types" or ('if __name__ == "__main__":' in text and f"python -m vla_rl.{name}" in text)
+
+
 @pytest.mark.parametrize("package", sorted(HOMES))
 def test_a_heavy_package_has_one_home(package):
-    users = {path.stem for path in MODULES + PROGRAMS if package in {name.split(".")[0] for name in imports(path)}}
+    users = {n for n, path in NAMES.items() if package in {name.split(".")[0] for name in imports(path)}}
     assert users <= HOMES[package]
+
+
+def test_the_simulation_knows_no_torch():
+    assert not [n for n, path in NAMES.items() if part_of(n) == "simulation" and "torch" in imports(path)]
+
+
+def test_no_file_is_longer_than_500_lines():
+    too_long = {name for name, path in NAMES.items() if len(path.read_text().splitlines()) > 500}
+    assert too_long <= {"OpenVLA_PPO", "model/policy", "model/prismatic", "sft"}  # to be carved
 
 
 @pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=lambda path: path.stem)
@@ -113,19 +128,18 @@ def test_a_module_opens_with_what_it_is(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_a_module_has_a_test_file_of_its_name(path):
+def test_a_module_has_a_test_file_of_its_name_in_the_same_wing(path):
     test = ROOT / "tests" / path.relative_to(PACKAGE).with_name(f"test_{path.name}")
-    assert test.exists() and path.stem in own_imports(test)
+    assert test.exists() and name_of(path) in own_imports(test)
 
 
 def test_the_algorithm_needs_no_network_simulator_or_command_line():
     needed, fresh = set(), {"OpenVLA_PPO"}
-    files = {path.stem: path for path in MODULES + PROGRAMS}
     while fresh:
         needed |= fresh
-        fresh = {name for module in fresh for name in own_imports(files[module])} - needed
-    assert "losses" in needed
-    assert not needed & {"policy", "prismatic", "tiny_openvla", "libero_env", "vector_env", "simulator"}
+        fresh = {name for module in fresh for name in own_imports(NAMES[module])} - needed
+    assert "learning/losses" in needed
+    assert {part_of(name) for name in needed - {"model/value_head"}} == {"types", "run", "learning", "OpenVLA_PPO"}
 
 
 def test_settings_are_checked_before_torch_is_imported():

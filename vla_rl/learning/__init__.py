@@ -1,0 +1,1 @@
+"""Advantages, losses, rollouts, updates, evaluation: what the algorithms are made of."""

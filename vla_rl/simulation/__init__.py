@@ -1,0 +1,1 @@
+"""LIBERO on MuJoCo: tasks, environments, worker processes, goals. Knows no torch."""
