@@ -177,12 +177,13 @@ def train(config: Config, checkpoint: Path | None) -> None:
 
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 
-    from vla_rl.model.policy import check_checkpoint, read_statistics
+    from vla_rl.model.checkpoint_folder import read_statistics
+    from vla_rl.model.policy import check_checkpoint
     from vla_rl.run.checkpoint import locked
     from vla_rl.run.metrics import check_wandb
 
     model = check_checkpoint(config.policy.checkpoint, config.policy.use_proprio)
-    read_statistics(model, config.policy.unnorm_key or config.env.task_suite)
+    read_statistics(model, config.policy.unnorm_key or config.env.task_suite, config.policy.use_proprio)
     check_wandb(config)
     folder = make_run_folder(config) if checkpoint is None else checkpoint.parent.parent
     with locked(folder):

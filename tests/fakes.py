@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vla_rl.model.policy import draw
+from vla_rl.model.sampling import draw
 from vla_rl.types import ACTION_DIM, ActionEvaluation, Episode, Observation, PolicyInputs, PolicyOutput
 
 CHUNK = 2

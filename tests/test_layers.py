@@ -25,8 +25,8 @@ FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in part
 HOMES = {
     "transformers": {"model/prismatic"},
     "timm": {"model/prismatic"},
-    "peft": {"model/adapter", "model/policy"},
-    "huggingface_hub": {"model/checkpoint_folder", "model/policy"},
+    "peft": {"model/adapter"},
+    "huggingface_hub": {"model/checkpoint_folder"},
     "libero": {"simulation/libero_env", "simulation/simulator"},
     "robosuite": {"simulation/simulator", "simulation/arm_control", "simulation/rendering"},
     "mujoco": {"simulation/simulator", "simulation/arm_control", "simulation/rendering", "simulation/model_cache"},
@@ -118,7 +118,7 @@ def test_the_simulation_knows_no_torch():
 
 def test_no_file_is_longer_than_500_lines():
     too_long = {name for name, path in NAMES.items() if len(path.read_text().splitlines()) > 500}
-    assert too_long <= {"OpenVLA_PPO", "model/policy", "model/prismatic", "sft"}  # to be carved
+    assert too_long <= {"OpenVLA_PPO", "sft"}  # to be carved
 
 
 @pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=lambda path: path.stem)

@@ -333,7 +333,7 @@ def test_a_full_disk_is_told_in_words_and_leaves_no_torn_model(data, tmp_path, m
     def write_shard(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vla_rl.model.prismatic.save_tensors", write_shard)
+    monkeypatch.setattr("vla_rl.model.checkpoint_folder.save_tensors", write_shard)
     assert main(arguments(data, tmp_path, steps=1)) == 1
     assert "the disk is full" in capsys.readouterr().err and not (tmp_path / "r/model").exists()
     monkeypatch.undo()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import math
 import os
@@ -39,9 +38,9 @@ from vla_rl.learning.augmentation import augment
 from vla_rl.learning.demonstration_file import Demonstration, find_files, read_demonstrations
 from vla_rl.learning.optimizer import adamw, load_optimizer
 from vla_rl.model.action_tokenizer import ActionTokenizer, normalize
+from vla_rl.model.checkpoint_folder import save_checkpoint
 from vla_rl.model.image_transform import crop_center, preprocess
 from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
-from vla_rl.model.prismatic import save_checkpoint
 from vla_rl.run.checkpoint import (
     cpu_copy,
     find_checkpoint,
@@ -406,11 +405,13 @@ class SupervisedFineTuning:
         policy = self.policy
         unfinished = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
-        tensors = policy.merged_tensors() if policy.adapted is not None else policy.network.named_parameters()
-        tensors = ((name, tensor.detach().to(torch.bfloat16)) for name, tensor in tensors)
-        save_checkpoint(unfinished, tensors, source=policy.folder, proprio_file=policy.network.proprio_file)
-        statistics = {self.config.data.name: policy.statistics}
-        (unfinished / "dataset_statistics.json").write_text(json.dumps(statistics, indent=1))
+        save_checkpoint(
+            unfinished,
+            ((name, tensor.detach().to(torch.bfloat16)) for name, tensor in policy.merged_tensors()),
+            source=policy.folder,
+            proprio_file=policy.network.proprio_file,
+            statistics={self.config.data.name: policy.statistics},
+        )
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
 

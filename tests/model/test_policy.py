@@ -2,72 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import shutil
-from pathlib import Path
 
-import huggingface_hub
 import numpy as np
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.model.policies import DATA, RECORDED, TASKS, make_obs, make_policy, move_adapters
 from vla_rl.model.image_transform import preprocess
-from vla_rl.model.policy import OpenVLAPolicy, append_space, check_checkpoint, draw, prompt_text
+from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network
+from vla_rl.model.prompt import prompt_text
 from vla_rl.model.tiny_openvla import ensure_tiny_openvla
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import NonFiniteError, Observation, PolicyInputs
-
-DATA = Path(__file__).parents[1] / "data"
-RECORDED = DATA / "tiny_openvla"  # the official layout, with the official code's numbers, without a tokenizer
-DECODERS = ("autoregressive", "parallel")
-TASKS = (
-    "pick up the black bowl between the plate and the ramekin and place it on the plate",
-    "open the drawer",
-    "Lift",
-)
-
-
-def make_policy(decoder: str = "parallel", path="tiny-openvla-random", seed: int = 0, **settings) -> OpenVLAPolicy:
-    settings = {"lora": LoraConfig(rank=4, alpha=8), "unnorm_key": "libero_spatial"} | settings
-    torch.manual_seed(seed)
-    return OpenVLAPolicy.from_checkpoint(path, decoder=decoder, **settings)
-
-
-def make_obs(n: int = 3, num_images: int = 1, seed: int = 0) -> Observation:
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (n, num_images, 128, 128, 3), dtype=np.uint8)
-    proprio = rng.normal([0, 0, 1.1, 3, 0, 0, 0.02, -0.02], 0.05, (n, 8)).astype(np.float32)
-    return Observation(images, proprio, tuple(TASKS[i % 3] for i in range(n)))
-
-
-def move_adapters(policy: OpenVLAPolicy, size: float = 0.05) -> None:
-    """Adapters start at B = 0, where the adapted model is the base; this makes it another one."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-
-
-@pytest.fixture(scope="module", params=DECODERS)
-def policy(request):
-    """Adapted away from the base. Tests that change it make their own."""
-    policy = make_policy(request.param)
-    move_adapters(policy)
-    return policy
-
-
-@pytest.fixture(scope="module")
-def parallel():
-    return make_policy("parallel")
-
-
-@pytest.fixture(scope="module")
-def recorded():
-    return OpenVLAPolicy.from_checkpoint(RECORDED)
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +69,6 @@ def test_pixel_values_are_normalised_for_dino_then_siglip_image_by_image():
 
 
 # ---------------------------------------------------------------------- the prompt
-
-
-def test_prompt_is_the_official_text():
-    cases = json.loads((DATA / "prompts.json").read_text())["cases"]
-    assert len(cases) == 14
-    for case in cases:
-        assert prompt_text(case["task"]) == case["prompt"]
-        assert append_space(case["input_ids"], 29871) == case["input_ids_with_29871"]
-        assert append_space(case["input_ids_with_29871"], 29871) == case["input_ids_with_29871"]
 
 
 def test_prompt_ids_are_bos_text_and_one_space_padded_on_the_left(parallel):
@@ -295,72 +235,6 @@ def test_few_steps_teach_it_given_tokens_for_each_observation():
     assert losses[-1] < 0.8  # a policy blind to the observation could not get below log 4 = 1.39
 
 
-@pytest.mark.parametrize(
-    ("target", "last_layers"), [("all-linear", None), ("language-model", None), ("language-model", 1)]
-)
-def test_adapters_sit_where_the_setting_says(target, last_layers):
-    policy = make_policy(lora=LoraConfig(rank=2, target_modules=target, last_layers=last_layers))
-    names = {n.rsplit(".lora_", 1)[0] for n, p in policy.network.named_parameters() if p.requires_grad}
-    plain = load_network(ensure_tiny_openvla())
-    assert names == set(plain.adaptable_linears(target == "language-model", last_layers))
-    assert not any("lm_head" in n or "embed" in n for n in names)
-    assert all(n.startswith("language_model.") for n in names) == (target == "language-model")
-
-
-def test_adapter_saves_loads_and_is_read_by_peft(policy, tmp_path):
-    obs = make_obs()
-    policy.save_adapter(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    other = make_policy(policy.decoder, seed=9)
-    tokens = policy.act(obs).action_tokens
-    expected = policy.evaluate_actions(policy.prepare(obs), tokens, temperature=1.0).logprobs
-    assert not torch.allclose(other.evaluate_actions(other.prepare(obs), tokens, temperature=1.0).logprobs, expected)
-    other.load_adapter(tmp_path)
-    assert other.evaluate_actions(other.prepare(obs), tokens, temperature=1.0).logprobs.equal(expected)
-    assert other.fingerprint() == policy.fingerprint()
-
-    plain = make_policy(policy.decoder, lora=None)
-    peft.PeftModel.from_pretrained(plain.network, tmp_path)
-    scored = plain.evaluate_actions(plain.prepare(obs), tokens, temperature=1.0).logprobs
-    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=0)
-
-
-def test_adapter_of_other_settings_is_refused(parallel, tmp_path):
-    parallel.save_adapter(tmp_path)
-    with pytest.raises(ConfigError, match=r"rank 4 and alpha 8.*rank 2 and alpha 8"):
-        make_policy(lora=LoraConfig(rank=2, alpha=8)).load_adapter(tmp_path)
-    with pytest.raises(ConfigError, match="another model or other target modules"):
-        make_policy(lora=LoraConfig(rank=4, alpha=8, target_modules="language-model")).load_adapter(tmp_path)
-    with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
-        parallel.load_adapter(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="this policy has no adapter"):
-        make_policy(lora=None).save_adapter(tmp_path)
-
-
-def test_merged_checkpoint_acts_as_base_and_adapter_together(policy, tmp_path):
-    policy.save_merged(tmp_path)
-    merged = make_policy(policy.decoder, path=tmp_path, lora=None)
-    obs = make_obs()
-    out = policy.act(obs)
-    scored = merged.evaluate_actions(merged.prepare(obs), out.action_tokens, temperature=1.0)
-    torch.testing.assert_close(scored.logprobs, out.logprobs, atol=2e-4, rtol=0)
-    assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(ensure_tiny_openvla() / "model.safetensors"))
-
-
-def test_adapters_stay_float32_on_a_bfloat16_base():
-    policy = make_policy(dtype=torch.bfloat16)
-    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
-    assert {p.dtype for p in policy.network.parameters() if not p.requires_grad} == {torch.bfloat16}
-    out = policy.act(make_obs())
-    assert out.hidden.dtype == out.logprobs.dtype == torch.float32
-    scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.0)
-    scored.logprobs.mean().backward()
-    assert scored.logprobs.dtype == torch.float32
-    # the same forward of the same batch, so equal even in bfloat16
-    assert ((scored.logprobs - out.logprobs).exp() - 1).abs().max() < 1e-4
-    assert all(p.grad is not None for p in policy.trainable_parameters())
-
-
 def test_gradient_checkpointing_changes_nothing_but_memory():
     results = []
     for checkpointing in (False, True):
@@ -393,17 +267,6 @@ def test_nan_in_the_weights_is_named_when_acting():
     for greedy in (False, True):
         with pytest.raises(NonFiniteError, match="action distribution is not finite"):
             policy.act(obs, greedy=greedy)
-
-
-def test_values_given_to_save_adapter_are_what_is_written(tmp_path):
-    policy = OpenVLAPolicy.from_checkpoint(
-        "tiny-openvla-random", "parallel", unnorm_key="libero_spatial", lora=LoraConfig(rank=2)
-    )
-    values = [torch.full_like(p, float(i)) for i, p in enumerate(policy.trainable_parameters())]
-    policy.save_adapter(tmp_path / "a", values)
-    assert not any(torch.equal(p, v) for p, v in zip(policy.trainable_parameters(), values, strict=True))
-    policy.load_adapter(tmp_path / "a")
-    assert all(torch.equal(p, v) for p, v in zip(policy.trainable_parameters(), values, strict=True))
 
 
 def test_fingerprint_tells_models_decoders_and_adapter_shapes_apart(tmp_path):
@@ -485,78 +348,7 @@ def test_missing_cuda_is_named():
         make_policy(device="cuda")
 
 
-def test_unnorm_key_is_found_with_and_without_suffix_and_alone(recorded):
-    assert recorded.unnorm_key == "libero_spatial_no_noops"  # the only one there is
-    assert make_policy(unnorm_key="libero_10_no_noops", lora=None).unnorm_key == "libero_10_no_noops"
-
-
-def copy_recorded(folder: Path, leave_out: str = "") -> Path:
-    shutil.copytree(RECORDED, folder, ignore=shutil.ignore_patterns(leave_out))
-    return folder
-
-
-def test_dataset_statistics_are_preferred_over_the_pretraining_ones(tmp_path):
-    folder = copy_recorded(tmp_path / "c")
-    raw = json.loads((folder / "config.json").read_text())
-    raw["norm_stats"] = {"bridge_orig": raw["norm_stats"]["libero_spatial_no_noops"]}
-    (folder / "config.json").write_text(json.dumps(raw))
-    assert OpenVLAPolicy.from_checkpoint(folder).unnorm_key == "libero_spatial_no_noops"
-    (folder / "dataset_statistics.json").unlink()
-    assert OpenVLAPolicy.from_checkpoint(folder).unnorm_key == "bridge_orig"
-
-
-def test_missing_checkpoint_says_where_it_looked_and_how_to_get_it(monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match=r"no checkpoint folder /no/such/folder; give a folder, a Hugging Face id"):
-        check_checkpoint("/no/such/folder")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ConfigError, match=r"not a local folder, not in the Hugging Face cache \(.*\).*hf download no-org/no-model"
-    ):
-        check_checkpoint("no-org/no-model")
-    with pytest.raises(ConfigError, match=r"no config\.json in"):
-        check_checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match=r"no preprocessor_config\.json"):
-        check_checkpoint(copy_recorded(tmp_path / "c", leave_out="preprocessor*"))
-
-
-def test_proprio_without_a_projector_is_refused(tmp_path):
-    folder = copy_recorded(tmp_path / "c", leave_out="proprio*")
-    with pytest.raises(ConfigError, match="has no proprio projector; set use_proprio=false"):
-        OpenVLAPolicy.from_checkpoint(folder, use_proprio=True)
-
-
-def test_untrained_token_head_beside_an_l1_head_is_warned_about(tmp_path, caplog):
-    folder = copy_recorded(tmp_path / "c")
-    (folder / "action_head--150000_checkpoint.pt").touch()
-    with caplog.at_level(logging.WARNING):
-        OpenVLAPolicy.from_checkpoint(folder, decoder="parallel")
-    assert "its token head, which this policy samples from, was not trained" in caplog.text
-
-
-def test_film_checkpoint_is_refused(tmp_path):
-    folder = copy_recorded(tmp_path / "c")
-    (folder / "vision_backbone--150000_checkpoint.pt").touch()
-    with pytest.raises(ConfigError, match="FiLM"):
-        check_checkpoint(folder)
-
-
 def test_loading_needs_no_second_copy():
     """The network is filled tensor by tensor: nothing stays on the meta device and nothing is initialised first."""
     network = load_network(RECORDED, use_proprio=True)
     assert {t.device.type for t in [*network.parameters(), *network.buffers()]} == {"cpu"}
-
-
-def test_a_row_with_its_own_generator_draws_what_it_draws_alone():
-    probs = torch.rand(3, 5, 256, generator=torch.Generator().manual_seed(0))
-
-    def generators():
-        return [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]
-
-    together, order = draw(probs, generators()), [2, 0]
-    assert together.shape == (3, 5)
-    assert torch.equal(draw(probs[order], [generators()[i] for i in order]), together[order])
-    assert torch.equal(draw(probs[1:2], torch.Generator().manual_seed(8)), together[1:2])
-    once = torch.nn.functional.one_hot(torch.tensor([[3, 250]] * 3), 256).float()
-    assert draw(once, generators()).tolist() == [[3, 250]] * 3
-    with pytest.raises(ValueError, match=r"shorter"):
-        draw(probs, generators()[:2])

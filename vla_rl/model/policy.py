@@ -1,7 +1,8 @@
-"""OpenVLA as a policy: load it, add LoRA, make the prompt, act, score given actions.
+"""OpenVLA as a policy: make the prompt, act, score given actions.
 
 Sampling and scoring are one distribution: softmax(logits / temperature) over the 256 action ids, in float32, with the
-network in the same mode. Not here: the network itself (prismatic), the value head, losses.
+network in the same mode. Not here: the network itself (prismatic), LoRA (adapter), files (checkpoint_folder), the value
+head, losses.
 
 N or B rows, K images, S image side, C steps in a chunk, A = 7C action tokens, D hidden size, L prompt tokens with BOS.
 """
@@ -11,41 +12,39 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
-import peft
 import tokenizers
 import torch
-from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_rl.model.action_tokenizer import ActionTokenizer, normalize_proprio, to_environment, unnormalize
-from vla_rl.model.image_transform import preprocess
-from vla_rl.model.prismatic import (
-    Prismatic,
-    Prompt,
-    find_proprio_file,
-    load_network,
-    read_config,
+from vla_rl.model.adapter import Adapter
+from vla_rl.model.checkpoint_folder import (
+    SPACE,
+    check_folder,
+    find_folder,
+    is_hub_id,
+    read_pixel_statistics,
+    read_statistics,
+    read_tokenizer,
     save_checkpoint,
-    weight_files,
 )
+from vla_rl.model.image_transform import preprocess
+from vla_rl.model.prismatic import Prismatic, Prompt, load_network
+from vla_rl.model.prompt import append_space, prompt_text
+from vla_rl.model.sampling import check_finite, check_temperature, draw, gather
 from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla
-from vla_rl.run.checkpoint import save_tensors
+from vla_rl.model.trained_as import warn_of_other_use
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import (
     ACTION_DIM,
     PROPRIO_DIM,
     ActionEvaluation,
-    NonFiniteError,
     Observation,
     PolicyInputs,
     PolicyOutput,
@@ -55,11 +54,7 @@ logger = logging.getLogger(__name__)
 
 TINY = "tiny-openvla"  # the checkpoint in the repository, fine-tuned on libero_spatial
 TINY_RANDOM = "tiny-openvla-random"  # what it was before: made on first use
-# openvla@c8f03f4 experiments/robot/openvla_utils.py#get_vla_action
-PROMPT = "In: What action should the robot take to {task}?\nOut:"
-SPACE = "▁"  # token 29871 of Llama-2: the training prompts end in it, the tokenised text does not
 DECODERS = {"autoregressive": 1, "parallel": 8}  # decoder -> actions a decision, as OpenVLA and OpenVLA-OFT train them
-HUB_FILES = ["*.json", "*.safetensors", "*.py", "tokenizer.model", "proprio_projector--*", "*.txt"]
 
 
 class OpenVLAPolicy:
@@ -87,26 +82,28 @@ class OpenVLAPolicy:
         self.center_crop = center_crop
         self.gradient_checkpointing = gradient_checkpointing
         self.use_proprio = network.use_proprio
-        self.hidden_size = network.config.llama.hidden_size
+        self.hidden_size = network.llama.hidden_size
         self.image_size = network.config.image_size
         self.dtype = network.language_model.lm_head.weight.dtype
         self.device = network.language_model.lm_head.weight.device
         self.action_tokenizer = ActionTokenizer(network.config.vocab_size, network.config.num_action_ids)
         self.unnorm_key, self.statistics = (
-            (unnorm_key, statistics) if statistics is not None else read_statistics(folder, unnorm_key)
+            (unnorm_key, statistics)
+            if statistics is not None
+            else read_statistics(folder, unnorm_key, network.use_proprio)
         )
-        if self.use_proprio and "proprio" not in self.statistics:
-            raise ConfigError(
-                f"the statistics of {self.unnorm_key} in {folder} have no 'proprio'; set use_proprio=false"
-            )
-        self.pixel_mean, self.pixel_std = read_pixel_statistics(folder, self.device)
+        # DINO's and SigLIP's normalisation, float32 [1, 1, 2, 3, 1, 1]
+        self.pixel_mean, self.pixel_std = (
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(1, 1, 2, 3, 1, 1)
+            for values in read_pixel_statistics(folder)
+        )
         self.prompt_ids: dict[str, list[int]] = {}  # instruction -> tokens, BOS first
 
         network.check_no_dropout()
         if gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self.lora = lora
-        self.adapted = None if lora is None else add_lora(network, lora)  # PeftModel around the same network
+        self.adapter = None if lora is None else Adapter(network, lora)
 
     @classmethod
     def from_checkpoint(
@@ -160,14 +157,15 @@ class OpenVLAPolicy:
             )
         folder = check_checkpoint(path, use_proprio)
         if statistics is None:
-            read_statistics(folder, unnorm_key)  # before anything heavy loads
-        if decoder == "parallel" and list(folder.glob("action_head--*")):
-            logger.warning(
-                "%s has an L1 action head (%s): its token head, which this policy samples from, was not trained and solves "
-                "no task; start from a checkpoint with a trained token head, such as Haozhan72/Openvla-oft-SFT-libero-*",
-                folder,
-                next(folder.glob("action_head--*")).name,
-            )
+            read_statistics(folder, unnorm_key, use_proprio)  # before anything heavy loads
+        settings = {
+            "policy.decoder": decoder,
+            "policy.num_images": num_images,
+            "policy.use_proprio": use_proprio,
+            "policy.chunk_size": chunk_size,
+            "policy.center_crop": center_crop,
+        }
+        warn_of_other_use(path if is_hub_id(str(path)) else folder, folder, settings)
         network = load_network(folder, use_proprio, device, dtype)
         options = (chunk_size, center_crop, unnorm_key, gradient_checkpointing, statistics)
         return cls(network, folder, decoder, num_images, lora, *options)
@@ -266,7 +264,7 @@ class OpenVLAPolicy:
     @torch.no_grad()
     def reference_logprobs(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> Tensor:
         """Log-probabilities float32 [B, A] under the base model, that is with the adapters switched off."""
-        with self.adapted.disable_adapter() if self.adapted is not None else nullcontext():
+        with self.adapter.switched_off() if self.adapter is not None else nullcontext():
             return self.evaluate_actions(inputs, action_tokens, temperature=temperature).logprobs
 
     @torch.no_grad()
@@ -371,7 +369,7 @@ class OpenVLAPolicy:
                 self.prompt_ids[text] = self.encode_prompt(text)
         rows = [self.prompt_ids[text] for text in instructions]
         length = max(map(len, rows))
-        pad = self.network.config.llama.pad_token_id
+        pad = self.network.llama.pad_token_id
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return input_ids, attention_mask
@@ -379,8 +377,8 @@ class OpenVLAPolicy:
     def encode_prompt(self, instruction: str) -> list[int]:
         """BOS, the prompt's tokens, the final space."""
         ids = self.tokenizer.encode(prompt_text(instruction), add_special_tokens=False).ids
-        ids = append_space([self.network.config.llama.bos_token_id, *ids], self.tokenizer.token_to_id(SPACE))
-        room = self.network.config.llama.max_position_embeddings - self.num_tokens - 1
+        ids = append_space([self.network.llama.bos_token_id, *ids], self.tokenizer.token_to_id(SPACE))
+        room = self.network.llama.max_position_embeddings - self.num_tokens - 1
         room -= self.num_images * self.network.vision_backbone.num_patches + int(self.use_proprio)
         if len(ids) > room:
             raise ValueError(
@@ -390,17 +388,7 @@ class OpenVLAPolicy:
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError(
-                f"no tokenizer.json in {self.folder}, which a prompt needs; copy it from openvla/openvla-7b"
-            )
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()  # the file keeps both settings of the last call before it was saved
-        tokenizer.no_padding()
-        if tokenizer.token_to_id(SPACE) is None:
-            raise ConfigError(f"{path} has no token {SPACE!r}, which ends the prompt; it is not a Llama tokenizer")
-        return tokenizer
+        return read_tokenizer(self.folder)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, proprio: Tensor | None) -> Prompt:
         batch = len(input_ids)
@@ -432,68 +420,33 @@ class OpenVLAPolicy:
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
     def save_adapter(self, folder: Path, values: list[Tensor] | None = None) -> None:
-        """Writes adapter_config.json and adapter_model.safetensors; PeftModel.from_pretrained(network, folder) reads them.
-
-        Args:
-            values: of trainable_parameters(), in their order, to be written instead of the present ones.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapter_tensors(values).items()}
-        save_tensors(tensors, folder / "adapter_model.safetensors", format="pt")
-        self.adapted.peft_config["default"].save_pretrained(folder)
+        """Writes the adapter in peft's format; see vla_rl.model.adapter.Adapter.save."""
+        self.require_adapter().save(folder, self.base_digest, values)
 
     def load_adapter(self, folder: Path) -> None:
-        """Reads what save_adapter wrote for the same LoRA settings.
+        """Reads an adapter of the same LoRA settings and base.
 
         Raises:
             ConfigError: there is no adapter, or it is of other settings or another model.
         """
-        folder = Path(folder)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (folder / name).is_file():
-                raise ConfigError(f"no {name} in {folder}; give a folder that save_adapter or peft wrote")
-        ours = self.adapter_tensors()
-        saved = json.loads((folder / "adapter_config.json").read_text())
-        if (saved.get("r"), saved.get("lora_alpha")) != (self.lora.rank, self.lora.alpha):
-            raise ConfigError(
-                f"the adapter in {folder} has rank {saved.get('r')} and alpha {saved.get('lora_alpha')}, the settings have "
-                f"rank {self.lora.rank} and alpha {self.lora.alpha}; set policy.lora to the adapter's"
-            )
-        tensors = load_file(folder / "adapter_model.safetensors")
-        wrong = {n for n in ours.keys() | tensors.keys() if n not in ours or n not in tensors}
-        wrong |= {n for n in ours.keys() & tensors.keys() if ours[n].shape != tensors[n].shape}
-        if wrong:
-            raise ConfigError(
-                f"the adapter in {folder} is of another model or other target modules: {len(wrong)} tensors do not fit, "
-                f"such as {min(wrong)}"
-            )
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                ours[name].copy_(tensor)
+        self.require_adapter().load(folder, self.base_digest)
 
-    def adapter_tensors(self, values: list[Tensor] | None = None) -> dict[str, Tensor]:
-        """peft's names -> the adapters' own tensors (not copies), or these values of trainable_parameters()."""
-        if self.adapted is None:
+    def require_adapter(self) -> Adapter:
+        if self.adapter is None:
             raise ConfigError("this policy has no adapter; give lora=LoraConfig(...) to from_checkpoint")
-        names = [name for name, parameter in self.adapted.named_parameters() if parameter.requires_grad]
-        state = dict(zip(names, self.trainable_parameters() if values is None else values, strict=True))
-        return peft.get_peft_model_state_dict(self.adapted, state_dict=state, save_embedding_layers=False)
+        return self.adapter
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """peft's names -> the adapter's own tensors (not copies)."""
+        return self.require_adapter().tensors()
+
+    def merged_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The network's names and weights, with the adapter merged into them if there is one."""
+        return self.network.named_parameters() if self.adapter is None else self.adapter.merged_tensors()
 
     def save_merged(self, folder: Path) -> None:
         """Writes a checkpoint in the official layout with the adapters merged into the weights."""
         save_checkpoint(folder, self.merged_tensors(), source=self.folder, proprio_file=self.network.proprio_file)
-
-    @torch.no_grad()
-    def merged_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        adapted = {name: module for name, module in self.network.named_modules() if isinstance(module, LoraLayer)}
-        for name, parameter in self.network.named_parameters():
-            if ".lora_" in name:
-                continue
-            module = adapted.get(name.removesuffix(".base_layer.weight"))
-            if module is not None:
-                parameter = (parameter.float() + module.get_delta_weight("default").float()).to(parameter.dtype)
-            yield name.replace(".base_layer.", "."), parameter
 
     @cached_property
     def base_digest(self) -> str:
@@ -510,7 +463,7 @@ class OpenVLAPolicy:
     def fingerprint(self) -> str:
         """Hex digits, equal for equal base models, inputs, decoders and adapter shapes; the adapters' values do not count."""
         parts = [self.base_digest, self.decoder, self.num_tokens, self.num_images, self.use_proprio]
-        if self.adapted is not None:
+        if self.adapter is not None:
             parts += [self.lora.alpha, *((name, list(t.shape)) for name, t in self.adapter_tensors().items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -518,57 +471,12 @@ class OpenVLAPolicy:
 # ---------------------------------------------------------------------- helpers
 
 
-def prompt_text(instruction: str) -> str:
-    """The text that OpenVLA was trained on, the instruction in lower case."""
-    return PROMPT.format(task=instruction.lower())
-
-
-def append_space(ids: list[int], space_id: int) -> list[int]:
-    """ids with the space token at the end, once (openvla modeling_prismatic.py#predict_action)."""
-    return ids if ids[-1] == space_id else [*ids, space_id]
-
-
-def draw(probs: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """An index [B, ...] of each distribution [B, ..., 256]; see OpenVLAPolicy.act for the generator."""
-    if generator is None or isinstance(generator, torch.Generator):
-        at = probs.device if generator is None else generator.device
-        drawn = torch.multinomial(probs.flatten(0, -2).to(at), 1, generator=generator)
-        return drawn.to(probs.device).view(probs.shape[:-1])
-    rows = probs.to(generator[0].device)
-    return torch.stack([draw(row[None], g)[0] for row, g in zip(rows, generator, strict=True)]).to(probs.device)
-
-
-def gather(logprobs: Tensor, index: Tensor) -> Tensor:
-    """logprobs [B, A, 256] at index [B, A] -> [B, A]."""
-    return logprobs.gather(-1, index[..., None]).squeeze(-1)
-
-
-def check_finite(distribution: Tensor) -> None:
-    if not torch.isfinite(distribution).all():
-        raise NonFiniteError(
-            "the policy's action distribution is not finite: its weights or inputs have a NaN or infinity"
-        )
-
-
-def check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}; expected above 0 (for the most likely token use greedy=True)")
-
-
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.dtype != torch.int64 or tensor.shape != shape:
         raise ValueError(f"{name}: expected int64 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
 
 
-def add_lora(network: Prismatic, lora: LoraConfig) -> peft.PeftModel:
-    """Puts adapters into the network, in place; only they require gradients."""
-    names = network.adaptable_linears(lora.target_modules == "language-model", lora.last_layers)
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=names)
-    adapted = peft.get_peft_model(network, config)  # casts the adapters to float32 (autocast_adapter_dtype)
-    network.eval()
-    wrong = [n for n, p in network.named_parameters() if p.requires_grad and p.dtype != torch.float32]
-    assert not wrong, f"adapters are not float32: {wrong[:3]}"
-    return adapted
+# ---------------------------------------------------------------------- checkpoints
 
 
 def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
@@ -579,81 +487,9 @@ def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
             (made if needed).
 
     Raises:
-        ConfigError: says where it looked and how to get the checkpoint, or what is missing in it.
+        ConfigError: says where it looked and how to get the checkpoint, or what is missing or torn in it.
     """
-    folder = find_checkpoint_folder(str(path))
-    read_config(folder)
-    weight_files(folder)
-    if not (folder / "preprocessor_config.json").is_file():
-        raise ConfigError(f"no preprocessor_config.json in {folder}, which has the images' means and deviations")
-    if list(folder.glob("vision_backbone--*")):
-        raise ConfigError(f"{folder} has a FiLM vision backbone (vision_backbone--*), which is not implemented")
-    load_statistics(folder)
-    if use_proprio and find_proprio_file(folder) is None and not has_proprio_weights(folder):
-        raise ConfigError(f"use_proprio=true, but {folder} has no proprio projector; set use_proprio=false")
+    made_here = {TINY: lambda: TRAINED, TINY_RANDOM: ensure_tiny_openvla}
+    folder = made_here[path]() if path in made_here else find_folder(str(path))
+    check_folder(folder, use_proprio)
     return folder
-
-
-def find_checkpoint_folder(path: str) -> Path:
-    if path == TINY:
-        return TRAINED
-    if path == TINY_RANDOM:
-        return ensure_tiny_openvla()
-    if Path(path).is_dir():
-        return Path(path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        raise ConfigError(
-            f"no checkpoint folder {path}; give a folder, a Hugging Face id such as openvla/openvla-7b, or {TINY}"
-        )
-    try:
-        return Path(huggingface_hub.snapshot_download(path, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises its own, httpx's and OS errors; each means: not to be had
-        cache = huggingface_hub.constants.HF_HUB_CACHE
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"no checkpoint {path}: not a local folder, not in the Hugging Face cache ({cache}), and the download failed "
-            f"({type(error).__name__}: {reason}); on a machine with network run `hf download {path}`, or give a local folder"
-        ) from error
-
-
-def has_proprio_weights(folder: Path) -> bool:
-    """Whether the main state dict has a proprio projector, as SimpleVLA-RL's checkpoints have."""
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            if any(name.startswith("proprio_projector.") for name in file.keys()):  # noqa: SIM118
-                return True
-    return False
-
-
-def load_statistics(folder: Path) -> dict[str, dict]:
-    """dataset_statistics.json, which fine-tuning writes, else norm_stats of config.json (the pre-training data)."""
-    path = folder / "dataset_statistics.json"
-    statistics = json.loads(path.read_text()) if path.is_file() else read_config(folder).raw.get("norm_stats")
-    if not statistics:
-        raise ConfigError(
-            f"no action statistics in {folder}: expected dataset_statistics.json or norm_stats in config.json"
-        )
-    return statistics
-
-
-def read_statistics(folder: Path, unnorm_key: str | None) -> tuple[str, dict]:
-    """The key found and its entry, {"action": {...}, "proprio": {...}}."""
-    statistics = load_statistics(folder)
-    if unnorm_key is None and len(statistics) == 1:
-        unnorm_key = next(iter(statistics))
-    for key in (unnorm_key, f"{unnorm_key}_no_noops", str(unnorm_key).removesuffix("_no_noops")):
-        if key in statistics:
-            return key, statistics[key]
-    raise ConfigError(
-        f"unnorm_key={unnorm_key}: the statistics of {folder} have {', '.join(sorted(statistics))}; "
-        "give a checkpoint that was fine-tuned on this task suite, or set policy.unnorm_key to one of these"
-    )
-
-
-def read_pixel_statistics(folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Means and deviations of DINO's and SigLIP's normalisation, float32 [1, 1, 2, 3, 1, 1]."""
-    config = json.loads((folder / "preprocessor_config.json").read_text())
-    means, stds = (torch.tensor(config[key], dtype=torch.float32, device=device) for key in ("means", "stds"))
-    if means.shape != (2, 3) or stds.shape != (2, 3):
-        raise ConfigError(f"{folder}/preprocessor_config.json: expected means and stds of 2 backbones with 3 channels")
-    return means.view(1, 1, 2, 3, 1, 1), stds.view(1, 1, 2, 3, 1, 1)

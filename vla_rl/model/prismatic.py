@@ -1,7 +1,8 @@
 """The network of OpenVLA and OpenVLA-OFT: two ViTs, a projector, Llama and its masks. Nothing of RL or robots.
 
-It also reads and writes the official checkpoint layout. What it computes was checked against the official code
-(openvla/openvla@c8f03f4 prismatic/extern/hf/modeling_prismatic.py; moojink/openvla-oft@213c5ff, same file).
+What it computes was checked against the official code
+(openvla/openvla@c8f03f4 prismatic/extern/hf/modeling_prismatic.py; moojink/openvla-oft@213c5ff, same file). Not here: the
+files that it is filled from (vla_rl.model.checkpoint_folder).
 
 B rows, K images, V patches of one image, L prompt tokens with BOS, A action tokens, D hidden size, S image side.
 
@@ -15,105 +16,27 @@ last prompt token and the action slots are at the same place in every row, count
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vla_rl.run.checkpoint import save_tensors, save_torch
+from vla_rl.model.checkpoint_folder import (
+    PrismaticConfig,
+    find_proprio_file,
+    official_name,
+    read_config,
+    read_tensors,
+)
 from vla_rl.run.settings import ConfigError
 
 PROPRIO_DIM = 8  # as vla_rl.types; the network must not import what is of robots
-MAX_SHARD_BYTES = 5 * 1024**3  # transformers' own default when these checkpoints were written
-# Llama-2 7B, which the official config class fills in where a checkpoint's text_config leaves a value out
-# (transformers LlamaConfig). rms_norm_eps is 1e-6 there, not Llama-2's own 1e-5.
-LLAMA_DEFAULTS = {
-    "vocab_size": 32064,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 32000,
-}
-
-
-@dataclass(frozen=True)
-class PrismaticConfig:
-    """What of a checkpoint's config.json shapes the network."""
-
-    raw: dict  # config.json as read
-    timm_ids: tuple[str, ...]
-    timm_kwargs: tuple[dict, ...]
-    image_size: int  # S
-    llama: LlamaConfig
-    vocab_size: int  # without the rows that pad it; the action ids are its last num_action_ids
-    num_action_ids: int  # 256
-
-
-def read_config(folder: Path) -> PrismaticConfig:
-    """Reads and checks config.json.
-
-    Raises:
-        ConfigError: it is missing, not JSON, not of an OpenVLA model, or of a variant that is not implemented.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"no config.json in {folder}; give a checkpoint folder in the official OpenVLA layout")
-    try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if raw.get("model_type") != "openvla":
-        raise ConfigError(f"{path}: expected model_type 'openvla', got {raw.get('model_type')!r}")
-    if not raw.get("use_fused_vision_backbone") or len(raw.get("timm_model_ids", [])) != 2:
-        raise ConfigError(f"{path}: expected the fused DINOv2 + SigLIP backbone, got {raw.get('timm_model_ids')}")
-    sizes = raw.get("image_sizes", [224, 224])
-    if len(set(sizes)) != 1:
-        raise ConfigError(f"{path}: expected one image size for both backbones, got {sizes}")
-    text = raw.get("text_config", {})
-    if text.get("rope_scaling") or text.get("tie_word_embeddings"):
-        raise ConfigError(
-            f"{path}: rope_scaling and tied word embeddings are not implemented; no OpenVLA model has them"
-        )
-    llama = LlamaConfig(
-        **{key: text.get(key, default) for key, default in LLAMA_DEFAULTS.items()},
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",  # takes 4-D boolean masks as given; flash attention would ignore them
-    )
-    overrides = raw.get("_tiny_timm_overrides", {})
-    kwargs = []
-    for timm_id, act_layer in zip(
-        raw["timm_model_ids"], raw.get("timm_override_act_layers", [None, None]), strict=True
-    ):
-        kwargs.append(({"act_layer": act_layer} if act_layer else {}) | overrides.get(timm_id, {}))
-    return PrismaticConfig(
-        raw=raw,
-        timm_ids=tuple(raw["timm_model_ids"]),
-        timm_kwargs=tuple(kwargs),
-        image_size=sizes[0],
-        llama=llama,
-        vocab_size=llama.vocab_size - raw.get("pad_to_multiple_of", 64),
-        num_action_ids=raw.get("n_action_bins", 256),
-    )
 
 
 class VisionBackbone(nn.Module):
@@ -178,10 +101,12 @@ class Prismatic(nn.Module):
         self.config = config
         self.vision_backbone = VisionBackbone(config)
         vision_size = self.vision_backbone.featurizer.embed_dim + self.vision_backbone.fused_featurizer.embed_dim
-        self.projector = Projector(vision_size, config.llama.hidden_size)
-        self.language_model = LlamaForCausalLM(config.llama)
+        self.projector = Projector(vision_size, config.llama["hidden_size"])
+        # sdpa takes 4-D boolean masks as given; flash attention would ignore them
+        self.llama = LlamaConfig(**config.llama, tie_word_embeddings=False, attn_implementation="sdpa")
+        self.language_model = LlamaForCausalLM(self.llama)
         if use_proprio:
-            self.proprio_projector = ProprioProjector(config.llama.hidden_size)
+            self.proprio_projector = ProprioProjector(config.llama["hidden_size"])
         self.use_proprio = use_proprio
         self.proprio_file: str | None = None  # the file beside the model that the proprio projector came from
 
@@ -231,7 +156,7 @@ class Prismatic(nn.Module):
         modeling_prismatic.py, _process_action_masks and predict_action).
         """
         batch, _, size = prompt.embeddings.shape
-        stop = torch.full((batch, 1), self.config.llama.eos_token_id, device=prompt.valid.device)
+        stop = torch.full((batch, 1), self.llama.eos_token_id, device=prompt.valid.device)
         slots = prompt.embeddings.new_zeros(batch, num_tokens, size)
         embeddings = torch.cat([prompt.embeddings, slots, self.language_model.get_input_embeddings()(stop)], dim=1)
         valid = extend(prompt.valid, num_tokens + 1)
@@ -247,7 +172,7 @@ class Prismatic(nn.Module):
         Returns:
             The chosen ids int64 [B, A] and the hidden states [B, A, D] they were chosen from.
         """
-        valid, cache = prompt.valid, DynamicCache(config=self.config.llama)
+        valid, cache = prompt.valid, DynamicCache(config=self.llama)
         hidden = [self.run_llama(prompt.embeddings, causal_mask(valid), positions(valid), cache)[:, -1]]
         ids = [choose(hidden[-1])]
         for _ in range(num_tokens - 1):
@@ -352,7 +277,7 @@ def full_mask(valid: Tensor) -> Tensor:
     return valid[:, None, None, :].expand(-1, 1, valid.shape[1], -1)
 
 
-# ---------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------- filling it
 
 
 def load_network(
@@ -369,12 +294,11 @@ def load_network(
     config = read_config(folder)
     with torch.device("meta"):
         network = Prismatic(config, use_proprio)
-    files = weight_files(folder)
     proprio_file = find_proprio_file(folder) if use_proprio else None
-    fill(network, read_tensors(files, proprio_file, use_proprio, device), device, dtype, folder)
+    fill(network, read_tensors(folder, use_proprio, device), device, dtype, folder)
     network.proprio_file = proprio_file.name if proprio_file else None
     # the only tensors that no checkpoint holds: rotary frequencies, always float32
-    network.language_model.model.rotary_emb = LlamaRotaryEmbedding(config=config.llama).to(device)
+    network.language_model.model.rotary_emb = LlamaRotaryEmbedding(config=network.llama).to(device)
     return network.eval().requires_grad_(False)
 
 
@@ -402,109 +326,3 @@ def fill(
     ]
     if problems:
         raise ConfigError(f"the weights in {folder} do not fit its config.json: " + ", ".join(problems))
-
-
-def read_tensors(
-    files: list[Path], proprio_file: Path | None, use_proprio: bool, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """Official names and tensors, one at a time. A proprio projector that is not wanted is passed over."""
-    for path in files:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():  # noqa: SIM118  safe_open is not a dict
-                if use_proprio or not name.startswith("proprio_projector."):
-                    yield name, file.get_tensor(name)
-    if proprio_file is None:
-        return
-    if proprio_file.suffix == ".pt":
-        tensors = torch.load(proprio_file, map_location="cpu", weights_only=True)
-    else:
-        with safe_open(proprio_file, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, tensor in tensors.items():
-        yield "proprio_projector." + name.removeprefix("module."), tensor
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in the index's order if there is an index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not index.is_file():
-        if not single.is_file():
-            raise ConfigError(f"no weights in {folder}: expected model.safetensors or model.safetensors.index.json")
-        return [single]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise ConfigError(f"{len(absent)} of {len(names)} weight files are missing in {folder}, such as {absent[0]}")
-    return [folder / name for name in names]
-
-
-def find_proprio_file(folder: Path) -> Path | None:
-    """`proprio_projector--N_checkpoint.pt` or proprio_projector.safetensors beside the model; None if neither."""
-    files = sorted(folder.glob("proprio_projector--*_checkpoint.pt"))
-    if len(files) > 1:
-        raise ConfigError(f"{folder} has {len(files)} proprio projectors ({files[0].name}, ...); keep one")
-    plain = folder / "proprio_projector.safetensors"
-    return files[0] if files else plain if plain.is_file() else None
-
-
-def official_name(name: str) -> str:
-    """timm calls LayerScale's weight gamma; the official checkpoints call it scale_factor."""
-    return re.sub(r"(^vision_backbone\..*\.ls[12])\.gamma$", r"\1.scale_factor", name)
-
-
-def save_checkpoint(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    source: Path | None = None,
-    proprio_file: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Writes a checkpoint in the official layout.
-
-    Args:
-        folder: made if it is not there.
-        tensors: this module's parameter names and values, for instance network.named_parameters().
-        source: the checkpoint whose config, statistics, tokenizer and processor files go along; None leaves them out.
-        proprio_file: the file for the proprio projector; None puts it into the main state dict.
-        max_shard_bytes: weights above this are split, with an index.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    proprio: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        name = official_name(name)
-        if proprio_file and name.startswith("proprio_projector."):
-            proprio[name.removeprefix("proprio_projector.")] = tensor
-            continue
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    write_shards(folder, shards)
-    if proprio:
-        proprio = {name: tensor.detach().cpu().contiguous() for name, tensor in proprio.items()}
-        if proprio_file.endswith(".pt"):
-            save_torch({"module." + name: tensor for name, tensor in proprio.items()}, folder / proprio_file)
-        else:
-            save_tensors(proprio, folder / proprio_file)
-    for path in Path(source).iterdir() if source else ():
-        if path.suffix in (".json", ".py", ".model", ".txt") and path.name != "model.safetensors.index.json":
-            shutil.copyfile(path, folder / path.name)
-
-
-def write_shards(folder: Path, shards: list[dict[str, Tensor]]) -> None:
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file_name, shard in zip(names, shards, strict=True):
-        # one shard on the CPU at a time; the format needs tensors of their own, not views
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-        save_tensors(tensors, folder / file_name, format="pt")
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

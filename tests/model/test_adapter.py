@@ -1,0 +1,130 @@
+"""vla_rl/model/adapter.py: LoRA in the right layers, in peft's format, with the effect that it was trained for."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.model.policies import make_obs, make_policy
+from vla_rl.model.adapter import Adapter
+from vla_rl.model.policy import OpenVLAPolicy
+from vla_rl.model.prismatic import load_network
+from vla_rl.model.tiny_openvla import ensure_tiny_openvla
+from vla_rl.run.settings import ConfigError, LoraConfig
+
+
+@pytest.mark.parametrize(
+    ("target", "last_layers"), [("all-linear", None), ("language-model", None), ("language-model", 1)]
+)
+def test_adapters_sit_where_the_setting_says(target, last_layers):
+    policy = make_policy(lora=LoraConfig(rank=2, target_modules=target, last_layers=last_layers))
+    names = {n.rsplit(".lora_", 1)[0] for n, p in policy.network.named_parameters() if p.requires_grad}
+    plain = load_network(ensure_tiny_openvla())
+    assert names == set(plain.adaptable_linears(target == "language-model", last_layers))
+    assert not any("lm_head" in n or "embed" in n for n in names)
+    assert all(n.startswith("language_model.") for n in names) == (target == "language-model")
+
+
+def test_adapter_saves_loads_and_is_read_by_peft(policy, tmp_path):
+    obs = make_obs()
+    policy.save_adapter(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    other = make_policy(policy.decoder, seed=9)
+    tokens = policy.act(obs).action_tokens
+    expected = policy.evaluate_actions(policy.prepare(obs), tokens, temperature=1.0).logprobs
+    assert not torch.allclose(other.evaluate_actions(other.prepare(obs), tokens, temperature=1.0).logprobs, expected)
+    other.load_adapter(tmp_path)
+    assert other.evaluate_actions(other.prepare(obs), tokens, temperature=1.0).logprobs.equal(expected)
+    assert other.fingerprint() == policy.fingerprint()
+
+    plain = make_policy(policy.decoder, lora=None)
+    peft.PeftModel.from_pretrained(plain.network, tmp_path)
+    scored = plain.evaluate_actions(plain.prepare(obs), tokens, temperature=1.0).logprobs
+    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=0)
+
+
+def test_adapter_of_other_settings_is_refused(parallel, tmp_path):
+    parallel.save_adapter(tmp_path)
+    with pytest.raises(ConfigError, match=r"rank 4 and alpha 8.*rank 2 and alpha 8"):
+        make_policy(lora=LoraConfig(rank=2, alpha=8)).load_adapter(tmp_path)
+    with pytest.raises(ConfigError, match="another model or other target modules"):
+        make_policy(lora=LoraConfig(rank=4, alpha=8, target_modules="language-model")).load_adapter(tmp_path)
+    with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
+        parallel.load_adapter(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="this policy has no adapter"):
+        make_policy(lora=None).save_adapter(tmp_path)
+
+
+def test_merged_checkpoint_acts_as_base_and_adapter_together(policy, tmp_path):
+    policy.save_merged(tmp_path)
+    merged = make_policy(policy.decoder, path=tmp_path, lora=None)
+    obs = make_obs()
+    out = policy.act(obs)
+    scored = merged.evaluate_actions(merged.prepare(obs), out.action_tokens, temperature=1.0)
+    torch.testing.assert_close(scored.logprobs, out.logprobs, atol=2e-4, rtol=0)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(ensure_tiny_openvla() / "model.safetensors"))
+
+
+def test_adapters_stay_float32_on_a_bfloat16_base():
+    policy = make_policy(dtype=torch.bfloat16)
+    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
+    assert {p.dtype for p in policy.network.parameters() if not p.requires_grad} == {torch.bfloat16}
+    out = policy.act(make_obs())
+    assert out.hidden.dtype == out.logprobs.dtype == torch.float32
+    scored = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=1.0)
+    scored.logprobs.mean().backward()
+    assert scored.logprobs.dtype == torch.float32
+    # the same forward of the same batch, so equal even in bfloat16
+    assert ((scored.logprobs - out.logprobs).exp() - 1).abs().max() < 1e-4
+    assert all(p.grad is not None for p in policy.trainable_parameters())
+
+
+def test_values_given_to_save_adapter_are_what_is_written(tmp_path):
+    policy = OpenVLAPolicy.from_checkpoint(
+        "tiny-openvla-random", "parallel", unnorm_key="libero_spatial", lora=LoraConfig(rank=2)
+    )
+    values = [torch.full_like(p, float(i)) for i, p in enumerate(policy.trainable_parameters())]
+    policy.save_adapter(tmp_path / "a", values)
+    assert not any(torch.equal(p, v) for p, v in zip(policy.trainable_parameters(), values, strict=True))
+    policy.load_adapter(tmp_path / "a")
+    assert all(torch.equal(p, v) for p, v in zip(policy.trainable_parameters(), values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use_rslora": True}, "use_rslora=True"),  # scales by alpha / sqrt(rank): 0.35 of the effect at rank 8
+        ({"use_dora": True}, "use_dora=True"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),  # which changes the base weights
+        ({"peft_type": "IA3"}, "peft_type=IA3"),
+    ],
+)
+def test_adapter_that_computes_something_else_is_refused(parallel, tmp_path, change, words):
+    parallel.save_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=f"made with .*{words}"):
+        parallel.load_adapter(tmp_path)
+
+
+def test_settings_that_say_nothing_of_what_is_computed_are_passed_over(parallel, tmp_path):
+    parallel.save_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    harmless = {"base_model_name_or_path": "elsewhere", "inference_mode": False, "lora_dropout": 0.1, "use_dora": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | harmless))
+    parallel.load_adapter(tmp_path)
+
+
+def test_adapter_of_another_base_of_the_same_shapes_is_refused(parallel, tmp_path):
+    adapter: Adapter = parallel.adapter
+    adapter.save(tmp_path, base_digest="0" * 64)
+    with pytest.raises(ConfigError, match=r"trained on another base .*fingerprint 000000000000"):
+        parallel.load_adapter(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")  # as peft writes it: the base is not known
+    parallel.load_adapter(tmp_path)

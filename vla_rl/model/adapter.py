@@ -1,0 +1,140 @@
+"""LoRA on a network (Hu et al. 2021): put in, saved and loaded in peft's format, merged. The rest of the network stays frozen.
+
+    W x + (alpha / rank) B A x
+
+Not here: which layers there are (vla_rl.model.prismatic), how the adapter is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from vla_rl.model.checkpoint_folder import open_tensors, read_json
+from vla_rl.model.prismatic import Prismatic
+from vla_rl.run.checkpoint import save_tensors
+from vla_rl.run.settings import ConfigError, LoraConfig
+
+BASE_DIGEST = "base_digest"  # in the metadata of adapter_model.safetensors, which peft passes over
+# of adapter_config.json, what says nothing about what the adapter computes, or what the tensors' names and shapes tell already
+HARMLESS = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r"),
+    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config"),
+    *("megatron_core", "ensure_weight_tying", "qalora_group_size"),
+}
+# how the adapter's weights began; others than the plain ones change the base weights too
+STARTS = {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+class Adapter:
+    """The LoRA weights of a network, float32; only they require gradients."""
+
+    def __init__(self, network: Prismatic, lora: LoraConfig):
+        self.network, self.lora = network, lora
+        names = network.adaptable_linears(lora.target_modules == "language-model", lora.last_layers)
+        config = peft.LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=names
+        )
+        self.peft_model = peft.get_peft_model(network, config)  # casts to float32 (autocast_adapter_dtype)
+        network.eval()
+        wrong = [n for n, p in network.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+        assert not wrong, f"adapters are not float32: {wrong[:3]}"
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Always in the same order."""
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+    def switched_off(self) -> AbstractContextManager:
+        return self.peft_model.disable_adapter()
+
+    def tensors(self, values: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """peft's names -> the adapter's own tensors (not copies), or these values of parameters()."""
+        names = [name for name, parameter in self.peft_model.named_parameters() if parameter.requires_grad]
+        state = dict(zip(names, self.parameters() if values is None else values, strict=True))
+        return peft.get_peft_model_state_dict(self.peft_model, state_dict=state, save_embedding_layers=False)
+
+    def save(self, folder: Path, base_digest: str, values: list[Tensor] | None = None) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors; PeftModel.from_pretrained(network, folder) reads them.
+
+        Args:
+            base_digest: of the weights that it adapts; `load` compares it.
+            values: of parameters(), in their order, to be written instead of the present ones.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors(values).items()}
+        save_tensors(tensors, folder / "adapter_model.safetensors", format="pt", **{BASE_DIGEST: base_digest})
+        self.peft_model.peft_config["default"].save_pretrained(folder)
+
+    def load(self, folder: Path, base_digest: str) -> None:
+        """Reads what `save` or peft wrote, if it means here what it meant there.
+
+        Raises:
+            ConfigError: there is no adapter, or it is of other settings, of another model or of another base.
+        """
+        folder = Path(folder)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / name).is_file():
+                raise ConfigError(f"no {name} in {folder}; give a folder that save_adapter or peft wrote")
+        self.check_settings(folder)
+        ours = self.tensors()
+        with open_tensors(folder / "adapter_model.safetensors") as file:
+            made_for = (file.metadata() or {}).get(BASE_DIGEST, base_digest)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is not a dict
+        wrong = {n for n in ours.keys() | tensors.keys() if n not in ours or n not in tensors}
+        wrong |= {n for n in ours.keys() & tensors.keys() if ours[n].shape != tensors[n].shape}
+        if wrong:
+            raise ConfigError(
+                f"the adapter in {folder} is of another model or other target modules: {len(wrong)} tensors do not fit, "
+                f"such as {min(wrong)}"
+            )
+        if made_for != base_digest:
+            raise ConfigError(
+                f"the adapter in {folder} was trained on another base than this one, though of the same shapes (fingerprint "
+                f"{made_for[:12]}, here {base_digest[:12]}); give the checkpoint that it was trained on"
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                ours[name].copy_(tensor)
+
+    def check_settings(self, folder: Path) -> None:
+        """Whatever of adapter_config.json changes what an adapter computes must be as here."""
+        saved = read_json(folder / "adapter_config.json")
+        if (saved.get("r"), saved.get("lora_alpha")) != (self.lora.rank, self.lora.alpha):
+            raise ConfigError(
+                f"the adapter in {folder} has rank {saved.get('r')} and alpha {saved.get('lora_alpha')}, the settings have "
+                f"rank {self.lora.rank} and alpha {self.lora.alpha}; set policy.lora to the adapter's"
+            )
+        ours = self.peft_model.peft_config["default"].to_dict()
+        plain_start = saved.get("init_lora_weights") in PLAIN_STARTS
+        passed_over = HARMLESS | (STARTS if plain_start else set())
+        # absent, null, false and empty all say: not used
+        changed = [
+            f"{name}={value}"
+            for name, value in saved.items()
+            if name not in passed_over and (value or ours.get(name)) and value != ours.get(name)
+        ]
+        if changed:
+            raise ConfigError(
+                f"the adapter in {folder} was made with {', '.join(changed)}, by which it computes something else than "
+                "alpha / rank B A x, all that is implemented; merge it into its base with peft and give that as the checkpoint"
+            )
+
+    @torch.no_grad()
+    def merged_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The network's own names and weights, the adapter added."""
+        adapted = {name: module for name, module in self.network.named_modules() if isinstance(module, LoraLayer)}
+        for name, parameter in self.network.named_parameters():
+            if ".lora_" in name:
+                continue
+            module = adapted.get(name.removesuffix(".base_layer.weight"))
+            if module is not None:
+                parameter = (parameter.float() + module.get_delta_weight("default").float()).to(parameter.dtype)
+            yield name.replace(".base_layer.", "."), parameter
