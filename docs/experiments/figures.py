@@ -3,13 +3,14 @@
     python docs/experiments/figures.py            all figures
     python docs/experiments/figures.py ppo        one
 
-runs/NAME_seedS.jsonl is the metrics.jsonl of a run, docs/experiments/run.py makes it. Thin lines are seeds: success of the last WINDOW training episodes (sampled,
-random placements; fewer at the start). Thick lines are means over the seeds, with a 95 % t interval from 3 seeds on. Crosses are
-the seeds' greedy evaluations over the fixed states.
+runs/NAME_seedS.jsonl is the metrics.jsonl of a run, docs/experiments/run.py makes it. Thin lines are seeds: success of the last
+WINDOW training episodes (sampled, random placements; fewer at the start). Thick lines are means over the seeds, with a 95 % t
+interval from 3 seeds on. Crosses are the seeds' greedy evaluations over the fixed states.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -192,10 +193,13 @@ def first_at(timesteps: np.ndarray, success: np.ndarray, level: float) -> str:
 
 
 def main() -> None:
-    unknown = set(sys.argv[1:]) - set(FIGURES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"all unless named: {', '.join(FIGURES)}")
+    figures = parser.parse_args().figures or list(FIGURES)
+    unknown = set(figures) - set(FIGURES)
     if unknown:
-        raise SystemExit(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
-    for figure in sys.argv[1:] or FIGURES:
+        parser.error(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
+    for figure in figures:
         missing = [name for name in FIGURES[figure].values() if not load(name)]
         if missing:
             print(f"{figure}: no runs; python docs/experiments/run.py {' '.join(missing)}")
