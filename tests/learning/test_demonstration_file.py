@@ -159,6 +159,91 @@ def test_a_damaged_demonstration_is_refused_by_name(path, name):
         read(path)
 
 
+WRONG_VALUES = {
+    "nothing": None,
+    "a number": 5,
+    "text": "text",
+    "bytes that are no text": np.bytes_(b"\xff\xfe"),
+    "an empty value": h5py.Empty("f8"),
+    "an empty list": np.zeros(0),
+    "too many dimensions": np.zeros((5, 1, 1, 1, 1)),
+    "no steps": np.zeros((0, 7)),
+    "no pixels": np.zeros((5, 0, 0, 3), np.uint8),
+    "infinity": np.full((5, 7), np.inf),
+    "complex numbers": np.ones((5, 7), complex),
+    "a table": np.zeros(5, [("a", int), ("b", float)]),
+    "truths": np.ones((5, 7), bool),
+    "a list of texts": np.array([b"a", b"b"]),
+    "more than there is memory for": "sparse",
+    "JSON of another kind": "[[1, null], {}]",
+    "JSON without the text": '{"language_instruction": {"a": 1}, "render": []}',
+    "an empty instruction": '{"language_instruction": [""]}',
+    "a group": "group",
+}
+MEMBERS = ["", "actions", "states", "obs", "obs/agentview_rgb", "obs/eye_in_hand_rgb", "obs/ee_states"]
+MEMBERS += ["obs/gripper_states", "obs/joint_states"]
+ATTRIBUTES = ["num_samples", "bddl_file_name", "problem_info", "made_with"]
+
+
+def put(data, name, value):
+    """In place of what has the name, or nothing."""
+    if name in data:
+        del data[name]
+    if isinstance(value, str) and value == "group":
+        data.create_group(name)
+    elif isinstance(value, str) and value == "sparse":
+        data.create_dataset(name, (2**40, 7), "f8", chunks=(1024, 7))
+    elif value is not None:
+        data[name] = value
+
+
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_whatever_stands_in_place_of_an_array_or_attribute_is_refused_in_one_line(path, wrong):
+    """Or read as if it were not there, where that is allowed."""
+    whole, value = path.read_bytes(), WRONG_VALUES[wrong]
+    changes = [lambda data, name=name: put(data, f"demo_7/{name}".rstrip("/"), value) for name in MEMBERS]
+    changes += [lambda data: put(data.parent, "data", value)]
+    for name in ATTRIBUTES:
+        for owner in (".", "demo_7"):
+            attribute = 1.5 if value is None else value
+            changes += [lambda data, name=name, owner=owner, value=attribute: data[owner].attrs.update({name: value})]
+    refused = 0
+    for change in changes:
+        path.write_bytes(whole)
+        with h5py.File(path, "a") as file:
+            change(file["data"])
+        try:
+            assert all(demonstration.instruction for demonstration in read(path, num_images=2))
+        except ConfigError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}") and "\n" not in str(error) and len(str(error)) < 500
+    assert refused >= 10
+
+
+ATTRIBUTE_DAMAGES = [
+    ("num_samples", "5", "attribute num_samples is '5', expected an integer"),
+    ("num_samples", np.array([5]), r"attribute num_samples is array\(\[5\]\), expected an integer"),
+    ("bddl_file_name", 5, r"attribute bddl_file_name is .*5.*, expected text"),
+    ("bddl_file_name", np.bytes_(b"\xff"), "attribute bddl_file_name is .*, expected text"),
+    ("problem_info", "{", "attribute problem_info is '{', expected JSON with the text language_instruction"),
+    ("problem_info", '{"language_instruction": ""}', ".*, expected JSON with the text language_instruction"),
+    ("problem_info", '{"language_instruction": "\\ud800"}', ".*, expected JSON with the text language_instruction"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), ATTRIBUTE_DAMAGES)
+def test_a_damaged_attribute_is_refused_by_name(path, name, value, message):
+    damage(path, lambda demo: demo.attrs.update({name: value}))
+    with pytest.raises(ConfigError, match=rf"d\.hdf5: demonstration demo_7 is damaged: {message}"):
+        read(path)
+
+
+def test_cameras_of_different_sizes_are_told(path):
+    damage(path, lambda demo: replace(demo, "obs/eye_in_hand_rgb", np.zeros((5, 8, 8, 3), np.uint8)))
+    with pytest.raises(ConfigError, match="demo_7 is damaged: images are 16 x 16 and 8 x 8 pixels, expected one size"):
+        read(path, num_images=2)
+
+
 def test_a_demonstration_whose_bytes_are_damaged_is_refused_by_name(path):
     with h5py.File(path) as file:
         chunk = file["data/demo_4/obs/agentview_rgb"].id.get_chunk_info(0)

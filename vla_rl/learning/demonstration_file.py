@@ -39,6 +39,7 @@ CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of OpenVLA-OFT's 
 NUM_JOINTS = 7  # of the arm, first in a state's positions
 SPARE_BYTES = 2**24  # that a disk must have beside a demonstration: for the file's own tables
 DAMAGES = (OSError, KeyError, ValueError, TypeError, RuntimeError, OverflowError)  # what h5py raises, and this module
+MAX_SHOWN = 80  # characters of a value in a message
 NO_OP_NORM = 1e-4  # openvla c8f03f4, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
 
 
@@ -144,7 +145,8 @@ def read_demonstrations(
             try:
                 yield read_demonstration(path, data, name, num_images, filter_no_ops, instructions)
             except DAMAGES as error:
-                reason = str(error).strip("'\"")
+                reason = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+                reason = " ".join(reason.split())
                 raise ConfigError(
                     f"{path}: demonstration {name} is damaged: {reason}; make or download the file anew, or remove the group"
                 ) from error
@@ -159,11 +161,15 @@ def read_demonstration(
     path: Path, data: h5py.Group, name: str, num_images: int, filter_no_ops: bool, instructions: Mapping[str, str]
 ) -> Demonstration:
     demo = data[name]
+    if not isinstance(demo, h5py.Group):
+        raise ValueError("it is an array, expected a group")
     actions = read_array(demo, "actions", None, (ACTION_DIM,))
     steps = len(actions)
     if steps == 0:
         raise ValueError("it has no steps")
     expected = demo.attrs.get("num_samples", steps)
+    if not isinstance(expected, int | np.integer):
+        raise ValueError(f"attribute num_samples is {shown(expected)}, expected an integer")
     if expected != steps:
         raise ValueError(f"num_samples is {expected}, but actions has {steps} steps")
     if np.abs(actions).max() > 1 + 1e-6:
@@ -174,8 +180,12 @@ def read_demonstration(
         read_array(demo, f"obs/{key}", steps, (size,)) for key, size in (("ee_states", 6), ("gripper_states", 2))
     ]
     images = [read_array(demo, f"obs/{camera}", steps, (None, None, 3)) for camera in CAMERAS[:num_images]]
-    if any(image.dtype != np.uint8 for image in images):
-        raise ValueError(f"images are {images[0].dtype}, expected uint8")
+    for camera, image in zip(CAMERAS, images, strict=False):
+        if image.dtype != np.uint8:
+            raise ValueError(f"images obs/{camera} are {image.dtype}, expected uint8")
+        if image.shape != images[0].shape or image.size == 0:
+            sides = " and ".join(f"{array.shape[1]} x {array.shape[2]}" for array in images)
+            raise ValueError(f"images are {sides} pixels, expected one size of all cameras")
     seen = np.concatenate(proprio, axis=1), np.stack(images, axis=1)
     if observed_after(demo, steps):
         actions, seen = actions[1:], tuple(array[:-1] for array in seen)
@@ -210,32 +220,73 @@ def read_array(demo: h5py.Group, name: str, steps: int | None, shape: tuple[int 
     """[T, *shape], finite."""
     if name not in demo:
         raise KeyError(f"{name} is missing")
-    array = demo[name][()]
-    fits = array.ndim == 1 + len(shape) and all(
-        want in (None, got) for want, got in zip(shape, array.shape[1:], strict=True)
-    )
-    if not fits or (steps is not None and len(array) != steps):
+    stored = demo[name]
+    if not isinstance(stored, h5py.Dataset) or stored.dtype.kind not in "fiu":
+        kind = f"of type {stored.dtype}" if isinstance(stored, h5py.Dataset) else "a group"
+        raise ValueError(f"{name} is {kind}, expected an array of numbers")
+    sides = stored.shape or ()  # None of an empty one
+    fits = len(sides) == 1 + len(shape) and all(want in (None, got) for want, got in zip(shape, sides[1:], strict=True))
+    if not fits or (steps is not None and sides[0] != steps):
         want = ["T" if steps is None else steps, *("*" if side is None else side for side in shape)]
-        raise ValueError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, want))}]")
-    if array.dtype != np.uint8 and not np.isfinite(array).all():
+        raise ValueError(f"{name} has shape {list(sides)}, expected [{', '.join(map(str, want))}]")
+    try:
+        array = stored[()]
+    except MemoryError:
+        raise ValueError(f"{name} has shape {list(sides)}, more than there is memory for") from None
+    if not np.isfinite(array).all():
         raise ValueError(f"{name} has a NaN or infinity")
     return array
+
+
+def read_text(owner: h5py.Group, name: str) -> str:
+    """An attribute of a group that is text."""
+    value = owner.attrs[name]
+    text = value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
+    if not is_text(text):
+        raise ValueError(f"attribute {name} is {shown(value)}, expected text")
+    return text
+
+
+def is_text(value: object) -> bool:
+    """h5py and JSON give lone surrogates, which nothing can write again, where the bytes are no UTF-8."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def shown(value: object) -> str:
+    """As it goes into a message of one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def read_instruction(path: Path, demo: h5py.Group, data: h5py.Group, instructions: Mapping[str, str]) -> str:
     """The benchmark's text of a task of the benchmark, which the BDDL file's name tells; it differs from the file's content
     for some tasks, and is what policies are trained and evaluated on. Of another task what problem_info says."""
-    names = [owner.attrs["bddl_file_name"] for owner in (demo, data) if "bddl_file_name" in owner.attrs]
-    names = [name.decode() if isinstance(name, bytes) else name for name in names] or [path.stem.removesuffix("_demo")]
-    task = Path(names[0]).stem
+    names = [read_text(owner, "bddl_file_name") for owner in (demo, data) if "bddl_file_name" in owner.attrs]
+    task = Path(names[0] if names else path.stem.removesuffix("_demo")).stem
     if task in instructions:
         return instructions[task]
     for owner in (demo, data):
         if "problem_info" in owner.attrs:
-            return "".join(json.loads(owner.attrs["problem_info"])["language_instruction"])
+            return text_of_problem(read_text(owner, "problem_info"))
     raise ValueError(
         f"nothing tells its instruction: {task} is no task of LIBERO, and there is no attribute problem_info"
     )
+
+
+def text_of_problem(problem_info: str) -> str:
+    """LIBERO writes the instruction as text, or as a list whose parts follow each other."""
+    try:
+        info = json.loads(problem_info)
+    except (ValueError, RecursionError):
+        info = None
+    words = info.get("language_instruction") if isinstance(info, dict) else None
+    parts = words if isinstance(words, list) else [words]
+    text = "".join(parts) if all(map(is_text, parts)) else ""
+    if not text.strip():
+        raise ValueError(
+            f"attribute problem_info is {shown(problem_info)}, expected JSON with the text language_instruction"
+        )
+    return text
 
 
 def no_ops(actions: np.ndarray) -> np.ndarray:
