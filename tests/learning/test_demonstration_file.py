@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import h5py
@@ -272,6 +275,88 @@ def test_a_torn_file_is_refused(path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"d\.hdf5 cannot be read as HDF5"):
         read(path)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+NO_FILES = [
+    (LFS, "is a pointer of Git LFS, not the file itself; run git lfs pull"),
+    (b"", "cannot be read as HDF5: it is torn, it has 0 bytes"),
+    (b"<!DOCTYPE html>" * 50, "is another kind of file, which begins with b'<!DOCTYPE html><'; name an HDF5 file"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), NO_FILES)
+def test_what_is_no_hdf5_file_is_told(path, content, message):
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"d\.hdf5 .*{message}"):
+        read(path)
+
+
+def test_a_half_copied_file_is_called_torn(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"cannot be read as HDF5: it is torn, \d+ bytes are there .*stored_eof"):
+        read(path)
+
+
+def test_a_missing_file_and_a_folder_are_told(path):
+    with pytest.raises(ConfigError, match=r"nowhere\.hdf5 is missing"):
+        read(path.with_name("nowhere.hdf5"))
+    with pytest.raises(ConfigError, match="cannot be opened: Is a directory"):
+        read(path.parent)
+
+
+LOCKS = [
+    (errno.EAGAIN, "unable to lock file", "is locked: another process .* wait for its end"),
+    (errno.EACCES, "unable to lock file", "is locked: another process .* wait for its end"),
+    (errno.ENOLCK, "unable to lock file", "its file system has no locks .* set .* HDF5_USE_FILE_LOCKING=FALSE"),
+    (errno.EOPNOTSUPP, "unable to lock file", "its file system has no locks .* HDF5_USE_FILE_LOCKING=FALSE"),
+    (errno.EACCES, "unable to open file", "may not be opened: Permission denied; change its permissions"),
+    (errno.EROFS, "unable to open file", "may not be opened: Read-only file system"),
+    (None, "file is already open for write (may use h5clear)", "was not closed .* run h5clear -s"),
+]
+
+
+@pytest.mark.parametrize(("number", "said", "message"), LOCKS)
+def test_a_file_that_may_not_be_opened_now_is_not_called_torn(path, monkeypatch, number, said, message):
+    def refuse(*_):
+        raise OSError(number, said) if number else OSError(said)
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    for use in (lambda: read(path), lambda: DemonstrationFile(path.with_name("new.hdf5"), {})):
+        with pytest.raises(ConfigError, match=message) as error:
+            use()
+        assert "torn" not in str(error.value) and "\n" not in str(error.value)
+
+
+WRITER = """
+import sys, h5py
+file = h5py.File(sys.argv[1], "w")
+file["a"] = 1
+file.flush()
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_file_that_another_process_writes_is_told_and_left_alone(tmp_path):
+    unfinished = tmp_path / ".d.hdf5.tmp"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = {name: value for name, value in os.environ.items() if name != "HDF5_USE_FILE_LOCKING"}
+    with subprocess.Popen([sys.executable, "-c", WRITER, unfinished], env=environment, **pipes) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        for use in (lambda: read(unfinished), lambda: DemonstrationFile(tmp_path / "d.hdf5", {})):
+            with pytest.raises(ConfigError, match="tmp is locked: another process has it open for writing"):
+                use()
+        writer.stdin.close()
+    with h5py.File(unfinished) as file:
+        assert file["a"][()] == 1
+
+
+def test_what_a_killed_process_has_left_is_written_anew(tmp_path):
+    (tmp_path / ".d.hdf5.tmp").write_bytes(b"torn")
+    with DemonstrationFile(tmp_path / "d.hdf5", {}) as file:
+        file.add(arrays(), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["d.hdf5"]
 
 
 def test_a_file_without_demonstrations_is_refused(tmp_path):

@@ -20,6 +20,7 @@ T steps of a demonstration, K images.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -39,6 +40,8 @@ CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of OpenVLA-OFT's 
 NUM_JOINTS = 7  # of the arm, first in a state's positions
 SPARE_BYTES = 2**24  # that a disk must have beside a demonstration: for the file's own tables
 DAMAGES = (OSError, KeyError, ValueError, TypeError, RuntimeError, OverflowError)  # what h5py raises, and this module
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"  # HDF5 file format specification, superblock
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs, docs/spec.md
 MAX_SHOWN = 80  # characters of a value in a message
 NO_OP_NORM = 1e-4  # openvla c8f03f4, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
 
@@ -58,13 +61,18 @@ class Demonstration:
 
 
 class DemonstrationFile:
-    """A file that is being written; it gets its name when it is closed whole, so that a torn one is never read."""
+    """A file that is being written; it gets its name when it is closed whole, so that a torn one is never read.
+
+    Raises:
+        ConfigError: another process is writing it, or the place has no locks.
+    """
 
     def __init__(self, path: Path, attributes: Mapping[str, Any]):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.unfinished = self.path.with_name(f".{self.path.name}.tmp")
-        self.file = h5py.File(self.unfinished, "w")
+        remove_remains(self.unfinished)
+        self.file = open_file(self.unfinished, "x")
         self.data = self.file.create_group("data")
         self.data.attrs.update(attributes)
         self.count = self.total = 0
@@ -100,6 +108,82 @@ class DemonstrationFile:
             self.unfinished.unlink(missing_ok=True)
 
 
+def remove_remains(path: Path) -> None:
+    """Removes what a process that was killed has left of its file.
+
+    Raises:
+        ConfigError: the process lives. HDF5's mode "w" would ask for the lock after it has emptied the file.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{path} {why_not_opened(path, error)}") from None
+        except OSError:
+            pass  # no locks here: nothing tells
+        path.unlink()
+
+
+def open_file(path: Path, mode: str) -> h5py.File:
+    """An open HDF5 file.
+
+    Raises:
+        ConfigError: it cannot be opened; tells a missing, a locked, a forbidden, a torn and another kind of file apart.
+        OSError: the disk is full.
+    """
+    try:
+        return h5py.File(path, mode)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"{path} {why_not_opened(path, error)}") from None
+    except DAMAGES as error:
+        raise ConfigError(f"{path} cannot be read as HDF5: {one_line(error)}; make or download it anew") from None
+
+
+def why_not_opened(path: Path, error: OSError) -> str:
+    """What is the matter with a file, and the way out."""
+    said = one_line(error)
+    no_locks = "set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
+    if error.errno in (errno.EAGAIN, errno.EDEADLK) or ("lock file" in said and error.errno == errno.EACCES):
+        return (
+            "is locked: another process has it open for writing; wait for its end, or stop it (if there is none, the file "
+            f"system cannot lock files: {no_locks})"
+        )
+    if "lock file" in said or error.errno == errno.ENOLCK:
+        return (
+            f"cannot be locked: its file system has no locks ({os.strerror(error.errno or errno.ENOLCK)}); {no_locks}"
+        )
+    if "already open for write" in said:
+        return (
+            f"was not closed by the process that wrote it; wait for its end, or if it was killed run h5clear -s {path}"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"may not be opened: {os.strerror(error.errno)}; change its permissions, or choose another place"
+    if error.errno == errno.ENOENT:
+        return "is missing, or a link to what is missing; name a file that is there"
+    if error.errno is not None:
+        return f"cannot be opened: {os.strerror(error.errno)}; name a file that can be read"
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return "is a pointer of Git LFS, not the file itself; run git lfs pull in its repository"
+    size = f"{path.stat().st_size} bytes"
+    if not start:
+        return "cannot be read as HDF5: it is torn, it has 0 bytes; make or download it anew"
+    if start.startswith(HDF5_SIGNATURE):
+        return f"cannot be read as HDF5: it is torn, {size} are there ({said}); make or download it anew"
+    return f"cannot be read as HDF5: it is another kind of file, which begins with {start[:16]!r}; name an HDF5 file"
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without the quotes of a KeyError."""
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(said).split())
+
+
 def find_files(paths: list[str]) -> list[Path]:
     """The HDF5 files that are named, and those in the folders that are named.
 
@@ -129,26 +213,21 @@ def read_demonstrations(
     Raises:
         ConfigError: the file or a demonstration in it is damaged or of another layout; names it.
     """
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read as HDF5: {error}; it is torn or another kind of file") from None
-    with file:
+    with open_file(path, "r") as file:
         try:
             data = file.get("data")
             names = sorted(data, key=demo_number) if isinstance(data, h5py.Group) else []
         except DAMAGES as error:
-            raise ConfigError(f"{path} is damaged: {error}; make or download it anew") from error
+            raise ConfigError(f"{path} is damaged: {one_line(error)}; make or download it anew") from error
         if not names:
             raise ConfigError(f"{path} has no demonstrations: expected groups data/demo_0, ... as LIBERO's files have")
         for name in names:
             try:
                 yield read_demonstration(path, data, name, num_images, filter_no_ops, instructions)
             except DAMAGES as error:
-                reason = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-                reason = " ".join(reason.split())
                 raise ConfigError(
-                    f"{path}: demonstration {name} is damaged: {reason}; make or download the file anew, or remove the group"
+                    f"{path}: demonstration {name} is damaged: {one_line(error)}; make or download the file anew, or remove "
+                    "the group"
                 ) from error
 
 
