@@ -371,8 +371,32 @@ def test_files_and_folders_are_found_and_a_missing_one_is_named(path):
     with pytest.raises(ConfigError, match="no file nowhere"):
         find_files(["nowhere"])
     (path.parent / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"no \.hdf5 file in the folder"):
+    with pytest.raises(ConfigError, match=r"no \.hdf5 or \.h5 file in the folder"):
         find_files([str(path.parent / "empty")])
+
+
+def test_every_suffix_that_is_written_is_found_in_a_folder(tmp_path):
+    for name in ("b.h5", "a.hdf5", "C.HDF5", "d.H5", ".d.hdf5.tmp", "._a.hdf5", "notes.txt", "folder.h5/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in find_files([str(tmp_path)])] == ["C.HDF5", "a.hdf5", "b.h5", "d.H5"]
+
+
+def test_a_link_to_a_file_that_is_gone_is_not_passed_over(path):
+    path.with_name("gone.hdf5").symlink_to("nowhere")
+    assert find_files([str(path.parent)]) == [path, path.with_name("gone.hdf5")]
+    with pytest.raises(ConfigError, match=r"gone\.hdf5 is missing, or a link to what is missing"):
+        read(path.with_name("gone.hdf5"))
+
+
+def test_files_in_sub_folders_are_not_read_but_told(tmp_path):
+    for name in ("a/x.hdf5", "b/c/y.h5", "d/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="name its sub-folders that have some: ") as error:
+        find_files([str(tmp_path)])
+    assert all(f"{tmp_path / name}" in str(error.value) for name in ("a", "b/c"))
+    assert str(tmp_path / "d") not in str(error.value)
 
 
 def test_no_ops_are_still_steps_whose_gripper_stays():

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -36,12 +37,14 @@ import numpy as np
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM
 
+SUFFIXES = (".hdf5", ".h5")  # of files that are written, and of those that are looked for in a folder
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of OpenVLA-OFT's images
 NUM_JOINTS = 7  # of the arm, first in a state's positions
 SPARE_BYTES = 2**24  # that a disk must have beside a demonstration: for the file's own tables
 DAMAGES = (OSError, KeyError, ValueError, TypeError, RuntimeError, OverflowError)  # what h5py raises, and this module
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"  # HDF5 file format specification, superblock
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs, docs/spec.md
+MAX_FOLDERS = 3  # that a message names
 MAX_SHOWN = 80  # characters of a value in a message
 NO_OP_NORM = 1e-4  # openvla c8f03f4, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
 
@@ -184,20 +187,45 @@ def one_line(error: Exception) -> str:
     return " ".join(str(said).split())
 
 
+def has_suffix(path: Path) -> bool:
+    """Whether a name is that of an HDF5 file, in capitals or not."""
+    return path.suffix.lower() in SUFFIXES
+
+
 def find_files(paths: list[str]) -> list[Path]:
-    """The HDF5 files that are named, and those in the folders that are named.
+    """The HDF5 files that are named, and those in the folders that are named, not in their sub-folders.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or a folder cannot be read.
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        files = sorted(path.glob("*.hdf5")) if path.is_dir() else [path] if path.is_file() else []
-        if not files:
-            kind = "no .hdf5 file in the folder" if path.is_dir() else "no file"
-            raise ConfigError(f"demonstrations: {kind} {path}; make one with python -m vla_rl.demonstrations")
+        try:
+            files = files_in(path) if path.is_dir() else [path] if path.is_file() else []
+            if not files:
+                raise ConfigError(f"demonstrations: {nothing_found(path)}")
+        except OSError as error:
+            raise ConfigError(f"demonstrations: {path} cannot be read: {error.strerror}; name another place") from None
         found += files
     return found
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Hidden ones are left out: remains of copying."""
+    return sorted(p for p in folder.iterdir() if has_suffix(p) and not p.name.startswith(".") and not p.is_dir())
+
+
+def nothing_found(path: Path) -> str:
+    if not path.is_dir():
+        return f"no file {path}; make one with python -m vla_rl.demonstrations"
+    there = (Path(folder) for folder, _, names in os.walk(path) if any(has_suffix(Path(name)) for name in names))
+    below = [str(folder) for folder in itertools.islice((folder for folder in there if folder != path), MAX_FOLDERS)]
+    out = (
+        f"name its sub-folders that have some: {', '.join(below)}"
+        if below
+        else "make one with python -m vla_rl.demonstrations"
+    )
+    return f"no {' or '.join(SUFFIXES)} file in the folder {path}; {out}"
 
 
 def read_demonstrations(
