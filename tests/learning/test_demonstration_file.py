@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+from vla_rl.demonstrations import file_attributes, parse_args
 from vla_rl.learning.demonstration_file import (
     DemonstrationFile,
     find_files,
@@ -98,6 +99,36 @@ def test_a_demonstration_s_own_task_counts_before_the_file_s(path):
     name = b"bddl_files/libero_goal/turn_on_the_stove.bddl"
     damage(path, lambda demo: demo.attrs.update(bddl_file_name=np.bytes_(name)))
     assert [d.instruction for d in read(path)][6:9] == ["put it there", "turn on the stove", "put it there"]
+
+
+@pytest.mark.parametrize("render", ["exact", "fast"])
+def test_how_our_recorder_rendered_is_read(path, render):
+    args = parse_args(["--out", "d.hdf5", "--render", render])
+    with h5py.File(path, "a") as file:
+        file["data"].attrs.update(file_attributes(args, [0]))
+    assert {demonstration.render for demonstration in read(path)} == {render}
+
+
+MADE_WITH = [
+    None,
+    "",
+    "{",
+    "[]",
+    "5",
+    '{"render": "other"}',
+    '{"render": ["fast"]}',
+    7,
+    h5py.Empty("f8"),
+    b"\xff",
+    "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("made_with", MADE_WITH)
+def test_a_file_that_does_not_tell_how_it_was_rendered_is_read(path, made_with):
+    with h5py.File(path, "a") as file:
+        file["data"].attrs.update({} if made_with is None else {"made_with": made_with})
+    assert [demonstration.render for demonstration in read(path)] == [None] * 12
 
 
 def test_without_a_task_or_a_text_it_is_refused(path):

@@ -1,6 +1,6 @@
 """Demonstrations on disk, in LIBERO's own HDF5 layout: its official data sets and ours are read by the same code.
 
-    data                    attributes: bddl_file_name, problem_info, env_args, num_demos, total, ...
+    data                    attributes: bddl_file_name, problem_info, env_args, num_demos, total, ...; ours: made_with
     data/demo_0             attributes: num_samples, init_state, ...
         actions             [T, 7] of robosuite's OSC_POSE: -1..1, gripper -1 opens, 1 closes
         states              [T, 1 + nq + nv] of MuJoCo, before each action
@@ -58,6 +58,7 @@ class Demonstration:
     images: np.ndarray  # uint8 [T, K, H, W, 3], right way up
     proprio: np.ndarray  # float32 [T, 8], metres, radians (axis-angle), metres
     actions: np.ndarray  # float64 [T, 7], environment units
+    render: str | None = None  # how the images were rendered: "exact", "fast", or unknown
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -305,6 +306,7 @@ def read_demonstration(
         images=np.ascontiguousarray(seen[1][keep, :, ::-1, ::-1]),
         proprio=seen[0][keep].astype(np.float32),
         actions=actions[keep].astype(np.float64),
+        render=read_render(demo, data),
     )
 
 
@@ -378,6 +380,18 @@ def read_instruction(path: Path, demo: h5py.Group, data: h5py.Group, instruction
     raise ValueError(
         f"nothing tells its instruction: {task} is no task of LIBERO, and there is no attribute problem_info"
     )
+
+
+def read_render(demo: h5py.Group, data: h5py.Group) -> str | None:
+    """How vla_rl.demonstrations rendered the images; None of other files."""
+    for owner in (demo, data):
+        try:
+            render = json.loads(read_text(owner, "made_with"))["render"]
+        except DAMAGES:
+            continue
+        if render in ("exact", "fast"):
+            return render
+    return None
 
 
 def text_of_problem(problem_info: str) -> str:
