@@ -456,4 +456,5 @@ def test_a_full_disk_is_noticed_before_hdf5_crashes_on_it(tmp_path, monkeypatch)
     with pytest.raises(OSError) as error, DemonstrationFile(tmp_path / "d.hdf5", {}) as file:
         file.add(arrays(10), {})
     assert error.value.errno == errno.ENOSPC and "d.hdf5" in str(error.value)
+    assert "16,778,216 bytes free, 16," in str(error.value)
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,8 @@
 (LIBERO 8f1084e, scripts/create_dataset.py.) LIBERO's own files have in obs what came after the action of the same row,
 those of OpenVLA's regenerate_libero_dataset.py and ours what came before it; both are read as what came before. A file may
 hold several tasks: a demonstration's own bddl_file_name counts before the file's. Not here: who demonstrates
-(vla_rl.demonstrations), what is learned (vla_rl.sft).
+(vla_rl.demonstrations), which numbers cannot be of the layout's units (vla_rl.learning.demonstration_units), what is learned
+(vla_rl.sft).
 
 T steps of a demonstration, K images.
 """
@@ -23,10 +24,11 @@ import errno
 import fcntl
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,18 @@ from typing import Any
 import h5py
 import numpy as np
 
+from vla_rl.learning.demonstration_units import (
+    ACTION_EXCESS,
+    UnitsError,
+    check_fingers,
+    check_gripper,
+    check_image,
+    check_ranges,
+)
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM
+
+log = logging.getLogger("vla_rl.demonstration_file")
 
 SUFFIXES = (".hdf5", ".h5")  # of files that are written, and of those that are looked for in a folder
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of OpenVLA-OFT's images
@@ -90,7 +102,7 @@ class DemonstrationFile:
         needed = SPARE_BYTES + sum(array.nbytes for array in arrays.values())
         free = shutil.disk_usage(self.path.parent).free
         if free < needed:
-            raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} wanted", str(self.path))
+            raise OSError(errno.ENOSPC, f"{free:,} bytes free, {needed:,} wanted", str(self.path))
         demo = self.data.create_group(f"demo_{self.count}")
         for name, array in arrays.items():
             compressed = {"compression": "gzip", "compression_opts": 1} if array.dtype == np.uint8 else {}
@@ -240,7 +252,7 @@ def read_demonstrations(
         instructions: of the benchmark's tasks, by name; a file's own are used for other tasks.
 
     Raises:
-        ConfigError: the file or a demonstration in it is damaged or of another layout; names it.
+        ConfigError: the file or a demonstration in it is damaged, of another layout or in other units; names it.
     """
     with open_file(path, "r") as file:
         try:
@@ -250,14 +262,29 @@ def read_demonstrations(
             raise ConfigError(f"{path} is damaged: {one_line(error)}; make or download it anew") from error
         if not names:
             raise ConfigError(f"{path} has no demonstrations: expected groups data/demo_0, ... as LIBERO's files have")
+        try:
+            check_file(path, data, names)
+        except UnitsError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        low, high = np.full(num_images, 255), np.zeros(num_images)  # of each camera's pixels
         for name in names:
             try:
-                yield read_demonstration(path, data, name, num_images, filter_no_ops, instructions)
+                demonstration = read_demonstration(path, data, name, num_images, filter_no_ops, instructions)
+            except UnitsError as error:
+                raise ConfigError(f"{path}: demonstration {name}: {error}") from None
             except DAMAGES as error:
                 raise ConfigError(
                     f"{path}: demonstration {name} is damaged: {one_line(error)}; make or download the file anew, or remove "
                     "the group"
                 ) from error
+            low = np.minimum(low, demonstration.images.min(axis=(0, 2, 3, 4)))
+            high = np.maximum(high, demonstration.images.max(axis=(0, 2, 3, 4)))
+            yield demonstration
+        for camera, lowest, highest in zip(CAMERAS, low, high, strict=False):
+            if lowest == highest:
+                raise ConfigError(
+                    f"{path}: every pixel of obs/{camera} is {lowest:.0f}, it has no picture; render it anew"
+                )
 
 
 def demo_number(name: str) -> tuple[int, str]:
@@ -280,13 +307,16 @@ def read_demonstration(
         raise ValueError(f"attribute num_samples is {shown(expected)}, expected an integer")
     if expected != steps:
         raise ValueError(f"num_samples is {expected}, but actions has {steps} steps")
-    if np.abs(actions).max() > 1 + 1e-6:
-        raise ValueError(
-            f"actions reach {np.abs(actions).max():.3g}; expected -1..1, as robosuite's OSC_POSE takes them"
+    if getattr(demo.get("obs/ee_states"), "shape", None) == (steps, 7):
+        raise UnitsError(
+            "obs/ee_states has 7 columns, which look like position and quaternion; expected [T, 6], position and axis-angle: "
+            "convert it with robosuite's quat2axisangle"
         )
     proprio = [
         read_array(demo, f"obs/{key}", steps, (size,)) for key, size in (("ee_states", 6), ("gripper_states", 2))
     ]
+    check_ranges(actions, *proprio)
+    actions = np.clip(actions.astype(np.float64), -1, 1)
     images = [read_array(demo, f"obs/{camera}", steps, (None, None, 3)) for camera in CAMERAS[:num_images]]
     for camera, image in zip(CAMERAS, images, strict=False):
         if image.dtype != np.uint8:
@@ -294,6 +324,7 @@ def read_demonstration(
         if image.shape != images[0].shape or image.size == 0:
             sides = " and ".join(f"{array.shape[1]} x {array.shape[2]}" for array in images)
             raise ValueError(f"images are {sides} pixels, expected one size of all cameras")
+        check_image(camera, image)
     seen = np.concatenate(proprio, axis=1), np.stack(images, axis=1)
     if observed_after(demo, steps):
         actions, seen = actions[1:], tuple(array[:-1] for array in seen)
@@ -305,9 +336,35 @@ def read_demonstration(
         instruction=read_instruction(path, demo, data, instructions),
         images=np.ascontiguousarray(seen[1][keep, :, ::-1, ::-1]),
         proprio=seen[0][keep].astype(np.float32),
-        actions=actions[keep].astype(np.float64),
+        actions=actions[keep],
         render=read_render(demo, data),
     )
+
+
+def check_file(path: Path, data: h5py.Group, names: Sequence[str]) -> None:
+    """Checks what no demonstration tells alone, and warns of actions that are clipped. A damaged demonstration is left out
+    here: reading it tells more.
+
+    Raises:
+        UnitsError: no gripper command of the file opens, or gripper_states are an openness.
+    """
+    actions, fingers = [], []  # of each demonstration
+    for name in names:
+        try:
+            action = read_array(data[name], "actions", None, (ACTION_DIM,)).astype(np.float64)
+            finger = read_array(data[name], "obs/gripper_states", len(action), (2,)).astype(np.float64)
+        except DAMAGES:
+            continue
+        if len(action) and np.abs(action).max() <= 1 + ACTION_EXCESS:
+            actions.append(action)
+            fingers.append(finger)
+    if not actions:
+        return
+    check_fingers(np.concatenate(fingers))
+    check_gripper([action[:, -1] for action in actions], fingers)
+    largest = max(np.abs(action).max() for action in actions)
+    if largest > 1:
+        log.warning("%s: actions reach %.9g; clipped to -1..1, as robosuite does when it executes them", path, largest)
 
 
 def observed_after(demo: h5py.Group, steps: int) -> bool:
