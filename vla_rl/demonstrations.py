@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -298,9 +299,11 @@ def check_args(args: argparse.Namespace) -> str | list[int]:
         ("--workers", args.workers, 1),
         ("--noise", args.noise, 0),
         ("--drops", args.drops, 0),
+        ("--seed", args.seed, 0),
+        ("--model-cache-gb", args.model_cache_gb, 0),
     ):
-        if value is not None and not value >= least:
-            raise ConfigError(f"{flag} {value}: expected at least {least}")
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{flag} {value}: expected at least {least}{' and finite' if value == math.inf else ''}")
     if args.drops > 1:
         raise ConfigError(f"--drops {args.drops}: a chance, expected at most 1")
     if args.image_size < 16:

@@ -47,7 +47,7 @@ from vla_rl.learning.demonstration_units import (
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM
 
-log = logging.getLogger("vla_rl.demonstration_file")
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".hdf5", ".h5")  # of files that are written, and of those that are looked for in a folder
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of OpenVLA-OFT's images
