@@ -1,19 +1,37 @@
 """Recording demonstrations: on the real simulator, with real worker processes."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 
-from vla_rl.demonstrations import DROP_STEPS, Disturbance, Drops, Pushes, episodes_of, main, record_episode, record_task
+from vla_rl import demonstrations
+from vla_rl.demonstrations import (
+    DROP_STEPS,
+    Disturbance,
+    Drops,
+    Pushes,
+    check_args,
+    episodes_of,
+    is_file_name,
+    main,
+    parse_args,
+    record_episode,
+    record_task,
+)
 from vla_rl.learning.demonstration_file import read_demonstrations
+from vla_rl.run.settings import ConfigError
 from vla_rl.simulation.libero_env import LiberoEnv, task_instructions
 from vla_rl.types import Episode
 
@@ -188,6 +206,10 @@ def test_fixed_states_that_do_not_suffice_are_told():
         (["--task-ids", "1", "1"], "a task is there twice"),
         (["--episodes", "0"], "--episodes 0: expected at least 1"),
         (["--noise", "-1"], "--noise -1.0: expected at least 0"),
+        (["--noise", "inf"], "--noise inf: expected at least 0 and finite"),
+        (["--noise", "nan"], "--noise nan: expected at least 0"),
+        (["--seed", "-1"], "--seed -1: expected at least 0"),
+        (["--model-cache-gb", "-1"], "--model-cache-gb -1.0: expected at least 0"),
         (["--drops", "-1"], "--drops -1.0: expected at least 0"),
         (["--drops", "5"], "--drops 5.0: a chance, expected at most 1"),
         (["--states", "0-50"], "there are 0 to 49"),
@@ -207,6 +229,66 @@ def test_a_file_that_exists_is_not_overwritten(recorded, capsys):
     before = recorded.read_bytes()
     assert main(["--out", str(recorded)]) == 2
     assert "exists; choose another name" in capsys.readouterr().err and recorded.read_bytes() == before
+
+
+def args_for(out):
+    return parse_args(["--out", str(out)])
+
+
+def test_home_and_variables_are_expanded_in_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for out in ("~/a/d.hdf5", "$HOME/a/d.hdf5", "${HOME}/a/d.hdf5"):
+        args = args_for(out)
+        check_args(args)
+        assert args.out == f"{tmp_path}/a/d.hdf5"
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]  # its folder, and nothing of the trial
+
+
+def test_every_suffix_that_a_folder_is_searched_for_is_written_as_a_file(tmp_path):
+    (tmp_path / "folder.h5").mkdir()
+    names = ("d.hdf5", "d.h5", "D.HDF5", "d", "d.txt", "folder.h5")
+    assert [is_file_name(tmp_path / name) for name in names] == [True, True, True, False, False, False]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_a_simulator_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demonstrations, "ProcessPoolExecutor", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "link.hdf5").symlink_to("nowhere")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    mistakes = {
+        tmp_path / "file/d.hdf5": "cannot be written: File exists",
+        tmp_path / "file/below/d.hdf5": "cannot be written: Not a directory",
+        tmp_path / "file": "cannot be written: File exists",
+        tmp_path / f"{'x' * 300}.hdf5": "cannot be written: File name too long",
+        tmp_path / "link.hdf5": "exists; choose another name",
+        "/proc/d.hdf5": "cannot be written: ",
+        "$NOWHERE/d.hdf5": "it names no place; write the path in full, or set the variable",
+        "~nobody-of-this-name/d.hdf5": "it names no place",
+        "": "it names no place",
+    }
+    for out, message in mistakes.items():
+        assert main(["--out", str(out)]) == 2
+        told = capsys.readouterr().err
+        assert message in told and told.count("\n") == 1, told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link.hdf5"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_refuses_files_is_told(tmp_path, monkeypatch, number):
+    def refuse(prefix, dir):
+        raise OSError(number, os.strerror(number), f"{dir}/x")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+    with pytest.raises(
+        ConfigError, match=rf"d\.hdf5 cannot be written: {os.strerror(number)} .*; choose another place"
+    ):
+        check_args(args_for(tmp_path / "d.hdf5"))
+
+
+def test_a_disk_that_is_nearly_full_is_told_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**24 - 1))
+    with pytest.raises(ConfigError, match="16,777,215 bytes are free, expected at least 16,777,216; make room"):
+        check_args(args_for(tmp_path / "d.hdf5"))
 
 
 def test_ctrl_c_ends_workers_and_leaves_no_torn_file(tmp_path):

@@ -15,10 +15,13 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +32,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vla_rl.learning.demonstration_file import CAMERAS, DemonstrationFile
+from vla_rl.learning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
 from vla_rl.run.failures import report
 from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators, goal_predicates, load_benchmark, task_languages
@@ -296,9 +299,11 @@ def check_args(args: argparse.Namespace) -> str | list[int]:
         ("--workers", args.workers, 1),
         ("--noise", args.noise, 0),
         ("--drops", args.drops, 0),
+        ("--seed", args.seed, 0),
+        ("--model-cache-gb", args.model_cache_gb, 0),
     ):
-        if value is not None and not value >= least:
-            raise ConfigError(f"{flag} {value}: expected at least {least}")
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{flag} {value}: expected at least {least}{' and finite' if value == math.inf else ''}")
     if args.drops > 1:
         raise ConfigError(f"--drops {args.drops}: a chance, expected at most 1")
     if args.image_size < 16:
@@ -309,18 +314,42 @@ def check_args(args: argparse.Namespace) -> str | list[int]:
         raise ConfigError(f"--states: {error}, or random") from None
     if states != "random" and max(states) >= NUM_FIXED_STATES:
         raise ConfigError(f"--states {args.states}: there are 0 to {NUM_FIXED_STATES - 1}")
-    out = Path(args.out)
-    if out.is_file():
-        raise ConfigError(f"--out {out} exists; choose another name, or remove it")
-    if not is_file_name(out):
-        there = [path for path in (task_file(args, task_id) for task_id in args.task_ids) if path.exists()]
-        if there:
-            raise ConfigError(f"--out {out} has {there[0].name} already; choose another folder, or remove it")
+    check_out(args)
     return states
 
 
+def check_out(args: argparse.Namespace) -> None:
+    """Expands ~ and $HOME in --out, and makes its folder.
+
+    Raises:
+        ConfigError: it is there already, or cannot be written.
+    """
+    args.out = os.path.expanduser(os.path.expandvars(args.out))
+    if not args.out or args.out.startswith("~") or "$" in args.out:
+        raise ConfigError(f"--out {args.out!r}: it names no place; write the path in full, or set the variable")
+    out = Path(args.out)
+    folder = out.parent if is_file_name(out) else out
+    try:
+        if is_file_name(out) and os.path.lexists(out):
+            raise ConfigError(f"--out {out} exists; choose another name, or remove it")
+        if folder == out:
+            there = [path for path in (task_file(args, task_id) for task_id in args.task_ids) if os.path.lexists(path)]
+            if there:
+                raise ConfigError(f"--out {out} has {there[0].name} already; choose another folder, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".{out.name}", dir=folder) as file:
+            file.write(b"1")
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename and str(error.filename) != str(folder) else ""
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}{where}; choose another place") from None
+    if free < SPARE_BYTES:
+        raise ConfigError(f"--out {out}: {free:,} bytes are free, expected at least {SPARE_BYTES:,}; make room")
+
+
 def is_file_name(out: Path) -> bool:
-    return out.suffix in (".hdf5", ".h5")
+    """Whether --out is one file for all tasks; else it is a folder."""
+    return has_suffix(out) and not os.path.isdir(out)
 
 
 def task_file(args: argparse.Namespace, task_id: int) -> Path:

@@ -2,13 +2,17 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 
+from vla_rl.demonstrations import file_attributes, parse_args
 from vla_rl.learning.demonstration_file import (
     DemonstrationFile,
     find_files,
@@ -97,6 +101,36 @@ def test_a_demonstration_s_own_task_counts_before_the_file_s(path):
     assert [d.instruction for d in read(path)][6:9] == ["put it there", "turn on the stove", "put it there"]
 
 
+@pytest.mark.parametrize("render", ["exact", "fast"])
+def test_how_our_recorder_rendered_is_read(path, render):
+    args = parse_args(["--out", "d.hdf5", "--render", render])
+    with h5py.File(path, "a") as file:
+        file["data"].attrs.update(file_attributes(args, [0]))
+    assert {demonstration.render for demonstration in read(path)} == {render}
+
+
+MADE_WITH = [
+    None,
+    "",
+    "{",
+    "[]",
+    "5",
+    '{"render": "other"}',
+    '{"render": ["fast"]}',
+    7,
+    h5py.Empty("f8"),
+    b"\xff",
+    "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("made_with", MADE_WITH)
+def test_a_file_that_does_not_tell_how_it_was_rendered_is_read(path, made_with):
+    with h5py.File(path, "a") as file:
+        file["data"].attrs.update({} if made_with is None else {"made_with": made_with})
+    assert [demonstration.render for demonstration in read(path)] == [None] * 12
+
+
 def test_without_a_task_or_a_text_it_is_refused(path):
     with h5py.File(path, "a") as file:
         del file["data"].attrs["problem_info"]
@@ -159,6 +193,91 @@ def test_a_damaged_demonstration_is_refused_by_name(path, name):
         read(path)
 
 
+WRONG_VALUES = {
+    "nothing": None,
+    "a number": 5,
+    "text": "text",
+    "bytes that are no text": np.bytes_(b"\xff\xfe"),
+    "an empty value": h5py.Empty("f8"),
+    "an empty list": np.zeros(0),
+    "too many dimensions": np.zeros((5, 1, 1, 1, 1)),
+    "no steps": np.zeros((0, 7)),
+    "no pixels": np.zeros((5, 0, 0, 3), np.uint8),
+    "infinity": np.full((5, 7), np.inf),
+    "complex numbers": np.ones((5, 7), complex),
+    "a table": np.zeros(5, [("a", int), ("b", float)]),
+    "truths": np.ones((5, 7), bool),
+    "a list of texts": np.array([b"a", b"b"]),
+    "more than there is memory for": "sparse",
+    "JSON of another kind": "[[1, null], {}]",
+    "JSON without the text": '{"language_instruction": {"a": 1}, "render": []}',
+    "an empty instruction": '{"language_instruction": [""]}',
+    "a group": "group",
+}
+MEMBERS = ["", "actions", "states", "obs", "obs/agentview_rgb", "obs/eye_in_hand_rgb", "obs/ee_states"]
+MEMBERS += ["obs/gripper_states", "obs/joint_states"]
+ATTRIBUTES = ["num_samples", "bddl_file_name", "problem_info", "made_with"]
+
+
+def put(data, name, value):
+    """In place of what has the name, or nothing."""
+    if name in data:
+        del data[name]
+    if isinstance(value, str) and value == "group":
+        data.create_group(name)
+    elif isinstance(value, str) and value == "sparse":
+        data.create_dataset(name, (2**40, 7), "f8", chunks=(1024, 7))
+    elif value is not None:
+        data[name] = value
+
+
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_whatever_stands_in_place_of_an_array_or_attribute_is_refused_in_one_line(path, wrong):
+    """Or read as if it were not there, where that is allowed."""
+    whole, value = path.read_bytes(), WRONG_VALUES[wrong]
+    changes = [lambda data, name=name: put(data, f"demo_7/{name}".rstrip("/"), value) for name in MEMBERS]
+    changes += [lambda data: put(data.parent, "data", value)]
+    for name in ATTRIBUTES:
+        for owner in (".", "demo_7"):
+            attribute = 1.5 if value is None else value
+            changes += [lambda data, name=name, owner=owner, value=attribute: data[owner].attrs.update({name: value})]
+    refused = 0
+    for change in changes:
+        path.write_bytes(whole)
+        with h5py.File(path, "a") as file:
+            change(file["data"])
+        try:
+            assert all(demonstration.instruction for demonstration in read(path, num_images=2))
+        except ConfigError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}") and "\n" not in str(error) and len(str(error)) < 500
+    assert refused >= 10
+
+
+ATTRIBUTE_DAMAGES = [
+    ("num_samples", "5", "attribute num_samples is '5', expected an integer"),
+    ("num_samples", np.array([5]), r"attribute num_samples is array\(\[5\]\), expected an integer"),
+    ("bddl_file_name", 5, r"attribute bddl_file_name is .*5.*, expected text"),
+    ("bddl_file_name", np.bytes_(b"\xff"), "attribute bddl_file_name is .*, expected text"),
+    ("problem_info", "{", "attribute problem_info is '{', expected JSON with the text language_instruction"),
+    ("problem_info", '{"language_instruction": ""}', ".*, expected JSON with the text language_instruction"),
+    ("problem_info", '{"language_instruction": "\\ud800"}', ".*, expected JSON with the text language_instruction"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), ATTRIBUTE_DAMAGES)
+def test_a_damaged_attribute_is_refused_by_name(path, name, value, message):
+    damage(path, lambda demo: demo.attrs.update({name: value}))
+    with pytest.raises(ConfigError, match=rf"d\.hdf5: demonstration demo_7 is damaged: {message}"):
+        read(path)
+
+
+def test_cameras_of_different_sizes_are_told(path):
+    damage(path, lambda demo: replace(demo, "obs/eye_in_hand_rgb", np.zeros((5, 8, 8, 3), np.uint8)))
+    with pytest.raises(ConfigError, match="demo_7 is damaged: images are 16 x 16 and 8 x 8 pixels, expected one size"):
+        read(path, num_images=2)
+
+
 def test_a_demonstration_whose_bytes_are_damaged_is_refused_by_name(path):
     with h5py.File(path) as file:
         chunk = file["data/demo_4/obs/agentview_rgb"].id.get_chunk_info(0)
@@ -189,6 +308,88 @@ def test_a_torn_file_is_refused(path):
         read(path)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+NO_FILES = [
+    (LFS, "is a pointer of Git LFS, not the file itself; run git lfs pull"),
+    (b"", "cannot be read as HDF5: it is torn, it has 0 bytes"),
+    (b"<!DOCTYPE html>" * 50, "is another kind of file, which begins with b'<!DOCTYPE html><'; name an HDF5 file"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), NO_FILES)
+def test_what_is_no_hdf5_file_is_told(path, content, message):
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"d\.hdf5 .*{message}"):
+        read(path)
+
+
+def test_a_half_copied_file_is_called_torn(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"cannot be read as HDF5: it is torn, \d+ bytes are there .*stored_eof"):
+        read(path)
+
+
+def test_a_missing_file_and_a_folder_are_told(path):
+    with pytest.raises(ConfigError, match=r"nowhere\.hdf5 is missing"):
+        read(path.with_name("nowhere.hdf5"))
+    with pytest.raises(ConfigError, match="cannot be opened: Is a directory"):
+        read(path.parent)
+
+
+LOCKS = [
+    (errno.EAGAIN, "unable to lock file", "is locked: another process .* wait for its end"),
+    (errno.EACCES, "unable to lock file", "is locked: another process .* wait for its end"),
+    (errno.ENOLCK, "unable to lock file", "its file system has no locks .* set .* HDF5_USE_FILE_LOCKING=FALSE"),
+    (errno.EOPNOTSUPP, "unable to lock file", "its file system has no locks .* HDF5_USE_FILE_LOCKING=FALSE"),
+    (errno.EACCES, "unable to open file", "may not be opened: Permission denied; change its permissions"),
+    (errno.EROFS, "unable to open file", "may not be opened: Read-only file system"),
+    (None, "file is already open for write (may use h5clear)", "was not closed .* run h5clear -s"),
+]
+
+
+@pytest.mark.parametrize(("number", "said", "message"), LOCKS)
+def test_a_file_that_may_not_be_opened_now_is_not_called_torn(path, monkeypatch, number, said, message):
+    def refuse(*_):
+        raise OSError(number, said) if number else OSError(said)
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    for use in (lambda: read(path), lambda: DemonstrationFile(path.with_name("new.hdf5"), {})):
+        with pytest.raises(ConfigError, match=message) as error:
+            use()
+        assert "torn" not in str(error.value) and "\n" not in str(error.value)
+
+
+WRITER = """
+import sys, h5py
+file = h5py.File(sys.argv[1], "w")
+file["a"] = 1
+file.flush()
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_file_that_another_process_writes_is_told_and_left_alone(tmp_path):
+    unfinished = tmp_path / ".d.hdf5.tmp"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = {name: value for name, value in os.environ.items() if name != "HDF5_USE_FILE_LOCKING"}
+    with subprocess.Popen([sys.executable, "-c", WRITER, unfinished], env=environment, **pipes) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        for use in (lambda: read(unfinished), lambda: DemonstrationFile(tmp_path / "d.hdf5", {})):
+            with pytest.raises(ConfigError, match="tmp is locked: another process has it open for writing"):
+                use()
+        writer.stdin.close()
+    with h5py.File(unfinished) as file:
+        assert file["a"][()] == 1
+
+
+def test_what_a_killed_process_has_left_is_written_anew(tmp_path):
+    (tmp_path / ".d.hdf5.tmp").write_bytes(b"torn")
+    with DemonstrationFile(tmp_path / "d.hdf5", {}) as file:
+        file.add(arrays(), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["d.hdf5"]
+
+
 def test_a_file_without_demonstrations_is_refused(tmp_path):
     with h5py.File(tmp_path / "x.hdf5", "w") as file:
         file.create_group("other")
@@ -201,8 +402,32 @@ def test_files_and_folders_are_found_and_a_missing_one_is_named(path):
     with pytest.raises(ConfigError, match="no file nowhere"):
         find_files(["nowhere"])
     (path.parent / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"no \.hdf5 file in the folder"):
+    with pytest.raises(ConfigError, match=r"no \.hdf5 or \.h5 file in the folder"):
         find_files([str(path.parent / "empty")])
+
+
+def test_every_suffix_that_is_written_is_found_in_a_folder(tmp_path):
+    for name in ("b.h5", "a.hdf5", "C.HDF5", "d.H5", ".d.hdf5.tmp", "._a.hdf5", "notes.txt", "folder.h5/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in find_files([str(tmp_path)])] == ["C.HDF5", "a.hdf5", "b.h5", "d.H5"]
+
+
+def test_a_link_to_a_file_that_is_gone_is_not_passed_over(path):
+    path.with_name("gone.hdf5").symlink_to("nowhere")
+    assert find_files([str(path.parent)]) == [path, path.with_name("gone.hdf5")]
+    with pytest.raises(ConfigError, match=r"gone\.hdf5 is missing, or a link to what is missing"):
+        read(path.with_name("gone.hdf5"))
+
+
+def test_files_in_sub_folders_are_not_read_but_told(tmp_path):
+    for name in ("a/x.hdf5", "b/c/y.h5", "d/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="name its sub-folders that have some: ") as error:
+        find_files([str(tmp_path)])
+    assert all(f"{tmp_path / name}" in str(error.value) for name in ("a", "b/c"))
+    assert str(tmp_path / "d") not in str(error.value)
 
 
 def test_no_ops_are_still_steps_whose_gripper_stays():
@@ -231,4 +456,5 @@ def test_a_full_disk_is_noticed_before_hdf5_crashes_on_it(tmp_path, monkeypatch)
     with pytest.raises(OSError) as error, DemonstrationFile(tmp_path / "d.hdf5", {}) as file:
         file.add(arrays(10), {})
     assert error.value.errno == errno.ENOSPC and "d.hdf5" in str(error.value)
+    assert "16,778,216 bytes free, 16," in str(error.value)
     assert not list(tmp_path.iterdir())
