@@ -1,5 +1,7 @@
 """Evaluation plays each episode once, in one queue, and leaves videos that can be watched."""
 
+from contextlib import closing
+
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from vla_rl.learning.evaluation import (
     EpisodeResult,
     evaluate_policy,
     evaluation_episodes,
+    sampling_generators,
     success_metrics,
     wilson_interval,
     write_videos,
@@ -64,8 +67,10 @@ class OnesPolicy:
         self.calls = []
 
     def act(self, obs, *, temperature, greedy, generator):
-        self.calls.append((obs.instructions, temperature, greedy, torch.rand(1, generator=generator).item()))
         n = len(obs)
+        assert len(generator) == n, "one generator a row"
+        draws = [torch.rand(1, generator=g).item() for g in generator]
+        self.calls.append((obs.instructions, temperature, greedy, draws))
         return PolicyOutput(torch.zeros(n, 56), torch.zeros(n, 56), np.ones((n, 8, 7), np.float32), None, None)
 
 
@@ -138,7 +143,53 @@ def test_mode_and_temperature_reach_the_policy():
     assert {(temperature, greedy) for _, temperature, greedy, _ in policy.calls} == {(1.6, False)}
 
 
-def test_sampling_has_its_own_generator_of_the_seed():
+def drawn(num_envs: int, episodes, seed: int = 0) -> dict[str, list[list[float]]]:
+    """What each episode drew, decision by decision."""
+    policy, draws = OnesPolicy(), {}
+    play(num_envs, episodes, policy, greedy=False, seed=seed)
+    for instructions, *_, numbers in policy.calls:
+        for instruction, number in zip(instructions, numbers, strict=True):
+            draws.setdefault(instruction, []).append(number)
+    return draws
+
+
+@pytest.mark.parametrize("num_envs", [2, 4, 9])
+def test_what_an_episode_draws_does_not_depend_on_the_number_of_environments(num_envs):
+    assert drawn(num_envs, EPISODES) == drawn(1, EPISODES)
+
+
+def test_what_an_episode_draws_does_not_depend_on_the_episodes_beside_it():
+    whole = drawn(3, EPISODES)
+    for part in (EPISODES[4:], EPISODES[:2], EPISODES[::-1]):
+        assert all(whole[episode] == numbers for episode, numbers in drawn(2, part).items())
+
+
+def test_no_two_episodes_draw_the_same():
+    episodes = [Episode(0, 4, 0), Episode(0, 4, 0), Episode(0, 4, 1), Episode(0, 4, 0, resets=2), Episode(0, 5, 0)]
+    first = [torch.rand(1, generator=g).item() for seed in (0, 1) for g in sampling_generators(episodes, seed)]
+    assert len(set(first)) == len(first) == 10
+
+
+def test_an_episode_of_a_fresh_placement_has_a_generator_too():
+    (generator,) = sampling_generators([Episode(0, None, 3)], 0)
+    assert generator.initial_seed() != sampling_generators([Episode(0, 0, 3)], 0)[0].initial_seed()
+
+
+def test_a_sampled_evaluation_is_the_same_in_any_number_of_environments():
+    episodes, policy = evaluation_episodes([0, 1], range(20)), FakePolicy()
+
+    def run(num_envs, wanted):
+        with closing(make_envs(num_envs)) as envs:
+            results = evaluate_policy(policy, envs, wanted, greedy=False, temperature=1.0, seed=5, progress=False)
+        return [(r.success, r.length) for r in results]
+
+    alone = run(1, episodes)
+    assert 0 < sum(success for success, _ in alone) < 40
+    assert all(run(num_envs, episodes) == alone for num_envs in (3, 8, 40))
+    assert run(3, episodes[7:19]) == alone[7:19]
+
+
+def test_sampling_is_of_the_seed_and_touches_no_global_state():
     def draws(seed):
         policy = OnesPolicy()
         play(2, EPISODES, policy, greedy=False, seed=seed)

@@ -6,6 +6,7 @@ N environments, E episodes.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,13 @@ def evaluate_policy(
 ) -> list[EpisodeResult]:
     """Plays each episode once; an environment that is done takes the next from one queue.
 
-    The sampling has its own generator: an evaluation does not change the training that follows it.
+    Each episode samples from a generator of its own: what it draws depends neither on the number of environments nor on the
+    episodes beside it, and an evaluation does not change the training that follows it.
 
     Args:
         envs: at most as many environments as episodes.
         temperature: of the sampled mode; greedy ignores it.
+        seed: of the sampling, 0 or more.
         record: keep the frames of the success and of the failure that end first.
         on_decision: called before each decision; may raise to stop the evaluation.
 
@@ -68,7 +71,7 @@ def evaluate_policy(
     """
     if envs.num_envs > len(episodes):
         raise ValueError(f"{envs.num_envs} evaluation environments for {len(episodes)} episodes; make fewer")
-    generator = torch.Generator().manual_seed(seed)
+    generators = sampling_generators(episodes, seed)
     queue = EpisodeQueue(episodes)
     lengths = np.zeros(envs.num_envs, dtype=np.int64)
     frames: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
@@ -82,7 +85,12 @@ def evaluate_policy(
         while queue.playing:
             on_decision()
             playing = sorted(queue.playing)
-            output = policy.act(obs.rows(playing), temperature=temperature, greedy=greedy, generator=generator)
+            output = policy.act(
+                obs.rows(playing),
+                temperature=temperature,
+                greedy=greedy,
+                generator=[generators[queue.playing[index]] for index in playing],
+            )
             actions = np.zeros(envs.action_space.shape, dtype=np.float32)  # [N, C, 7]; idle environments ignore theirs
             actions[playing] = output.actions
             if record:
@@ -106,6 +114,19 @@ def evaluate_policy(
                 bar.set_postfix_str(f"succ={np.mean([r.success for r in results if r is not None]):.1%}")
             obs = reset_finished(envs, finished, queue) or obs
     return results
+
+
+def sampling_generators(episodes: Sequence[Episode], seed: int) -> list[torch.Generator]:
+    """One generator an episode, of the seed and of what the episode is; equal episodes are told apart by their number."""
+    met: Counter[Episode] = Counter()
+    generators = []
+    for episode in episodes:
+        state = -1 if episode.initial_state is None else episode.initial_state
+        identity = [seed, episode.task_id, state + 1, episode.seed, episode.resets, met[episode]]
+        met[episode] += 1
+        drawn = np.random.SeedSequence(identity).generate_state(1, np.uint64)
+        generators.append(torch.Generator().manual_seed(int(drawn[0])))
+    return generators
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
