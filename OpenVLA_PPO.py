@@ -12,87 +12,42 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from safetensors.torch import load_file
 from torch import Tensor
 
+from vla_rl.learning import losses
 from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize
-from vla_rl.learning.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
-from vla_rl.learning.evaluation import evaluate_policy, evaluation_episodes, success_metrics, write_videos
-from vla_rl.learning.losses import (
-    approx_kl,
-    clip_fraction,
-    explained_variance,
-    log_ratio,
-    masked_mean,
-    of_dims,
-    ppo_policy_loss,
-    sum_to_level,
-    token_mask,
-    value_loss,
+from vla_rl.learning.episodes import (
+    EpisodeQueue,
+    EpisodeSampler,
+    EpisodeStreams,
+    RunningEpisodes,
+    group_episodes,
+    reset_finished,
 )
-from vla_rl.learning.optimizer import adamw, load_optimizer
-from vla_rl.learning.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
+from vla_rl.learning.evaluation import evaluate_modes
+from vla_rl.learning.guards import check_finite, check_first_minibatch
+from vla_rl.learning.optimizer import adamw, clip_gradient
+from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
+from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
-from vla_rl.run.checkpoint import (
-    cpu_copy,
-    load_trainer_state,
-    save_tensors,
-    save_torch,
-    set_aside_later_checkpoints,
-    verify,
-    write_checkpoint,
-)
-from vla_rl.run.load_settings import save_config
+from vla_rl.run import progress
 from vla_rl.run.metrics import MetricsLogger
-from vla_rl.run.progress import (
-    FinishedEpisode,
-    episodes_text,
-    evaluation_text,
-    peak_memory_gib,
-    progress_bar,
-    rollout_metrics,
-    summary_line,
-    update_text,
-)
 from vla_rl.run.settings import Config
-from vla_rl.types import ACTION_DIM, InvariantError, NonFiniteError, Observation, Policy, PolicyOutput, SimulatorDied
+from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyOutput, SimulatorDied
 
 log = logging.getLogger(__name__)
-
-# before the first optimizer step the ratio is 1 but for the order of float32 sums; above this the log-probabilities that
-# were sampled and those that are scored are not of one distribution (1e-5 at width 128; a temperature of 1.01 for 1: 8e-2)
-RATIO_TOLERANCE_FLOAT32 = 1e-3
-
-
-STATE_VERSION = 2  # of what a checkpoint holds; 2: a sampling generator for each environment
 
 
 class StopTraining(Exception):
     """Somebody asked for the run to stop (SIGTERM, Ctrl-C)."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the policy chose for the environments that play."""
-
-    envs: list[int]  # N
-    output: PolicyOutput
-    hidden: Tensor  # float32 [N, D]
-    values: Tensor  # float32 [N]
-
-    def step(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Arguments of the vector's step_async: actions [all, C, 7] and which environments are active."""
-        actions, active = np.zeros(shape, dtype=np.float32), np.zeros(shape[0], dtype=bool)
-        actions[self.envs], active[self.envs] = self.output.actions, True
-        return actions, active
 
 
 class OpenVLAPPO:
@@ -145,15 +100,10 @@ class OpenVLAPPO:
         self.groups_played = 0  # GRPO groups so far, which number the groups' episodes
         self.evaluated_iteration = -1
         self.obs: Observation | None = None  # of episodes under way between iterations (PPO)
-        self.running_returns = np.zeros(envs.num_envs)  # of the episodes under way
-        self.running_lengths = np.zeros(envs.num_envs, dtype=np.int64)
-        # what must be equal for a checkpoint to fit
-        head = [list(parameter.shape) for parameter in self.critic_parameters]
-        parts = [f"policy {policy.fingerprint()}", f"value head {head}", f"{envs.num_envs} environments"]
-        self.fingerprint = ", ".join([*parts, config.algorithm.estimator, f"state {STATE_VERSION}"])
+        self.running = RunningEpisodes(envs.num_envs)
         self.stop_requested = False
         self.warned_no_hidden = False
-        self.boundary = self.state()  # the last state between two iterations: what a stop goes back to
+        self.boundary = TrainerState(self)  # after the last finished iteration: what a stop goes back to
 
     # ---------------------------------------------------------------------------------------------------------- train
 
@@ -182,9 +132,9 @@ class OpenVLAPPO:
             self.logger.draw_curves()
         except BaseException as error:
             try:
-                log.warning("ended at %d timesteps, saved in %s", self.boundary["timesteps"], self.save_checkpoint())
+                log.warning("ended at %d timesteps, saved in %s", self.boundary.timesteps, self.save_checkpoint())
             except Exception as problem:
-                log.error("the state at %d timesteps could not be saved: %s", self.boundary["timesteps"], problem)
+                log.error("the state at %d timesteps could not be saved: %s", self.boundary.timesteps, problem)
                 raise error from None
             # a signal to the whole process group ends the simulators too: that is no failure
             if isinstance(error, StopTraining) or (self.stop_requested and isinstance(error, SimulatorDied)):
@@ -204,16 +154,19 @@ class OpenVLAPPO:
             "rollout/render": self.config.env.render,
             "time/rollout_s": rollout_s,
             "time/update_s": iteration_s - rollout_s,
-            "system/peak_memory_gib": peak_memory_gib(self.device),
+            "system/peak_memory_gib": progress.peak_memory_gib(self.device),
         }
         self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
-        log.info(summary_line(self.iteration, self.timesteps, self.config.run.timesteps, metrics))
+        log.info(progress.summary_line(self.iteration, self.timesteps, self.config.run.timesteps, metrics))
 
-        self.boundary = self.state()
+        self.boundary.take()
+        checkpoint_due = self.iteration % self.config.logging.checkpoint_interval == 0
+        if checkpoint_due:
+            self.save_checkpoint()  # before an evaluation in which the run may be killed
         if self.evaluation_due():
             self.evaluate()
-        if self.iteration % self.config.logging.checkpoint_interval == 0:
-            self.save_checkpoint()
+            if checkpoint_due:
+                self.save_checkpoint()  # a resumed run does not evaluate again
         if self.iteration % self.config.logging.curves_interval == 0:
             self.logger.draw_curves()
 
@@ -238,10 +191,10 @@ class OpenVLAPPO:
             self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), queue or self.streams)
         halves = np.array_split(np.arange(num_envs), 2 if self.config.rollout.overlap else 1)
         buffers = [RolloutBuffer() for _ in halves]
-        finished_episodes: list[FinishedEpisode] = []
+        finished_episodes: list[progress.FinishedEpisode] = []
         first_timestep, rounds = self.timesteps, 0
         waiting: list[tuple[RolloutBuffer, Decision]] = []  # at most one step is under way
-        bar = progress_bar(
+        bar = progress.progress_bar(
             "rollout", n_steps * num_envs if queue is None else None, "dec", self.config.logging.progress
         )
 
@@ -251,7 +204,7 @@ class OpenVLAPPO:
                 last = queue is None and len(buffer) == n_steps - 1
                 finished_episodes.extend(self.finish_step(buffer, decision, queue, last))
                 bar.update(len(decision.envs))
-                bar.set_postfix_str(episodes_text(finished_episodes))
+                bar.set_postfix_str(progress.episodes_text(finished_episodes))
 
         with bar:
             while queue.playing if queue is not None else rounds < n_steps:
@@ -266,7 +219,7 @@ class OpenVLAPPO:
                         finish_step()
                 rounds += 1
             finish_step()
-        return RolloutBuffer.join(buffers), rollout_metrics(finished_episodes, self.timesteps - first_timestep)
+        return RolloutBuffer.join(buffers), progress.rollout_metrics(finished_episodes, self.timesteps - first_timestep)
 
     def decide(self, playing: list[int]) -> Decision:
         """One forward of the policy for the environments that play, and the values of what they see."""
@@ -284,7 +237,7 @@ class OpenVLAPPO:
 
     def finish_step(
         self, buffer: RolloutBuffer, decision: Decision, queue: EpisodeQueue | None, last: bool
-    ) -> list[FinishedEpisode]:
+    ) -> list[progress.FinishedEpisode]:
         """Waits for the step of a decision, keeps its row, and starts the next episode where one has ended.
 
         Args:
@@ -320,14 +273,7 @@ class OpenVLAPPO:
         )
 
         self.timesteps += int(steps.sum())
-        self.running_returns[playing] += rewards.numpy()
-        self.running_lengths[playing] += steps.numpy()
-        finished_episodes = []
-        for row, index in enumerate(playing):
-            if done[row]:
-                ret, length = float(self.running_returns[index]), int(self.running_lengths[index])
-                finished_episodes.append(FinishedEpisode(ret, length, success=bool(terminated[row])))
-                self.running_returns[index] = self.running_lengths[index] = 0
+        finished_episodes = self.running.add(playing, *(x.numpy() for x in (rewards, steps, terminated, done)))
         finished = np.zeros(self.envs.num_envs, dtype=bool)
         finished[playing] = done.numpy()
         self.obs = reset_finished(self.envs, finished, queue or self.streams) or next_obs
@@ -353,8 +299,7 @@ class OpenVLAPPO:
         if not self.warned_no_hidden:
             self.warned_no_hidden = True
             log.warning(
-                "the policy returned no hidden state: computing it from scratch, one more forward a decision, without "
-                "gradients of the value loss for the policy"
+                "the policy returned no hidden state: one more forward a decision computes it, without gradients"
             )
         return self.policy.compute_hidden(output.inputs).cpu()
 
@@ -386,7 +331,7 @@ class OpenVLAPPO:
             if critic_lambda is not None:  # the targets can do with more variance and less bias than the advantages
                 _, returns = compute_gae(*arguments, critic_lambda)
             metrics = {
-                "critic/explained_variance": explained_variance(values.flatten(), returns.flatten()),
+                "critic/explained_variance": losses.explained_variance(values.flatten(), returns.flatten()),
                 "critic/value_mean": values.mean().item(),
                 "critic/return_mean": returns.mean().item(),
             }
@@ -423,33 +368,27 @@ class OpenVLAPPO:
         if algorithm.kl_coef > 0 and train_actor:
             batch = replace(batch, reference_logprobs=self.reference_logprobs(batch))
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
-        bar = progress_bar("update", steps_planned, "step", self.config.logging.progress)
-        first: dict[str, float] = {}  # metrics of the first minibatch
-        history: list[dict[str, float]] = []
+        bar = progress.progress_bar("update", steps_planned, "step", self.config.logging.progress)
+        history: list[dict[str, float]] = []  # metrics of each minibatch
         stopped_by_kl = False
         with bar:
-            for minibatch in self.minibatches_of_epochs(batch):
+            for minibatch in minibatches(batch, algorithm.minibatch_size, self.order_generator, algorithm.n_epochs):
                 self.check_stop()
-                metrics = self.minibatch_gradients(minibatch, train_actor, score_actor=train_actor or not first)
+                metrics = self.minibatch_gradients(minibatch, train_actor, score_actor=train_actor or not history)
                 history.append(metrics)
-                if not first:
-                    first = metrics
-                    self.check_first_minibatch(metrics)
+                if len(history) == 1:
+                    check_first_minibatch(
+                        metrics, algorithm.logprob_level, self.policy.chunk_size, self.config.policy.dtype
+                    )
                 elif algorithm.target_kl is not None and metrics.get("actor/approx_kl", 0) > algorithm.target_kl:
                     stopped_by_kl = True
                     break
                 metrics |= self.optimizer_steps(minibatch, train_actor)
                 bar.update()
-                bar.set_postfix_str(update_text(metrics))
+                bar.set_postfix_str(progress.update_text(metrics))
         actor_steps = len(history) - stopped_by_kl if train_actor else 0
         passes = list(self.critic_passes(batch))
-        names = {name for metrics in history for name in metrics} - {"actor/ratio_error"}
-        means = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
-        if passes:
-            means["critic/passes_value_loss"] = float(np.mean([m["critic/value_loss"] for m in passes]))
-        return means | {
-            "actor/first_minibatch_ratio_error": first["actor/ratio_error"],
-            "actor/first_minibatch_kl": first["actor/approx_kl"],
+        return progress.update_metrics(history, passes) | {
             "actor/optimizer_steps": actor_steps,
             "actor/learning_rate": learning_rate,
             "actor/stopped_by_kl": float(stopped_by_kl),
@@ -460,11 +399,7 @@ class OpenVLAPPO:
         settings = self.config.actor
         if not settings.anneal_learning_rate:
             return settings.learning_rate
-        return settings.learning_rate * (1 - self.boundary["timesteps"] / self.config.run.timesteps)
-
-    def minibatches_of_epochs(self, batch: Minibatch) -> Iterator[Minibatch]:
-        for _ in range(self.config.algorithm.n_epochs):
-            yield from minibatches(batch, self.config.algorithm.minibatch_size, self.order_generator)
+        return settings.learning_rate * (1 - self.boundary.timesteps / self.config.run.timesteps)
 
     def critic_passes(self, batch: Minibatch) -> Iterator[dict[str, float]]:
         """critic_epochs more passes of the value head over the cached hidden states: nearly free next to the policy's.
@@ -479,7 +414,7 @@ class OpenVLAPPO:
             for rows in shuffled_rows(len(batch), self.config.algorithm.minibatch_size, self.order_generator):
                 self.check_stop()
                 self.critic_optimizer.zero_grad(set_to_none=True)
-                loss = value_loss(self.value_head(hidden[rows]), returns[rows])
+                loss = losses.value_loss(self.value_head(hidden[rows]), returns[rows])
                 self.check_finite("critic/value_loss", loss)
                 loss.backward()
                 yield {"critic/value_loss": loss.item()} | self.optimizer_steps(None, train_actor=False)
@@ -498,25 +433,25 @@ class OpenVLAPPO:
         self.actor_optimizer.zero_grad(set_to_none=True)
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
-        tokens = token_mask(minibatch.steps, self.policy.chunk_size, ACTION_DIM)  # [B, A]
-        trained = of_dims(tokens, algorithm.action_dims, ACTION_DIM)  # [B, A]
-        _, ratios = sum_to_level(minibatch.old_logprobs, trained, algorithm.logprob_level, ACTION_DIM)  # [B, L]
+        tokens = losses.token_mask(minibatch.steps, self.policy.chunk_size, ACTION_DIM)  # [B, A]
+        trained = losses.of_dims(tokens, algorithm.action_dims, ACTION_DIM)  # [B, A]
+        _, ratios = losses.sum_to_level(minibatch.old_logprobs, trained, algorithm.logprob_level, ACTION_DIM)  # [B, L]
         totals: dict[str, float] = {}
         for micro in minibatch.split(algorithm.micro_batch_size):
             loss = torch.zeros((), device=self.device)
             hidden = micro.hidden.to(self.device)
             if score_actor:
                 with nullcontext() if train_actor else torch.no_grad():
-                    actor_loss, metrics, fresh_hidden = self.actor_losses(micro, tokens.sum(), ratios.sum())
-                accumulate(totals, metrics)
+                    actor_loss, metrics, fresh_hidden = self.actor_losses(micro, trained.sum(), ratios.sum())
+                progress.accumulate(totals, metrics)
                 if train_actor:
                     loss = loss + actor_loss
                     hidden = fresh_hidden
             if self.value_head is not None:
                 if algorithm.freeze_vla_for_critic:
                     hidden = hidden.detach()
-                critic_loss = value_loss(self.value_head(hidden), micro.returns.to(self.device), len(minibatch))
-                accumulate(totals, {"critic/value_loss": critic_loss.item()})
+                critic_loss = losses.value_loss(self.value_head(hidden), micro.returns.to(self.device), len(minibatch))
+                progress.accumulate(totals, {"critic/value_loss": critic_loss.item()})
                 loss = loss + algorithm.value_coef * critic_loss
             for name, value in totals.items():
                 self.check_finite(name, torch.tensor(value), minibatch)
@@ -529,7 +464,7 @@ class OpenVLAPPO:
         """Policy loss, entropy bonus and KL penalty of a micro-batch, each divided by the minibatch's valid entries.
 
         Args:
-            token_count: acted-on tokens of the minibatch.
+            token_count: tokens of the minibatch that were acted on and are of algorithm.action_dims.
             ratio_count: valid ratios of the minibatch (tokens, actions or chunks).
 
         Returns:
@@ -539,28 +474,28 @@ class OpenVLAPPO:
         evaluation = self.policy.evaluate_actions(
             micro.inputs, micro.action_tokens, temperature=self.config.rollout.temperature
         )
-        tokens = token_mask(micro.steps, self.policy.chunk_size, ACTION_DIM).to(self.device)
+        tokens = losses.token_mask(micro.steps, self.policy.chunk_size, ACTION_DIM).to(self.device)
         old_token_logprobs = micro.old_logprobs.to(self.device)
-        trained = of_dims(tokens, algorithm.action_dims, ACTION_DIM)
-        logprobs, mask = sum_to_level(evaluation.logprobs, trained, algorithm.logprob_level, ACTION_DIM)
-        old_logprobs, _ = sum_to_level(old_token_logprobs, trained, algorithm.logprob_level, ACTION_DIM)
+        trained = losses.of_dims(tokens, algorithm.action_dims, ACTION_DIM)
+        logprobs, mask = losses.sum_to_level(evaluation.logprobs, trained, algorithm.logprob_level, ACTION_DIM)
+        old_logprobs, _ = losses.sum_to_level(old_token_logprobs, trained, algorithm.logprob_level, ACTION_DIM)
         clip = (algorithm.clip_ratio_low, algorithm.clip_ratio_high)
 
         advantages = micro.advantages.to(self.device)
-        policy_loss = ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *clip, count=ratio_count)
-        entropy = masked_mean(evaluation.entropy, tokens, token_count)
+        policy_loss = losses.ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *clip, count=ratio_count)
+        entropy = losses.masked_mean(evaluation.entropy, trained, token_count)
         loss = policy_loss - algorithm.entropy_coef * entropy
         metrics = {"actor/policy_loss": policy_loss.item(), "actor/entropy": entropy.item()}
         if micro.reference_logprobs is not None:
             reference = micro.reference_logprobs.to(self.device)
-            reference_kl = approx_kl(evaluation.logprobs, reference, tokens, token_count)
+            reference_kl = losses.approx_kl(evaluation.logprobs, reference, trained, token_count)
             loss = loss + algorithm.kl_coef * reference_kl
             metrics["actor/reference_kl"] = reference_kl.item()
         with torch.no_grad():
-            ratio_error = (log_ratio(evaluation.logprobs, old_token_logprobs, tokens).exp() - 1).abs().max()
+            ratio_error = (losses.log_ratio(evaluation.logprobs, old_token_logprobs, tokens).exp() - 1).abs().max()
             metrics |= {
-                "actor/approx_kl": approx_kl(old_logprobs, logprobs, mask, ratio_count).item(),
-                "actor/clip_fraction": clip_fraction(logprobs, old_logprobs, mask, *clip, ratio_count).item(),
+                "actor/approx_kl": losses.approx_kl(old_logprobs, logprobs, mask, ratio_count).item(),
+                "actor/clip_fraction": losses.clip_fraction(logprobs, old_logprobs, mask, *clip, ratio_count).item(),
                 "actor/ratio_error": ratio_error.item(),
             }
         hidden = evaluation.hidden
@@ -570,18 +505,16 @@ class OpenVLAPPO:
 
     def optimizer_steps(self, minibatch: Minibatch | None, train_actor: bool) -> dict[str, float]:
         """Clips each side's gradient by its own norm, then steps both optimizers; neither if a norm is not finite."""
-        sides = [("critic", self.critic_optimizer, self.critic_parameters, self.config.critic)]
-        sides = [side for side in sides if side[1] is not None]
-        if train_actor:
-            sides.append(("actor", self.actor_optimizer, self.actor_parameters, self.config.actor))
-        metrics = {}
-        for name, _, parameters, settings in sides:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            self.check_finite(f"{name}/grad_norm", norm, minibatch)
-            metrics[f"{name}/grad_norm"] = norm.item()
-        for _, optimizer, _, _ in sides:
+        sides = {"critic": (self.critic_optimizer, self.config.critic)} if self.uses_critic else {}
+        sides |= {"actor": (self.actor_optimizer, self.config.actor)} if train_actor else {}
+        norms = {
+            f"{name}/grad_norm": clip_gradient(optimizer, settings) for name, (optimizer, settings) in sides.items()
+        }
+        for name, norm in norms.items():
+            self.check_finite(name, norm, minibatch)
+        for optimizer, _ in sides.values():
             optimizer.step()
-        return metrics
+        return {name: norm.item() for name, norm in norms.items()}
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Minibatch) -> Tensor:
@@ -595,32 +528,8 @@ class OpenVLAPPO:
 
     # ---------------------------------------------------------------------------------------------------------- guard
 
-    def check_first_minibatch(self, metrics: dict[str, float]) -> None:
-        """Before any optimizer step the ratio is 1 and the KL 0, or sampling and scoring are two distributions.
-
-        In bfloat16 the two forwards round differently; then it is only logged.
-        """
-        error = metrics["actor/ratio_error"]
-        if self.config.policy.dtype == "float32" and error > RATIO_TOLERANCE_FLOAT32:
-            raise InvariantError(
-                f"actor/first_minibatch_ratio_error is {error:.2e}, expected below {RATIO_TOLERANCE_FLOAT32:.0e}: the "
-                "policy scores its own actions differently than it sampled them (another temperature, mask or precision)"
-            )
-
     def check_finite(self, name: str, value: Tensor, minibatch: Minibatch | None = None) -> None:
-        """Stops the run if value has a NaN or an infinity: nothing has been stepped with it yet."""
-        if torch.isfinite(value).all():
-            return
-        iteration = self.iteration + 1
-        where = ""
-        if minibatch is not None:
-            dump = self.logger.folder / f"nonfinite_iteration_{iteration:06d}.pt"
-            with suppress(OSError):  # a full disk must not hide what went wrong
-                save_torch(asdict(minibatch), dump)
-                where = f"; its minibatch is in {dump}"
-        raise NonFiniteError(
-            f"{name} is not finite in iteration {iteration}{where}. Resume with a lower learning rate."
-        )
+        check_finite(name, value, self.iteration + 1, self.logger.folder, minibatch)
 
     def request_stop(self) -> None:
         """Ends the run at the next decision or minibatch, saved as it was after the last finished iteration."""
@@ -639,119 +548,25 @@ class OpenVLAPPO:
     def evaluate(self) -> None:
         """Success from the fixed initial states, logged as eval/*, with a video of one success and one failure."""
         if self.eval_envs is not None:
-            settings, start = self.config.eval, time.perf_counter()
-            metrics: dict[str, Any] = {}
-            for mode in settings.modes:
-                results = evaluate_policy(
-                    self.policy,
-                    self.eval_envs,
-                    evaluation_episodes(self.config.env.task_ids, settings.states),
-                    greedy=mode == "greedy",
-                    temperature=settings.temperature or self.config.rollout.temperature,
-                    seed=self.config.run.seed,
-                    record=settings.video,
-                    progress=self.config.logging.progress,
-                    on_decision=self.check_stop,
-                )
-                metrics |= success_metrics(results, mode)
-                if settings.video:
-                    prefix = f"{self.timesteps:09d}_{mode}"
-                    write_videos(results, self.logger.folder / "videos", prefix, self.policy.chunk_size)
-            metrics |= {"eval/render": settings.render, "time/eval_s": time.perf_counter() - start}
+            start, prefix = time.perf_counter(), f"{self.timesteps:09d}"
+            videos = self.logger.folder / "videos"
+            metrics = evaluate_modes(self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop)
+            metrics["time/eval_s"] = time.perf_counter() - start
             self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
-            log.info("evaluation at %d timesteps: %s", self.timesteps, evaluation_text(metrics))
-        self.evaluated_iteration = self.boundary["evaluated_iteration"] = self.iteration
+            log.info("evaluation at %d timesteps: %s", self.timesteps, progress.evaluation_text(metrics))
+        self.evaluated_iteration = self.iteration
+        self.boundary.set_evaluated()
 
     # ----------------------------------------------------------------------------------------------------- checkpoint
 
-    def state(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on, copied to the CPU: tensors and plain values."""
-        between_rollouts = self.obs is not None and self.uses_critic  # GRPO starts every rollout with fresh episodes
-        return cpu_copy(
-            {
-                "iteration": self.iteration,
-                "timesteps": self.timesteps,
-                "groups_played": self.groups_played,
-                "evaluated_iteration": self.evaluated_iteration,
-                "episodes_played": self.streams.played,
-                "running_returns": torch.from_numpy(self.running_returns),
-                "running_lengths": torch.from_numpy(self.running_lengths),
-                "episodes_under_way": [
-                    {"episode": state["episode"], "actions": torch.from_numpy(state["actions"])}
-                    for state in (self.envs.episode_states() if between_rollouts else [])
-                ],
-                "sampling_generators": [generator.get_state() for generator in self.sampling_generators],
-                "order_generator": self.order_generator.get_state(),
-                "adapter": list(self.actor_parameters),
-                "value_head": dict(self.value_head.state_dict()) if self.value_head is not None else None,
-                "actor_optimizer": self.actor_optimizer.state_dict(),
-                "critic_optimizer": self.critic_optimizer.state_dict() if self.critic_optimizer is not None else None,
-            }
-        )
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """The inverse of state(), but for the environments' episodes and the optimizers' settings."""
-        self.iteration = state["iteration"]
-        self.timesteps = state["timesteps"]
-        self.groups_played = state["groups_played"]
-        self.evaluated_iteration = state["evaluated_iteration"]
-        self.streams.played = list(state["episodes_played"])
-        self.running_returns = state["running_returns"].numpy().copy()
-        self.running_lengths = state["running_lengths"].numpy().copy()
-        for generator, value in zip(self.sampling_generators, state["sampling_generators"], strict=True):
-            generator.set_state(value)
-        self.order_generator.set_state(state["order_generator"])
-        with torch.no_grad():
-            for parameter, value in zip(self.actor_parameters, state["adapter"], strict=True):
-                parameter.copy_(value)
-        load_optimizer(self.actor_optimizer, state["actor_optimizer"], self.config.actor)
-        if self.value_head is not None:
-            self.value_head.load_state_dict(state["value_head"])
-            load_optimizer(self.critic_optimizer, state["critic_optimizer"], self.config.critic)
-
     def save_checkpoint(self) -> Path:
-        """Writes the state after the last finished iteration; returns the folder.
-
-        From the CPU copy alone: it can be written when the present state is half updated or the GPU has failed.
-        """
-        state = self.boundary
-
-        def write_files(folder: Path) -> None:
-            self.policy.save_adapter(folder / "adapter", state["adapter"])
-            save_torch({k: v for k, v in state.items() if k not in ("adapter", "value_head")}, folder / "trainer.pt")
-            if self.value_head is not None:
-                save_tensors(state["value_head"], folder / "value_head.safetensors")
-            save_config(self.config, folder / "config.yaml")
-
-        root, name = self.logger.folder / "checkpoints", f"iteration-{state['iteration']:06d}"
-        return write_checkpoint(root, name, self.fingerprint, write_files, self.config.logging.keep_checkpoints)
+        """Writes the state after the last finished iteration; returns the folder."""
+        return self.boundary.save()
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Continues from a checkpoint as if the run had never stopped: the simulators replay their episodes.
+        """Continues from a checkpoint as if the run had never stopped.
 
         Raises:
             CheckpointError: the checkpoint is torn or of another model.
         """
-        verify(folder, self.fingerprint)
-        self.policy.load_adapter(folder / "adapter")
-        state = load_trainer_state(folder)
-        if self.value_head is not None:
-            state["value_head"] = load_file(folder / "value_head.safetensors")
-        self.set_state(state | {"adapter": self.actor_parameters})
-        set_aside_later_checkpoints(folder)
-        self.logger.continue_from(self.iteration)
-        episodes = state["episodes_under_way"]
-        if episodes:
-            episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in episodes]
-            self.obs = Observation.from_vector_env(self.envs.restore_episodes(episodes))
-        self.boundary = cpu_copy(state | {"adapter": self.actor_parameters})
-
-
-# -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def accumulate(totals: dict[str, float], metrics: dict[str, float]) -> None:
-    """Adds a micro-batch's share to the minibatch's metrics; an error keeps its maximum."""
-    for key, value in metrics.items():
-        old = totals.get(key, 0.0)
-        totals[key] = max(old, value) if key.endswith("_error") else old + value
+        self.boundary.load(folder)

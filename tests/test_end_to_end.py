@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from start_gae_ppo_training import ROOT
-from tests.test_openvla_ppo import training_lines
+from tests.trainers import training_lines
 from vla_rl.run.checkpoint import list_checkpoints, verify
 from vla_rl.run.metrics import read_metrics
 

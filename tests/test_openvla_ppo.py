@@ -2,75 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from OpenVLA_PPO import InvariantError, OpenVLAPPO
-from tests.fakes import CHUNK, FakePolicy, make_envs
+from tests.fakes import CHUNK
+from tests.trainers import make_trainer, training_lines
 from vla_rl.model.policy import OpenVLAPolicy
-from vla_rl.model.value_head import ValueHead
-from vla_rl.run.checkpoint import CheckpointError, find_checkpoint
-from vla_rl.run.load_settings import config_from_dict
-from vla_rl.run.metrics import MetricsLogger, read_metrics
+from vla_rl.run.metrics import read_metrics
 from vla_rl.run.settings import LoraConfig
-from vla_rl.types import NonFiniteError, SimulatorDied
-
-ROOT = Path(__file__).parents[1]
-SETTINGS = {
-    "run": {"timesteps": 3 * 4 * 8 * CHUNK, "seed": 3, "device": "cpu"},  # three iterations
-    "policy": {"dtype": "float32", "chunk_size": CHUNK},
-    "value_head": {"hidden_sizes": [32]},
-    "rollout": {"num_envs": 4, "n_steps": 8, "group_size": 4, "n_episodes": 8},
-    "algorithm": {"n_epochs": 2, "minibatch_size": 16, "micro_batch_size": 8, "target_kl": None},
-    "actor": {"learning_rate": 0.01},
-    "critic": {"learning_rate": 0.003},
-    "eval": {"interval": 0, "states": "0-3", "num_envs": 2, "video": False},
-    "env": {},
-    "logging": {"checkpoint_interval": 1, "keep_checkpoints": 10, "progress": False},
-}
-
-
-def settings(**changes):
-    """SETTINGS with changes such as algorithm={"n_epochs": 1}."""
-    return config_from_dict(
-        {section: values | changes.get(section, {}) for section, values in SETTINGS.items()}, "the test"
-    )
-
-
-def make_trainer(
-    folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, needed=3, policy_settings=None, **changes
-):
-    config = settings(policy=policy_settings or {}, **changes)
-    folder.mkdir(parents=True, exist_ok=True)
-    policy = policy or FakePolicy()
-    generator = torch.Generator().manual_seed(config.run.seed)
-    head = None
-    if config.algorithm.estimator == "gae":
-        head = ValueHead(policy.hidden_size, config.value_head.hidden_sizes, generator)
-    return OpenVLAPPO(
-        config,
-        policy,
-        head,
-        make_envs(config.rollout.num_envs, max_steps=max_steps, needed=needed),
-        make_envs(config.eval.num_envs, max_steps=max_steps, needed=needed) if evaluate else None,
-        MetricsLogger(folder, config),
-    )
-
-
-def training_lines(folder: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock or on the machine."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    machine = ("time/", "system/", "rollout/env_steps_per_s")
-    return [{k: v for k, v in line.items() if not k.startswith(machine)} for line in lines]
-
-
-# ------------------------------------------------------------------------------------------------------------- learning
 
 
 @pytest.mark.parametrize("estimator", ["gae", "grpo"])
@@ -92,29 +32,6 @@ def test_training_goes_from_chance_to_over_90_percent(tmp_path, estimator):
     assert lines[0]["eval/success_rate_sampled"] < 0.3
     assert lines[-1]["eval/success_rate_sampled"] > 0.9
     assert lines[-1]["eval/success_rate_greedy"] > 0.9
-
-
-# ----------------------------------------------------------------------------------------------------------- invariants
-
-
-@pytest.mark.parametrize("level", ["token", "action", "chunk"])
-def test_first_minibatch_of_every_update_has_ratio_one_and_zero_kl(tmp_path, level):
-    make_trainer(tmp_path, algorithm={"logprob_level": level, "n_epochs": 3}).train()
-    lines = training_lines(tmp_path)
-    assert len([line for line in lines if "actor/policy_loss" in line]) == 3
-    for line in lines:
-        assert line["actor/first_minibatch_ratio_error"] < 1e-4
-        assert abs(line["actor/first_minibatch_kl"]) < 1e-6
-        assert line["actor/approx_kl"] > 0  # later minibatches move
-
-
-def test_scoring_at_another_temperature_than_sampling_stops_the_run(tmp_path):
-    class Wrong(FakePolicy):
-        def evaluate_actions(self, inputs, action_tokens, *, temperature):
-            return super().evaluate_actions(inputs, action_tokens, temperature=temperature * 1.1)
-
-    with pytest.raises(InvariantError, match="first_minibatch_ratio_error"):
-        make_trainer(tmp_path, policy=Wrong()).train()
 
 
 def test_each_optimizer_changes_its_own_parameters_and_no_other(tmp_path):
@@ -204,7 +121,22 @@ def test_what_is_learned_does_not_depend_on_the_tokens_of_other_dimensions(tmp_p
     assert gradients[0].abs().max() > 1e-6 and torch.equal(*gradients)
 
 
-# ------------------------------------------------------------------------------------------------------- value gradient
+@pytest.mark.parametrize("coefficient", ["entropy_coef", "kl_coef"])
+def test_entropy_bonus_and_kl_penalty_are_of_the_dimensions_that_are_learned(tmp_path, coefficient):
+    """What the head says of the other dimensions may be anything."""
+    gradients = []
+    for scale in (1.0, 3.0):
+        algorithm = {"action_dims": [0, 1, 2], coefficient: 1.0}
+        trainer = make_trainer(tmp_path / str(scale), algorithm=algorithm)
+        with torch.no_grad():
+            trainer.policy.adapter.add_(0.1)  # another policy than the base, so that the penalty has a gradient
+        batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
+        other = ((torch.arange(batch.old_logprobs.shape[1]) % 7) > 2).repeat_interleave(4)  # four bins a token
+        batch = type(batch)(**vars(batch) | {"reference_logprobs": trainer.reference_logprobs(batch)})
+        trainer.policy.head.data[:, other] *= scale
+        trainer.minibatch_gradients(batch, train_actor=True, score_actor=True)
+        gradients.append(trainer.policy.adapter.grad.clone())
+    assert gradients[0].abs().max() > 1e-6 and torch.allclose(*gradients, atol=1e-7)
 
 
 def adapter_gradient_of_value_loss(folder, **changes):
@@ -292,155 +224,6 @@ def test_critic_gae_lambda_changes_the_targets_and_not_the_advantages(tmp_path):
         assert after.returns.view(terminated.shape)[t - 1, n] == pytest.approx(0.99, abs=1e-6)
 
 
-def test_values_of_a_rollout_cost_no_second_forward(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=100 * CHUNK)  # no episode ends: one bootstrap at the end
-    rollout, _ = trainer.collect_rollout()
-    assert trainer.policy.forwards == len(rollout) + 1
-    expected = trainer.value_head(trainer.policy.compute_hidden(rollout.transitions[3].inputs))
-    torch.testing.assert_close(rollout.transitions[3].values, expected.detach())
-
-
-def test_missing_hidden_state_is_computed_from_scratch_with_one_warning(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, policy=FakePolicy(gives_hidden=False), max_steps=100 * CHUNK)
-    with caplog.at_level(logging.WARNING):
-        rollout, _ = trainer.collect_rollout()
-    assert trainer.policy.forwards == 2 * len(rollout) + 1
-    assert len([r for r in caplog.records if "no hidden state" in r.message]) == 1
-    twin = make_trainer(tmp_path / "twin", max_steps=100 * CHUNK)
-    torch.testing.assert_close(rollout.stack("values"), twin.collect_rollout()[0].stack("values"))
-
-
-# -------------------------------------------------------------------------------------------------------------- rollout
-
-
-def test_truncated_episode_bootstraps_from_the_observation_it_reached(tmp_path):
-    """FakeEnv's observation after the last step is not the one after the reset: the bootstrap must be of the former."""
-    trainer = make_trainer(tmp_path)
-    rollout, _ = trainer.collect_rollout()
-    truncated, terminated = rollout.stack("truncated"), rollout.stack("terminated")
-    assert truncated.any()
-    assert not (truncated & terminated).any()
-    # replay environment 0's first truncated episode and ask for the value of the state it reached
-    t = int(truncated[:, 0].nonzero()[0])
-    envs = make_envs(1)
-    number = int((terminated | truncated)[:t, 0].sum())
-    task = trainer.sampler.task_ids[0]
-    obs, _ = envs.reset(options={"episodes": {0: trainer.sampler.draw(0, number, task)}})
-    start = t - 2
-    for row in range(start, t + 1):
-        token = rollout.transitions[row].action_tokens[0]
-        actions = ((token.float() - 1.5) / 2).view(1, CHUNK, 7).numpy()
-        obs, *_ = envs.step(actions)
-    reached = trainer.policy.prepare(type(trainer.obs).from_vector_env(obs))
-    expected = trainer.value_head(trainer.policy.compute_hidden(reached)).item()
-    assert rollout.next_values()[t, 0].item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_the_step_limit_is_worth_nothing_where_it_counts_as_failure(tmp_path):
-    """No forward either; the rollout's own end is still bootstrapped."""
-    trainer = make_trainer(tmp_path, rollout={"n_steps": 7}, algorithm={"bootstrap_truncated": False})
-    rollout, _ = trainer.collect_rollout()
-    truncated, terminated = rollout.stack("truncated"), rollout.stack("terminated")
-    assert truncated[:-1].any() and not (truncated | terminated)[-1].all()
-    following = rollout.next_values()
-    assert (following[truncated] == 0).all() and (following[-1][~(truncated | terminated)[-1]] != 0).all()
-    batch, _ = trainer.compute_advantages(rollout)
-    assert (batch.returns.view(truncated.shape)[truncated] == 0).all()
-
-
-def test_timesteps_count_executed_simulator_steps(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=3)  # every second chunk is cut after one of its two steps
-    _, metrics = trainer.collect_rollout()
-    assert metrics["rollout/env_steps"] == trainer.timesteps == 4 * (2 + 1) * 4  # 4 envs, 4 episodes of 3 steps each
-    assert metrics["rollout/length"] == 3
-    assert metrics["rollout/episodes"] == 16
-
-
-def test_episodes_go_on_across_iterations(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=20 * CHUNK, needed=99, rollout={"n_steps": 8})
-    policy = trainer.policy
-    with torch.no_grad():
-        policy.head.zero_()
-    lengths = []
-    for _ in range(3):
-        _, metrics = trainer.collect_rollout()
-        lengths.append(metrics["rollout/length"])
-    assert max(length for length in lengths if length) > 8 * CHUNK
-
-
-@pytest.mark.parametrize("estimator", ["gae", "grpo"])
-def test_overlapping_halves_give_the_data_that_all_together_give(tmp_path, estimator):
-    rollout = {"num_envs": 5, "n_steps": 12, "group_size": 5, "n_episodes": 15}
-    trainers = [
-        make_trainer(tmp_path / str(on), rollout=rollout | {"overlap": on}, algorithm={"estimator": estimator})
-        for on in (False, True)
-    ]
-    for _ in range(2):  # the second rollout begins in the middle of episodes (gae)
-        (together, metrics), (halves, metrics_of_halves) = (trainer.collect_rollout() for trainer in trainers)
-        assert metrics["rollout/episodes"] > 5 and metrics == metrics_of_halves
-        assert len(together) == len(halves)
-        for name in ("action_tokens", "rewards", "terminated", "truncated", "steps", "episode"):
-            assert torch.equal(together.rows(name), halves.rows(name)), name
-        for name in ("logprobs", "hidden", "values"):  # matrix products of other sizes round differently
-            torch.testing.assert_close(together.rows(name), halves.rows(name))
-        images = [torch.cat([t.inputs.images for t in rollout.transitions]) for rollout in (together, halves)]
-        assert torch.equal(*images)
-        if estimator == "gae":
-            assert halves.stack("rewards").shape == (12, 5)
-            torch.testing.assert_close(together.next_values(), halves.next_values())
-
-
-def test_overlap_decides_for_one_half_while_the_other_steps(tmp_path):
-    sizes = {"minibatch_size": 8, "micro_batch_size": 8}
-    trainer = make_trainer(tmp_path, rollout={"overlap": True, "num_envs": 4, "n_steps": 2}, algorithm=sizes)
-    calls, act = [], trainer.policy.act
-    step_async, step_wait = trainer.envs.step_async, trainer.envs.step_wait
-    drawn_from = []
-
-    def watched(obs, **kwargs):
-        calls.append("decide")
-        drawn_from.append(kwargs["generator"])
-        return act(obs, **kwargs)
-
-    trainer.policy.act = watched
-    trainer.envs.step_async = lambda *args: calls.append(args[1].tolist()) or step_async(*args)
-    trainer.envs.step_wait = lambda: calls.append("wait") or step_wait()
-    trainer.collect_rollout()
-    first, second = [True, True, False, False], [False, False, True, True]
-    turns = ["decide", first, "decide", "wait", second, "decide", "wait", first, "decide", "wait", second, "wait"]
-    assert calls == turns
-    own = trainer.sampling_generators  # of each environment, whoever decides beside it
-    assert drawn_from == [own[:2], own[2:]] * 2 and len({generator.initial_seed() for generator in own}) == 4
-
-
-def test_grpo_plays_whole_groups_from_equal_starts_and_idle_environments_add_no_rows(tmp_path):
-    trainer = make_trainer(tmp_path, algorithm={"estimator": "grpo"})
-    rollout, metrics = trainer.collect_rollout()
-    episode = rollout.rows("episode")
-    assert metrics["rollout/episodes"] == 8
-    assert sorted(set(episode.tolist())) == list(range(8))
-    ends = rollout.rows("terminated") | rollout.rows("truncated")
-    assert all(ends[episode == e].sum() == 1 for e in range(8))
-    assert (rollout.rows("steps") > 0).all()
-    images = torch.cat([t.inputs.images for t in rollout.transitions])
-    starts = [images[(episode == e).nonzero()[0, 0]] for e in range(8)]
-    assert all(torch.equal(start, starts[e // 4 * 4]) for e, start in enumerate(starts))
-
-
-def test_grpo_drops_groups_without_signal_and_says_how_many(tmp_path):
-    trainer = make_trainer(tmp_path, algorithm={"estimator": "grpo"}, max_steps=2 * CHUNK)  # nobody can succeed
-    rollout, _ = trainer.collect_rollout()
-    batch, metrics = trainer.compute_advantages(rollout)
-    assert metrics["rollout/uniform_groups"] == 2
-    assert len(batch) == 0
-    before = trainer.policy.adapter.clone()
-    assert trainer.update(batch) == {}
-    assert torch.equal(before, trainer.policy.adapter)
-
-
-# ------------------------------------------------------------------------------------------------------ settings matter
-
-
 def test_target_kl_stops_the_update_before_the_step(tmp_path):
     trainer = make_trainer(tmp_path, algorithm={"target_kl": 1e-3, "n_epochs": 50}, actor={"learning_rate": 0.1})
     batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
@@ -515,256 +298,6 @@ def test_each_learning_setting_changes_what_is_learned(tmp_path, changes):
     assert not torch.equal(base, adapter_after_update(tmp_path / "changed", **merged))
 
 
-# -------------------------------------------------------------------------------------------------- stop, resume, guard
-
-
-def final_state(trainer):
-    return [p.detach().clone() for p in [*trainer.actor_parameters, *trainer.critic_parameters]]
-
-
-@pytest.mark.parametrize("estimator", ["gae", "grpo"])
-def test_stopped_and_resumed_run_equals_one_that_was_not(tmp_path, estimator):
-    """Stopped in the middle of the third rollout; max_steps makes episodes span iterations."""
-    changes = {
-        "algorithm": {"estimator": estimator, "n_epochs": 2},
-        "run": {"timesteps": 5 * 4 * 8 * CHUNK},
-        "max_steps": 11 * CHUNK,
-        "evaluate": True,
-        "eval": {"interval": 2},
-        "logging": {"checkpoint_interval": 100},
-    }
-    whole = make_trainer(tmp_path / "whole", **changes)
-    whole.train()
-
-    stopped = make_trainer(tmp_path / "stopped", **changes)
-    act, calls = stopped.policy.act, []
-
-    def act_and_stop(*args, **kwargs):
-        calls.append(1)
-        if stopped.iteration == 2 and stopped.evaluated_iteration == 2 and len(calls) % 3 == 0:
-            stopped.request_stop()
-        return act(*args, **kwargs)
-
-    stopped.policy.act = act_and_stop
-    stopped.train()
-    assert stopped.iteration == 2
-
-    checkpoint = find_checkpoint(tmp_path / "stopped")
-    resumed = make_trainer(tmp_path / "stopped", **changes)
-    resumed.load_checkpoint(checkpoint)
-    resumed.train()
-    assert resumed.iteration == whole.iteration
-    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), final_state(whole), strict=True))
-    assert training_lines(tmp_path / "stopped") == training_lines(tmp_path / "whole")
-
-
-def test_stop_in_the_middle_of_an_update_saves_the_state_before_it(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.train_iteration()
-    expected = final_state(trainer)
-    steps = trainer.optimizer_steps
-
-    def step_and_stop(*args):
-        trainer.request_stop()
-        return steps(*args)
-
-    trainer.optimizer_steps = step_and_stop
-    trainer.evaluated_iteration = 1
-    trainer.train()
-    assert trainer.iteration == 1
-    resumed = make_trainer(tmp_path)
-    resumed.load_checkpoint(find_checkpoint(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), expected, strict=True))
-
-
-def test_resume_takes_the_learning_rate_of_the_settings_not_of_the_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.train_iteration()
-    trainer.save_checkpoint()
-    resumed = make_trainer(tmp_path, actor={"learning_rate": 1e-6, "weight_decay": 0.1}, critic={"beta1": 0.5})
-    resumed.load_checkpoint(find_checkpoint(tmp_path))
-    (actor,), (critic,) = resumed.actor_optimizer.param_groups, resumed.critic_optimizer.param_groups
-    assert (actor["lr"], actor["weight_decay"], critic["betas"]) == (1e-6, 0.1, (0.5, 0.999))
-    moments = resumed.actor_optimizer.state[resumed.policy.adapter]["exp_avg"]
-    assert torch.equal(moments, trainer.actor_optimizer.state[trainer.policy.adapter]["exp_avg"])
-
-
-def test_run_stopped_in_its_first_iteration_does_not_repeat_the_first_evaluation(tmp_path):
-    changes = {"evaluate": True, "run": {"timesteps": 4 * 8 * CHUNK}}
-    stopped = make_trainer(tmp_path / "stopped", **changes)
-    step = stopped.envs.step_async
-    stopped.envs.step_async = lambda *args: (stopped.request_stop(), step(*args))[1]
-    stopped.train()
-    resumed = make_trainer(tmp_path / "stopped", **changes)
-    resumed.load_checkpoint(find_checkpoint(tmp_path / "stopped"))
-    resumed.train()
-    whole = make_trainer(tmp_path / "whole", **changes)
-    whole.train()
-    assert training_lines(tmp_path / "stopped") == training_lines(tmp_path / "whole")
-
-
-def test_checkpoint_of_another_model_or_estimator_is_refused(tmp_path):
-    make_trainer(tmp_path).save_checkpoint()
-    with pytest.raises(CheckpointError, match="does not fit this run"):
-        make_trainer(tmp_path / "b", value_head={"hidden_sizes": [16]}).load_checkpoint(find_checkpoint(tmp_path))
-    with pytest.raises(CheckpointError, match="does not fit this run"):
-        make_trainer(tmp_path / "c", algorithm={"estimator": "grpo"}).load_checkpoint(find_checkpoint(tmp_path))
-
-
-def test_nan_loss_stops_the_run_names_it_and_saves_the_last_good_state(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.train_iteration()
-    good = final_state(trainer)
-    evaluate_actions, calls = trainer.policy.evaluate_actions, []
-
-    def broken(*args, **kwargs):
-        calls.append(1)
-        evaluation = evaluate_actions(*args, **kwargs)
-        factor = torch.nan if len(calls) > 5 else 1.0  # after some good optimizer steps
-        return type(evaluation)(evaluation.logprobs * factor, evaluation.entropy, evaluation.hidden)
-
-    trainer.policy.evaluate_actions = broken
-    with pytest.raises(NonFiniteError, match="actor/policy_loss is not finite in iteration 2"):
-        trainer.train()
-    dump = torch.load(tmp_path / "nonfinite_iteration_000002.pt", weights_only=True)
-    assert dump["action_tokens"].shape == (16, 7 * CHUNK)
-    resumed = make_trainer(tmp_path)
-    resumed.load_checkpoint(find_checkpoint(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), good, strict=True))
-
-
-def test_any_failure_saves_the_last_good_state(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.train_iteration()
-    good = final_state(trainer)
-    trainer.evaluated_iteration = 1
-
-    def dies(actions, active):
-        with torch.no_grad():  # what lives on the device is lost, as after a CUDA error: only the copy is sound
-            trainer.policy.adapter.fill_(torch.nan)
-        trainer.actor_optimizer.state.clear()
-        raise SimulatorDied("simulator worker 2 died")
-
-    trainer.envs.step_async = dies
-    with pytest.raises(SimulatorDied, match="worker 2 died"):
-        trainer.train()
-    resumed = make_trainer(tmp_path)
-    resumed.load_checkpoint(find_checkpoint(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), good, strict=True))
-
-
-def test_error_after_a_stop_was_asked_for_is_still_an_error_but_for_simulators_that_got_the_signal_too(tmp_path):
-    for error, raised in ((ValueError("a bug"), True), (SimulatorDied("worker 0 died"), False)):
-        trainer = make_trainer(tmp_path / type(error).__name__)
-
-        def dies(actions, active, trainer=trainer, error=error):
-            trainer.request_stop()
-            raise error
-
-        trainer.envs.step_async = dies
-        if raised:
-            with pytest.raises(ValueError, match="a bug"):
-                trainer.train()
-        else:
-            trainer.train()
-        assert find_checkpoint(tmp_path / type(error).__name__).name == "iteration-000000"
-
-
-def test_failing_save_does_not_hide_what_went_wrong(tmp_path, caplog):
-    trainer = make_trainer(tmp_path)
-
-    def no_room(folder, values=None):
-        raise OSError(28, "No space left on device")
-
-    def disk_and_simulator_fail(actions, active):
-        trainer.policy.save_adapter = no_room
-        raise ZeroDivisionError
-
-    trainer.envs.step_async = disk_and_simulator_fail
-    with pytest.raises(ZeroDivisionError):
-        trainer.train()
-    assert "could not be saved" in caplog.text
-    saved = [p.name for p in (tmp_path / "checkpoints").iterdir()]
-    assert saved == ["iteration-000000"]  # before the first iteration; nothing half written stays
-
-
-def test_a_rollout_without_reward_is_told(tmp_path, caplog):
-    trainer = make_trainer(tmp_path)
-    rollout, _ = trainer.collect_rollout()
-    trainer.compute_advantages(rollout)
-    assert ("no reward in this rollout" in caplog.text) is not bool(rollout.stack("rewards").any())
-    caplog.clear()
-    rollout.stack = lambda name, stack=rollout.stack: stack(name) * 0 if name == "rewards" else stack(name)
-    trainer.compute_advantages(rollout)
-    assert "no reward in this rollout" in caplog.text
-
-
-def test_nan_gradient_is_not_stepped(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.policy.adapter.register_hook(lambda gradient: gradient * torch.nan)
-    with pytest.raises(NonFiniteError, match="actor/grad_norm"):
-        trainer.train_iteration()
-    assert torch.isfinite(trainer.policy.adapter).all()
-
-
-def test_nan_logprobs_in_a_rollout_stop_the_run(tmp_path):
-    trainer = make_trainer(tmp_path)
-    act = trainer.policy.act
-
-    def broken(*args, **kwargs):
-        output = act(*args, **kwargs)
-        output.logprobs[0, 0] = torch.nan
-        return output
-
-    trainer.policy.act = broken
-    with pytest.raises(NonFiniteError, match="log-probabilities of the rollout"):
-        trainer.train_iteration()
-
-
-# -------------------------------------------------------------------------------------------------------------- outputs
-
-
-def test_run_leaves_metrics_checkpoints_curves_and_config(tmp_path):
-    make_trainer(tmp_path, evaluate=True, eval={"interval": 1, "video": True}).train()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert [line["iteration"] for line in lines] == [0, 1, 1, 2, 2, 3, 3]
-    assert all("timesteps" in line for line in lines)
-    training = [line for line in lines if "rollout/return" in line]
-    for name in [
-        "rollout/success_rate",
-        "rollout/return",
-        "rollout/length",
-        "rollout/env_steps_per_s",
-        "actor/policy_loss",
-        "actor/approx_kl",
-        "actor/clip_fraction",
-        "actor/entropy",
-        "actor/grad_norm",
-        "actor/first_minibatch_ratio_error",
-        "critic/value_loss",
-        "critic/explained_variance",
-        "critic/grad_norm",
-        "time/rollout_s",
-        "time/update_s",
-    ]:
-        assert all(isinstance(line[name], float) for line in training), name
-    for name in ("eval/success_rate_greedy", "eval/success_rate_sampled"):
-        assert isinstance(lines[-1][name], float)
-    documented = (ROOT / "docs" / "metrics.md").read_text()
-    for name in {name for line in lines for name in line}:
-        assert f"`{name}`" in documented or f"`{re.sub('greedy|sampled', 'MODE', name)}`" in documented, name
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [f"iteration-{i:06d}" for i in range(4)]
-    assert list((tmp_path / "videos").glob("*.mp4"))
-
-
-def test_evaluation_does_not_change_the_training_that_follows(tmp_path):
-    trainers = [make_trainer(tmp_path / str(e), evaluate=e, eval={"interval": 1}) for e in (False, True)]
-    for trainer in trainers:
-        trainer.train()
-    assert all(torch.equal(a, b) for a, b in zip(*map(final_state, trainers), strict=True))
-
-
 def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
     runs = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -797,47 +330,3 @@ def test_real_policy_makes_good_tokens_likelier_and_bad_ones_rarer(tmp_path):
     assert (change[signs > 0] > 0).all()
     assert (change[signs < 0] < 0).all()
     assert all(torch.equal(p, base[n]) for n, p in policy.network.named_parameters() if not p.requires_grad)
-
-
-# ------------------------------------------------------------------------------- settings of evaluation and of outputs
-
-
-def evaluation_of(folder, **changes):
-    trainer = make_trainer(folder, evaluate=True, run={"timesteps": 0}, **{"eval": {}} | changes)
-    seen, act = [], trainer.policy.act
-    trainer.policy.act = lambda obs, **kwargs: (seen.append(kwargs), act(obs, **kwargs))[1]
-    trainer.train()
-    return read_metrics(folder / "metrics.jsonl")[0], seen
-
-
-def test_evaluation_plays_the_modes_and_states_that_are_set(tmp_path):
-    line, seen = evaluation_of(tmp_path / "a", eval={"modes": ["sampled"], "states": "3-7"})
-    assert line["eval/episodes_sampled"] == 5 and "eval/success_rate_greedy" not in line
-    assert not any(kwargs["greedy"] for kwargs in seen)
-    line, seen = evaluation_of(tmp_path / "b", eval={"modes": ["greedy"]}, env={"task_ids": [0, 2]})
-    assert line["eval/episodes_greedy"] == 8 and all(kwargs["greedy"] for kwargs in seen)
-
-
-def test_evaluation_samples_at_its_own_temperature_or_at_the_rollouts(tmp_path):
-    rollout = {"temperature": 1.5}
-    _, seen = evaluation_of(tmp_path / "a", rollout=rollout, eval={"modes": ["sampled"]})
-    assert {kwargs["temperature"] for kwargs in seen} == {1.5}
-    _, seen = evaluation_of(tmp_path / "b", rollout=rollout, eval={"modes": ["sampled"], "temperature": 0.6})
-    assert {kwargs["temperature"] for kwargs in seen} == {0.6}
-
-
-def test_evaluation_interval_counts_iterations(tmp_path):
-    trainer = make_trainer(tmp_path, evaluate=True, run={"timesteps": 5 * 4 * 8 * CHUNK}, eval={"interval": 2})
-    trainer.train()
-    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "eval/success_rate_greedy" in line]
-    assert [line["iteration"] for line in lines] == [0, 2, 4, 5]
-
-
-def test_checkpoints_and_curves_come_at_their_intervals_and_only_the_newest_are_kept(tmp_path):
-    logging_settings = {"checkpoint_interval": 2, "keep_checkpoints": 2, "curves_interval": 3}
-    trainer = make_trainer(tmp_path, run={"timesteps": 7 * 4 * 8 * CHUNK}, logging=logging_settings)
-    drawn = []
-    trainer.logger.draw_curves = lambda: drawn.append(trainer.iteration)
-    trainer.train()
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["iteration-000006", "iteration-000007"]
-    assert drawn == [3, 6, 7]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from start_gae_ppo_training import ROOT, build_policy, build_value_head, main, parse_args, settings_from
-from tests.test_openvla_ppo import make_trainer
+from tests.trainers import make_trainer
 from vla_rl.run.load_settings import list_settings, save_config
 
 TINY = "configs/tiny_gae_ppo.yaml"

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from vla_rl.run.progress import FinishedEpisode
 from vla_rl.types import Episode, Observation
 
 NOT_DEMONSTRATED = 1  # in the seeds: vla_rl.demonstrations draws without it, so no placement is seen there and here
@@ -55,6 +56,28 @@ class EpisodeStreams:
         tasks, num_envs = self.sampler.task_ids, len(self.played)
         turn = env_index if len(tasks) <= num_envs else env_index + number * num_envs
         return self.sampler.draw(env_index, number, tasks[turn % len(tasks)])
+
+
+class RunningEpisodes:
+    """Returns and lengths of the episodes under way, which may have begun in an earlier iteration."""
+
+    def __init__(self, num_envs: int):
+        self.returns = np.zeros(num_envs)  # undiscounted
+        self.lengths = np.zeros(num_envs, dtype=np.int64)  # simulator steps
+
+    def add(
+        self, playing: Sequence[int], rewards: np.ndarray, steps: np.ndarray, terminated: np.ndarray, done: np.ndarray
+    ) -> list[FinishedEpisode]:
+        """Counts a decision of the environments that play, arrays [N] in their order; returns the episodes that it ended."""
+        self.returns[playing] += rewards
+        self.lengths[playing] += steps
+        finished = []
+        for row, index in enumerate(playing):
+            if done[row]:
+                ret, length = float(self.returns[index]), int(self.lengths[index])
+                finished.append(FinishedEpisode(ret, length, success=bool(terminated[row])))
+                self.returns[index] = self.lengths[index] = 0
+        return finished
 
 
 class EpisodeQueue:

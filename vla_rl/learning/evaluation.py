@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
 from vla_rl.learning.episodes import EpisodeQueue, reset_finished
+from vla_rl.run.settings import Config
 from vla_rl.types import Episode, Observation, Policy
 
 CONTROL_HZ = 20  # LIBERO's control frequency: simulator steps per second of robot time
@@ -127,6 +129,36 @@ def sampling_generators(episodes: Sequence[Episode], seed: int) -> list[torch.Ge
         drawn = np.random.SeedSequence(identity).generate_state(1, np.uint64)
         generators.append(torch.Generator().manual_seed(int(drawn[0])))
     return generators
+
+
+def evaluate_modes(
+    policy: Policy, envs: VectorEnv, config: Config, videos: Path, prefix: str, on_decision: Callable[[], None]
+) -> dict[str, Any]:
+    """Every task from the fixed states that eval.states names, greedy and sampled as eval.modes says: eval/* metrics.
+
+    Args:
+        videos: folder for an MP4 of one success and one failure of each mode, if eval.video.
+        prefix: of their names.
+        on_decision: called before each decision; may raise to stop the evaluation.
+    """
+    settings = config.eval
+    metrics: dict[str, Any] = {"eval/render": settings.render}
+    for mode in settings.modes:
+        results = evaluate_policy(
+            policy,
+            envs,
+            evaluation_episodes(config.env.task_ids, settings.states),
+            greedy=mode == "greedy",
+            temperature=settings.temperature or config.rollout.temperature,
+            seed=config.run.seed,
+            record=settings.video,
+            progress=config.logging.progress,
+            on_decision=on_decision,
+        )
+        metrics |= success_metrics(results, mode)
+        if settings.video:
+            write_videos(results, videos, f"{prefix}_{mode}", policy.chunk_size)
+    return metrics
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

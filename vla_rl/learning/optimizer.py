@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vla_rl.run.settings import OptimizerConfig
 
@@ -21,6 +22,12 @@ def adamw_settings(settings: OptimizerConfig) -> dict[str, Any]:
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
+
+
+def clip_gradient(optimizer: torch.optim.Optimizer, settings: OptimizerConfig) -> Tensor:
+    """Scales the gradient of what the optimizer trains down to settings.max_grad_norm; returns its norm before."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
 
 
 def load_optimizer(optimizer: torch.optim.AdamW, state: dict[str, Any], settings: OptimizerConfig) -> None:

@@ -11,10 +11,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vla_rl.types import PolicyInputs
+from vla_rl.types import PolicyInputs, PolicyOutput
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the policy chose for the environments that play."""
+
+    envs: list[int]  # N
+    output: PolicyOutput
+    hidden: Tensor  # float32 [N, D]
+    values: Tensor  # float32 [N]
+
+    def step(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Arguments of the vector's step_async: actions [all, C, 7] and which environments are active."""
+        actions, active = np.zeros(shape, dtype=np.float32), np.zeros(shape[0], dtype=bool)
+        actions[self.envs], active[self.envs] = self.output.actions, True
+        return actions, active
 
 
 @dataclass(frozen=True)
@@ -143,10 +160,11 @@ class RolloutBuffer:
         return batch if usable is None or usable.all() else batch.rows(usable.nonzero().flatten())
 
 
-def minibatches(batch: Minibatch, size: int, generator: torch.Generator) -> Iterator[Minibatch]:
-    """Every row of `batch` once, in fresh random order, in parts as those of shuffled_rows."""
-    for part in shuffled_rows(len(batch), size, generator):
-        yield batch.rows(part)
+def minibatches(batch: Minibatch, size: int, generator: torch.Generator, epochs: int = 1) -> Iterator[Minibatch]:
+    """Every row of `batch` once an epoch, each time in fresh random order, in parts as those of shuffled_rows."""
+    for _ in range(epochs):
+        for part in shuffled_rows(len(batch), size, generator):
+            yield batch.rows(part)
 
 
 def shuffled_rows(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -32,6 +32,30 @@ def rollout_metrics(episodes: list[FinishedEpisode], env_steps: int) -> dict[str
     }
 
 
+def accumulate(totals: dict[str, float], metrics: dict[str, float]) -> None:
+    """Adds a micro-batch's share to the minibatch's metrics; an error keeps its maximum."""
+    for key, value in metrics.items():
+        old = totals.get(key, 0.0)
+        totals[key] = max(old, value) if key.endswith("_error") else old + value
+
+
+def update_metrics(minibatches: list[dict[str, float]], passes: list[dict[str, float]]) -> dict[str, float]:
+    """actor/* and critic/* of an update: means over the minibatches, but of the first one, before any step, the invariants.
+
+    Args:
+        minibatches: metrics of each, of the first one actor/ratio_error and actor/approx_kl among them.
+        passes: of the critic's further passes.
+    """
+    names = {name for metrics in minibatches for name in metrics} - {"actor/ratio_error"}
+    means = {name: float(np.mean([m[name] for m in minibatches if name in m])) for name in sorted(names)}
+    if passes:
+        means["critic/passes_value_loss"] = float(np.mean([m["critic/value_loss"] for m in passes]))
+    return means | {
+        "actor/first_minibatch_ratio_error": minibatches[0]["actor/ratio_error"],
+        "actor/first_minibatch_kl": minibatches[0]["actor/approx_kl"],
+    }
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory that this process held so far: on the GPU if it uses one, else resident on the CPU."""
     if device.type == "cuda":

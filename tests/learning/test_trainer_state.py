@@ -1,0 +1,213 @@
+"""A trainer that was stopped, killed or broken goes on from the state after its last finished iteration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.fakes import CHUNK
+from tests.trainers import final_state, make_trainer, training_lines
+from vla_rl.learning.trainer_state import TrainerState
+from vla_rl.run.checkpoint import CheckpointError, find_checkpoint
+from vla_rl.types import SimulatorDied
+
+
+@pytest.mark.parametrize("estimator", ["gae", "grpo"])
+def test_stopped_and_resumed_run_equals_one_that_was_not(tmp_path, estimator):
+    """Stopped in the middle of the third rollout; max_steps makes episodes span iterations."""
+    changes = {
+        "algorithm": {"estimator": estimator, "n_epochs": 2},
+        "run": {"timesteps": 5 * 4 * 8 * CHUNK},
+        "max_steps": 11 * CHUNK,
+        "evaluate": True,
+        "eval": {"interval": 2},
+        "logging": {"checkpoint_interval": 100},
+    }
+    whole = make_trainer(tmp_path / "whole", **changes)
+    whole.train()
+
+    stopped = make_trainer(tmp_path / "stopped", **changes)
+    act, calls = stopped.policy.act, []
+
+    def act_and_stop(*args, **kwargs):
+        calls.append(1)
+        if stopped.iteration == 2 and stopped.evaluated_iteration == 2 and len(calls) % 3 == 0:
+            stopped.request_stop()
+        return act(*args, **kwargs)
+
+    stopped.policy.act = act_and_stop
+    stopped.train()
+    assert stopped.iteration == 2
+
+    checkpoint = find_checkpoint(tmp_path / "stopped")
+    resumed = make_trainer(tmp_path / "stopped", **changes)
+    resumed.load_checkpoint(checkpoint)
+    resumed.train()
+    assert resumed.iteration == whole.iteration
+    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), final_state(whole), strict=True))
+    assert training_lines(tmp_path / "stopped") == training_lines(tmp_path / "whole")
+
+
+def test_stop_in_the_middle_of_an_update_saves_the_state_before_it(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_iteration()
+    expected = final_state(trainer)
+    steps = trainer.optimizer_steps
+
+    def step_and_stop(*args):
+        trainer.request_stop()
+        return steps(*args)
+
+    trainer.optimizer_steps = step_and_stop
+    trainer.evaluated_iteration = 1
+    trainer.train()
+    assert trainer.iteration == 1
+    resumed = make_trainer(tmp_path)
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), expected, strict=True))
+
+
+def test_resume_takes_the_learning_rate_of_the_settings_not_of_the_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_iteration()
+    trainer.save_checkpoint()
+    resumed = make_trainer(tmp_path, actor={"learning_rate": 1e-6, "weight_decay": 0.1}, critic={"beta1": 0.5})
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    (actor,), (critic,) = resumed.actor_optimizer.param_groups, resumed.critic_optimizer.param_groups
+    assert (actor["lr"], actor["weight_decay"], critic["betas"]) == (1e-6, 0.1, (0.5, 0.999))
+    moments = resumed.actor_optimizer.state[resumed.policy.adapter]["exp_avg"]
+    assert torch.equal(moments, trainer.actor_optimizer.state[trainer.policy.adapter]["exp_avg"])
+
+
+def test_run_stopped_in_its_first_iteration_does_not_repeat_the_first_evaluation(tmp_path):
+    changes = {"evaluate": True, "run": {"timesteps": 4 * 8 * CHUNK}}
+    stopped = make_trainer(tmp_path / "stopped", **changes)
+    step = stopped.envs.step_async
+    stopped.envs.step_async = lambda *args: (stopped.request_stop(), step(*args))[1]
+    stopped.train()
+    resumed = make_trainer(tmp_path / "stopped", **changes)
+    resumed.load_checkpoint(find_checkpoint(tmp_path / "stopped"))
+    resumed.train()
+    whole = make_trainer(tmp_path / "whole", **changes)
+    whole.train()
+    assert training_lines(tmp_path / "stopped") == training_lines(tmp_path / "whole")
+
+
+def test_checkpoint_of_another_model_or_estimator_is_refused(tmp_path):
+    make_trainer(tmp_path).save_checkpoint()
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        make_trainer(tmp_path / "b", value_head={"hidden_sizes": [16]}).load_checkpoint(find_checkpoint(tmp_path))
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        make_trainer(tmp_path / "c", algorithm={"estimator": "grpo"}).load_checkpoint(find_checkpoint(tmp_path))
+
+
+def test_any_failure_saves_the_last_good_state(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_iteration()
+    good = final_state(trainer)
+    trainer.evaluated_iteration = 1
+
+    def dies(actions, active):
+        with torch.no_grad():  # what lives on the device is lost, as after a CUDA error: only the copy is sound
+            trainer.policy.adapter.fill_(torch.nan)
+        trainer.actor_optimizer.state.clear()
+        raise SimulatorDied("simulator worker 2 died")
+
+    trainer.envs.step_async = dies
+    with pytest.raises(SimulatorDied, match="worker 2 died"):
+        trainer.train()
+    resumed = make_trainer(tmp_path)
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(final_state(resumed), good, strict=True))
+
+
+def test_error_after_a_stop_was_asked_for_is_still_an_error_but_for_simulators_that_got_the_signal_too(tmp_path):
+    for error, raised in ((ValueError("a bug"), True), (SimulatorDied("worker 0 died"), False)):
+        trainer = make_trainer(tmp_path / type(error).__name__)
+
+        def dies(actions, active, trainer=trainer, error=error):
+            trainer.request_stop()
+            raise error
+
+        trainer.envs.step_async = dies
+        if raised:
+            with pytest.raises(ValueError, match="a bug"):
+                trainer.train()
+        else:
+            trainer.train()
+        assert find_checkpoint(tmp_path / type(error).__name__).name == "iteration-000000"
+
+
+def test_failing_save_does_not_hide_what_went_wrong(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+
+    def no_room(folder, values=None):
+        raise OSError(28, "No space left on device")
+
+    def disk_and_simulator_fail(actions, active):
+        trainer.policy.save_adapter = no_room
+        raise ZeroDivisionError
+
+    trainer.envs.step_async = disk_and_simulator_fail
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert "could not be saved" in caplog.text
+    saved = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+    assert saved == ["iteration-000000"]  # before the first iteration; nothing half written stays
+
+
+def test_checkpoints_and_curves_come_at_their_intervals_and_only_the_newest_are_kept(tmp_path):
+    logging_settings = {"checkpoint_interval": 2, "keep_checkpoints": 2, "curves_interval": 3}
+    trainer = make_trainer(tmp_path, run={"timesteps": 7 * 4 * 8 * CHUNK}, logging=logging_settings)
+    drawn = []
+    trainer.logger.draw_curves = lambda: drawn.append(trainer.iteration)
+    trainer.train()
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["iteration-000006", "iteration-000007"]
+    assert drawn == [3, 6, 7]
+
+
+def test_a_run_that_is_killed_in_an_evaluation_has_its_iteration_saved(tmp_path):
+    changes = {"evaluate": True, "eval": {"interval": 1}, "logging": {"checkpoint_interval": 1}}
+    trainer = make_trainer(tmp_path, **changes)
+
+    def killed():
+        raise KeyboardInterrupt  # and nothing is written any more
+
+    trainer.evaluate = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train_iteration()
+    resumed = make_trainer(tmp_path, **changes)
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    assert resumed.iteration == 1 and resumed.evaluation_due()
+    whole = make_trainer(tmp_path / "whole", **changes)
+    whole.train_iteration()
+    assert find_checkpoint(tmp_path / "whole").name == "iteration-000001"
+    again = make_trainer(tmp_path / "whole", **changes)
+    again.load_checkpoint(find_checkpoint(tmp_path / "whole"))
+    assert not again.evaluation_due()
+
+
+def test_later_checkpoints_stay_where_an_earlier_one_cannot_be_restored(tmp_path):
+    trainer = make_trainer(tmp_path, run={"timesteps": 3 * 4 * 8 * CHUNK})
+    trainer.train()
+    before = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    lines = training_lines(tmp_path)
+    resumed = make_trainer(tmp_path)
+
+    def broken(states):
+        raise SimulatorDied("simulator worker 0 died")
+
+    resumed.envs.restore_episodes = broken
+    with pytest.raises(SimulatorDied):
+        resumed.load_checkpoint(tmp_path / "checkpoints" / "iteration-000001")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == before
+    assert training_lines(tmp_path) == lines
+
+
+def test_the_state_is_a_copy_that_later_steps_do_not_touch(tmp_path):
+    trainer = make_trainer(tmp_path)
+    state = TrainerState(trainer)
+    adapter = state.values["adapter"][0].clone()
+    trainer.train_iteration()
+    assert torch.equal(state.values["adapter"][0], adapter) and state.timesteps == 0
+    assert not torch.equal(trainer.policy.adapter, adapter)

@@ -1,0 +1,65 @@
+"""Trainers on small environments and policies, that several test files share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from OpenVLA_PPO import OpenVLAPPO
+from tests.fakes import CHUNK, FakePolicy, make_envs
+from vla_rl.model.value_head import ValueHead
+from vla_rl.run.load_settings import config_from_dict
+from vla_rl.run.metrics import MetricsLogger
+
+SETTINGS = {
+    "run": {"timesteps": 3 * 4 * 8 * CHUNK, "seed": 3, "device": "cpu"},  # three iterations
+    "policy": {"dtype": "float32", "chunk_size": CHUNK},
+    "value_head": {"hidden_sizes": [32]},
+    "rollout": {"num_envs": 4, "n_steps": 8, "group_size": 4, "n_episodes": 8},
+    "algorithm": {"n_epochs": 2, "minibatch_size": 16, "micro_batch_size": 8, "target_kl": None},
+    "actor": {"learning_rate": 0.01},
+    "critic": {"learning_rate": 0.003},
+    "eval": {"interval": 0, "states": "0-3", "num_envs": 2, "video": False},
+    "env": {},
+    "logging": {"checkpoint_interval": 1, "keep_checkpoints": 10, "progress": False},
+}
+
+
+def settings(**changes):
+    """SETTINGS with changes such as algorithm={"n_epochs": 1}."""
+    return config_from_dict(
+        {section: values | changes.get(section, {}) for section, values in SETTINGS.items()}, "the test"
+    )
+
+
+def make_trainer(
+    folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, needed=3, policy_settings=None, **changes
+):
+    config = settings(policy=policy_settings or {}, **changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = policy or FakePolicy()
+    generator = torch.Generator().manual_seed(config.run.seed)
+    head = None
+    if config.algorithm.estimator == "gae":
+        head = ValueHead(policy.hidden_size, config.value_head.hidden_sizes, generator)
+    return OpenVLAPPO(
+        config,
+        policy,
+        head,
+        make_envs(config.rollout.num_envs, max_steps=max_steps, needed=needed),
+        make_envs(config.eval.num_envs, max_steps=max_steps, needed=needed) if evaluate else None,
+        MetricsLogger(folder, config),
+    )
+
+
+def training_lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock or on the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    machine = ("time/", "system/", "rollout/env_steps_per_s")
+    return [{k: v for k, v in line.items() if not k.startswith(machine)} for line in lines]
+
+
+def final_state(trainer):
+    return [p.detach().clone() for p in [*trainer.actor_parameters, *trainer.critic_parameters]]

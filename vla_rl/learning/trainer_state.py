@@ -1,0 +1,156 @@
+"""The trainer between two iterations, as one thing: copied to the CPU, written as a checkpoint, read back.
+
+Everything that the next iteration depends on is in it, so a run that was stopped or killed goes on as if it had not been, on
+the CPU bit for bit. Not here: files written whole or not at all (vla_rl.run.checkpoint).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from gymnasium.vector import VectorEnv
+from safetensors.torch import load_file
+
+from vla_rl.learning.episodes import EpisodeStreams, RunningEpisodes
+from vla_rl.learning.optimizer import load_optimizer
+from vla_rl.model.value_head import ValueHead
+from vla_rl.run.checkpoint import (
+    cpu_copy,
+    load_trainer_state,
+    save_tensors,
+    save_torch,
+    set_aside_later_checkpoints,
+    verify,
+    write_checkpoint,
+)
+from vla_rl.run.load_settings import save_config
+from vla_rl.run.metrics import MetricsLogger
+from vla_rl.run.settings import Config
+from vla_rl.types import Observation, Policy
+
+STATE_VERSION = 2  # of what a checkpoint holds; 2: a sampling generator for each environment
+
+
+class Trainer(Protocol):
+    """What of OpenVLA_PPO.OpenVLAPPO lasts longer than an iteration."""
+
+    config: Config
+    policy: Policy
+    value_head: ValueHead | None
+    envs: VectorEnv
+    logger: MetricsLogger
+    uses_critic: bool
+    actor_parameters: list[torch.nn.Parameter]
+    critic_parameters: list[torch.nn.Parameter]
+    actor_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer | None
+    sampling_generators: list[torch.Generator]  # one an environment
+    order_generator: torch.Generator
+    streams: EpisodeStreams
+    running: RunningEpisodes
+    iteration: int
+    timesteps: int
+    groups_played: int
+    evaluated_iteration: int
+    obs: Observation | None
+
+
+class TrainerState:
+    """The state after the trainer's last finished iteration: an unfinished one leaves no trace in it.
+
+    Being a copy on the CPU, it can be written when the present state is half updated or the GPU has failed.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        # what must be equal for a checkpoint to fit
+        head = [list(parameter.shape) for parameter in trainer.critic_parameters]
+        parts = [
+            f"policy {trainer.policy.fingerprint()}",
+            f"value head {head}",
+            f"{trainer.envs.num_envs} environments",
+        ]
+        self.fingerprint = ", ".join([*parts, trainer.config.algorithm.estimator, f"state {STATE_VERSION}"])
+        self.take()
+
+    @property
+    def timesteps(self) -> int:
+        return self.values["timesteps"]
+
+    def take(self) -> None:
+        """Copies the trainer as it is now, between two iterations: tensors and plain values."""
+        trainer = self.trainer
+        between_rollouts = trainer.obs is not None and trainer.uses_critic  # GRPO's rollouts start with fresh episodes
+        self.values: dict[str, Any] = cpu_copy(
+            {
+                "iteration": trainer.iteration,
+                "timesteps": trainer.timesteps,
+                "groups_played": trainer.groups_played,
+                "evaluated_iteration": trainer.evaluated_iteration,
+                "episodes_played": trainer.streams.played,
+                "running_returns": torch.from_numpy(trainer.running.returns),
+                "running_lengths": torch.from_numpy(trainer.running.lengths),
+                "episodes_under_way": [
+                    {"episode": state["episode"], "actions": torch.from_numpy(state["actions"])}
+                    for state in (trainer.envs.episode_states() if between_rollouts else [])
+                ],
+                "sampling_generators": [generator.get_state() for generator in trainer.sampling_generators],
+                "order_generator": trainer.order_generator.get_state(),
+                "adapter": list(trainer.actor_parameters),
+                "value_head": dict(trainer.value_head.state_dict()) if trainer.value_head is not None else None,
+                "actor_optimizer": trainer.actor_optimizer.state_dict(),
+                "critic_optimizer": trainer.critic_optimizer.state_dict() if trainer.critic_optimizer else None,
+            }
+        )
+
+    def set_evaluated(self) -> None:
+        """The evaluation of this state is done; it changed nothing else."""
+        self.values["evaluated_iteration"] = self.trainer.evaluated_iteration
+
+    def save(self) -> Path:
+        """Writes the state; returns the checkpoint's folder."""
+        trainer, values = self.trainer, self.values
+
+        def write_files(folder: Path) -> None:
+            trainer.policy.save_adapter(folder / "adapter", values["adapter"])
+            rest = {name: value for name, value in values.items() if name not in ("adapter", "value_head")}
+            save_torch(rest, folder / "trainer.pt")
+            if values["value_head"] is not None:
+                save_tensors(values["value_head"], folder / "value_head.safetensors")
+            save_config(trainer.config, folder / "config.yaml")
+
+        root, name = trainer.logger.folder / "checkpoints", f"iteration-{values['iteration']:06d}"
+        return write_checkpoint(root, name, self.fingerprint, write_files, trainer.config.logging.keep_checkpoints)
+
+    def load(self, folder: Path) -> None:
+        """Puts the trainer into the state of a checkpoint: the simulators replay their episodes.
+
+        What came after the checkpoint is set aside last, when nothing can be refused any more.
+
+        Raises:
+            CheckpointError: the checkpoint is torn or of another model.
+        """
+        trainer = self.trainer
+        verify(folder, self.fingerprint)
+        values = load_trainer_state(folder)
+        if trainer.value_head is not None:
+            trainer.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+            load_optimizer(trainer.critic_optimizer, values["critic_optimizer"], trainer.config.critic)
+        trainer.policy.load_adapter(folder / "adapter")
+        load_optimizer(trainer.actor_optimizer, values["actor_optimizer"], trainer.config.actor)
+        trainer.iteration, trainer.timesteps = values["iteration"], values["timesteps"]
+        trainer.groups_played, trainer.evaluated_iteration = values["groups_played"], values["evaluated_iteration"]
+        trainer.streams.played = list(values["episodes_played"])
+        trainer.running.returns = values["running_returns"].numpy().copy()
+        trainer.running.lengths = values["running_lengths"].numpy().copy()
+        for generator, state in zip(trainer.sampling_generators, values["sampling_generators"], strict=True):
+            generator.set_state(state)
+        trainer.order_generator.set_state(values["order_generator"])
+        episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in values["episodes_under_way"]]
+        if episodes:
+            trainer.obs = Observation.from_vector_env(trainer.envs.restore_episodes(episodes))
+        self.take()
+        set_aside_later_checkpoints(folder)
+        trainer.logger.continue_from(trainer.iteration)
