@@ -118,7 +118,7 @@ def test_the_simulation_knows_no_torch():
 
 def test_no_file_is_longer_than_500_lines():
     too_long = {name for name, path in NAMES.items() if len(path.read_text().splitlines()) > 500}
-    assert too_long <= {"OpenVLA_PPO", "sft"}  # to be carved
+    assert too_long <= {"OpenVLA_PPO"}  # about 550
 
 
 @pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: samples, labels, loss, and the whole program on a small file."""
+"""Supervised fine-tuning: the whole program on a small file."""
 
 import errno
 import json
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -18,129 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from tests.learning.test_demonstration_file import arrays
 from vla_rl.learning.augmentation import augment
-from vla_rl.learning.demonstration_file import Demonstration, DemonstrationFile
+from vla_rl.learning.demonstration_file import DemonstrationFile
+from vla_rl.learning.samples import Samples
+from vla_rl.learning.supervised_fine_tuning import (
+    SupervisedFineTuning,
+)
 from vla_rl.model.image_transform import crop_center
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.run.load_settings import load_config, read_yaml
 from vla_rl.run.metrics import read_metrics
-from vla_rl.run.settings import ConfigError, SftConfig
-from vla_rl.sft import (
-    Samples,
-    SupervisedFineTuning,
-    batch_rows,
-    chunks_of,
-    cross_entropy,
-    data_statistics,
-    data_units,
-    label_tokens,
-    learning_rate,
-    main,
-    make_samples,
-    soft_labels,
-    split,
-)
+from vla_rl.run.settings import SftConfig
+from vla_rl.sft import main
 
 ROOT = Path(__file__).parent.parent
-
-
-def demonstration(actions, instruction="do it"):
-    steps = len(actions)
-    images = np.zeros((steps, 1, 16, 16, 3), np.uint8)
-    return Demonstration("demo_0", instruction, images, np.zeros((steps, 8), np.float32), np.asarray(actions, float))
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-def test_a_chunk_repeats_the_last_action_after_the_end():
-    actions = np.arange(4)[:, None] * np.ones(7)
-    assert chunks_of(actions, 3)[..., 0].tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 3], [3, 3, 3]]
-
-
-def test_samples_know_how_many_steps_are_left():
-    samples = make_samples([demonstration([[0] * 7] * 3), demonstration([[0] * 7] * 2)], 2, 14, progress=False)
-    assert samples.steps_to_go.tolist() == [2, 1, 0, 1, 0]
-    assert samples.images.shape == (5, 1, 14, 14, 3) and samples.chunks.shape == (5, 2, 7)
-
-
-def test_the_gripper_is_turned_into_the_data_set_s_units():
-    actions = np.zeros((3, 7))
-    actions[:, 6] = [-1, 1, 0]
-    assert data_units(actions)[:, 6].tolist() == [1, 0, 0.5]  # opens, closes, holds
-    assert actions[:, 6].tolist() == [-1, 1, 0]  # a copy
-
-
-def test_statistics_are_quantiles_and_leave_the_gripper_alone():
-    actions = np.zeros((101, 7))
-    actions[:, 0] = np.linspace(-1, 1, 101)  # 1 % is one step of 0.02
-    actions[:, 6] = 1
-    stats = data_statistics([demonstration(actions)])
-    assert stats["action"]["q01"][0] == pytest.approx(-0.98) and stats["action"]["q99"][0] == pytest.approx(0.98)
-    assert stats["action"]["mask"] == [True] * 6 + [False]
-    assert stats["action"]["max"][6] == 0 and (stats["num_transitions"], stats["num_trajectories"]) == (101, 1)
-    json.dumps(stats)
-
-
-def test_the_last_episodes_of_each_task_are_held_out():
-    demos = [demonstration([[i] * 7], instruction) for instruction in "ab" for i in range(10)]
-    training, held_out = split(demos, 0.2)
-    assert [(d.instruction, d.actions[0, 0]) for d in held_out] == [("a", 8), ("a", 9), ("b", 8), ("b", 9)]
-    assert len(training) == 16 and not {id(d) for d in training} & {id(d) for d in held_out}
-    assert len(split(demos, 0.01)[1]) == 2 and split(demos, 0)[1] == []  # at least one of each, or none
-    with pytest.raises(ConfigError, match="'a' has 1 demonstration, which leaves none to train on"):
-        split(demos[:1], 0.1)
-
-
-def test_every_row_is_seen_once_an_epoch_in_another_order_each_time():
-    rows = np.concatenate([batch_rows(10, 4, step, seed=3) for step in range(5)])  # 20 rows: 2 epochs
-    assert sorted(rows[:10]) == list(range(10)) == sorted(rows[10:])
-    assert rows[:10].tolist() != rows[10:].tolist()
-    np.testing.assert_array_equal(batch_rows(10, 4, 2, 3), rows[8:12])  # across the epochs' border, of the step alone
-
-
-# -------------------------------------------------------------------------------------------------------------- labels
-
-
-def test_a_label_s_tokens_are_decoded_to_its_actions():
-    policy = OpenVLAPolicy.from_checkpoint("tiny-openvla-random", "parallel", unnorm_key="libero_spatial", chunk_size=2)
-    rng = np.random.default_rng(0)
-    chunks = rng.uniform(-0.1, 0.1, (5, 2, 7))
-    chunks[..., 6] = rng.integers(0, 2, (5, 2))
-    tokens = label_tokens(policy.action_tokenizer, chunks, policy.statistics["action"])
-    decoded = policy.dataset_actions(tokens)
-    np.testing.assert_allclose(decoded[..., :6], chunks[..., :6], atol=1.9 / 255)  # half a bin of the widest range
-    np.testing.assert_array_equal(decoded[..., 6] > 0.5, chunks[..., 6] > 0.5)
-
-
-def test_soft_labels_are_a_gaussian_cut_at_the_ends():
-    labels = soft_labels(torch.tensor([[3, 0]]), 6, 1.0, torch.tensor([True, True]))
-    weights = np.exp(-0.5 * np.array([9, 4, 1, 0, 1, 4]))
-    np.testing.assert_allclose(labels[0, 0], weights / weights.sum(), rtol=1e-5)
-    assert labels[0, 1].argmax() == 0 and labels[0, 1].sum() == pytest.approx(1)
-
-
-def test_labels_are_one_hot_without_sigma_and_for_the_gripper():
-    index = torch.tensor([[3, 1]])
-    assert soft_labels(index, 5, 0.0, torch.tensor([True, True])).argmax(-1).tolist() == [[3, 1]]
-    mixed = soft_labels(index, 5, 2.0, torch.tensor([True, False]))
-    assert mixed[0, 0].max() < 0.5 and mixed[0, 1].tolist() == [0, 1, 0, 0, 0]
-
-
-def test_cross_entropy_is_torch_s_for_one_hot_labels_and_counts_the_other_ids():
-    logits = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0))
-    tokens = torch.tensor([[10, 11, 19]] * 4)
-    labels = soft_labels(tokens - 10, 10, 0.0, torch.ones(3, dtype=torch.bool))
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-    torch.testing.assert_close(cross_entropy(logits, labels, 10), expected)
-
-
-def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
-    training = SimpleNamespace(steps=110, warmup_steps=10, final_learning_rate_fraction=0.1)
-    rate = [learning_rate(SimpleNamespace(learning_rate=2.0), training, step) for step in (0, 4, 9, 10, 60, 110)]
-    assert rate == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0 * 0.55, 0.2])
-
-
-# ----------------------------------------------------------------------------------------------------------- the whole
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +101,7 @@ def test_images_are_augmented_in_training_and_cropped_in_the_middle_otherwise():
 @pytest.mark.parametrize(("setting", "changes"), [("true", True), ("false", False)])
 def test_the_setting_decides_whether_images_are_augmented(data, tmp_path, monkeypatch, setting, changes):
     calls = []
-    monkeypatch.setattr("vla_rl.sft.augment", lambda image, rng: calls.append(1) or image)
+    monkeypatch.setattr("vla_rl.learning.supervised_fine_tuning.augment", lambda image, rng: calls.append(1) or image)
     assert main(arguments(data, tmp_path, f"data.augment={setting}", f"policy.center_crop={setting}", steps=1)) == 0
     assert bool(calls) is changes
 
