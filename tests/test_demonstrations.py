@@ -14,7 +14,8 @@ import pytest
 
 from vla_rl.demonstrations import DROP_STEPS, Disturbance, Drops, Pushes, episodes_of, main, record_episode, record_task
 from vla_rl.learning.demonstration_file import read_demonstrations
-from vla_rl.simulation.libero_env import LiberoEnv, task_instructions
+from vla_rl.simulation.libero_env import LiberoEnv
+from vla_rl.simulation.suites import task_instructions
 from vla_rl.types import Episode
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,7 @@ HOMES = {
     "timm": {"model/prismatic"},
     "peft": {"model/adapter", "model/policy"},
     "huggingface_hub": {"model/checkpoint_folder", "model/policy"},
-    "libero": {"simulation/libero_env", "simulation/simulator"},
+    "libero": {"simulation/suites", "simulation/simulator"},
     "robosuite": {"simulation/simulator", "simulation/arm_control", "simulation/rendering"},
     "mujoco": {"simulation/simulator", "simulation/arm_control", "simulation/rendering", "simulation/model_cache"},
     "wandb": {"run/metrics"},

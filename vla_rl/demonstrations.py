@@ -32,7 +32,8 @@ from tqdm import tqdm
 from vla_rl.learning.demonstration_file import CAMERAS, DemonstrationFile
 from vla_rl.run.failures import report
 from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
-from vla_rl.simulation.libero_env import LiberoEnv, Simulators, goal_predicates, load_benchmark, task_languages
+from vla_rl.simulation.libero_env import LiberoEnv, Simulators
+from vla_rl.simulation.suites import goal_predicates, load_benchmark, task_languages
 from vla_rl.simulation.vector_env import lean_workers
 from vla_rl.types import Episode
 

@@ -56,7 +56,7 @@ from vla_rl.run.load_settings import load_config, save_config, settings_help
 from vla_rl.run.metrics import MetricsLogger, check_wandb
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.settings import ConfigError, SftConfig
-from vla_rl.simulation.libero_env import task_instructions
+from vla_rl.simulation.suites import task_instructions
 from vla_rl.types import NonFiniteError, PolicyInputs
 
 log = logging.getLogger("vla_rl.sft")

