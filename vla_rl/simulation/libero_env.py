@@ -173,8 +173,12 @@ class LiberoEnv(gymnasium.Env):
 
     def restore_episode(self, state: dict[str, Any]) -> dict:
         """Repeats the episode up to its state, bit for bit, and returns the observation there; renders once."""
-        self._start(as_dict(state["episode"]), render=len(state["actions"]) == 0)
-        self._execute(state["actions"])
+        actions = state["actions"]
+        self._start(as_dict(state["episode"]), render=len(actions) == 0)
+        if len(
+            actions
+        ):  # measured again after no step, a potential would differ: of kinematics put back, not stepped into
+            self._execute(actions)
         return self._observe()
 
     def restore_episodes(self, states: Sequence[dict[str, Any] | None]) -> dict | None:
