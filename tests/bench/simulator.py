@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vla_rl.simulation import suites
 from vla_rl.simulation.libero_env import CAMERAS, REST, build_simulator
+from vla_rl.simulation.libraries import prepare_simulator
 from vla_rl.simulation.suites import fixed_state
 from vla_rl.simulation.vector_env import LiberoVectorEnv
 from vla_rl.types import Episode
@@ -143,7 +144,7 @@ def resident_gib(pid: int | str = "self") -> float:
 
 
 def make_stock(suite: str, task_id: int, cameras: list[str], size: int):
-    suites.prepare_environment()
+    prepare_simulator()
     from libero.libero.envs.env_wrapper import ControlEnv  # OffScreenRenderEnv is this with cameras
 
     return ControlEnv(
@@ -158,7 +159,7 @@ def make_stock(suite: str, task_id: int, cameras: list[str], size: int):
 
 def stock(suite: str, task_id: int, cameras: list[str], size: int) -> dict[str, float]:
     """One stock environment in this process."""
-    suites.prepare_environment()
+    prepare_simulator()
     from libero.libero import envs  # noqa: F401 (imports do not count)
 
     before = resident_gib()
@@ -190,7 +191,7 @@ def stock(suite: str, task_id: int, cameras: list[str], size: int) -> dict[str, 
 
 def ours(suite: str, task_id: int, cameras: list[str], size: int, render: str) -> dict[str, float]:
     """One Simulator in this process."""
-    suites.prepare_environment()
+    prepare_simulator()
     import robosuite  # noqa: F401 (imports do not count)
 
     from vla_rl.simulation import simulator  # noqa: F401

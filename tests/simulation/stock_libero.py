@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_rl.simulation import suites
+from vla_rl.simulation.libraries import prepare_simulator
 from vla_rl.simulation.suites import fixed_state
 from vla_rl.types import Episode
 
@@ -45,7 +46,7 @@ def assert_equal(row: Row, expected: Row, when: str) -> None:
 
 
 def make(suite: str, task_id: int):
-    suites.prepare_environment()
+    prepare_simulator()
     from libero.libero.envs import OffScreenRenderEnv
 
     bddl_file = suites.load_benchmark(suite).get_task_bddl_file_path(task_id)

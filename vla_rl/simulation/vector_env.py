@@ -211,9 +211,6 @@ class MakeWorker:
     def __call__(self) -> Worker:
         if os.getpid() != self.parent_pid:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-            devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            if not all(device.strip().isdigit() for device in devices.split(",")):
-                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # robosuite reads numbers only, not GPU-1a2b or MIG-...
         simulators = Simulators(self.simulators_per_worker, self.cache_gb)
         return Worker(self.env_kwargs, self.indices, self.places, simulators)
 
