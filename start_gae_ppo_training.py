@@ -173,7 +173,7 @@ def train(config: Config, checkpoint: Path | None) -> None:
     check_device(config)
     check_rendering()
     if config.env.reward == "dense":
-        from vla_rl.simulation.libero_env import check_dense_reward
+        from vla_rl.simulation.suites import check_dense_reward
 
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vla_rl.simulation.libero_env import prepare_environment
+from vla_rl.simulation.libraries import prepare_environment
 
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401 (before robosuite's numba: in the other order their two LLVMs end the interpreter)

@@ -32,7 +32,8 @@ from vla_rl.demonstrations import (
 )
 from vla_rl.learning.demonstration_file import read_demonstrations
 from vla_rl.run.settings import ConfigError
-from vla_rl.simulation.libero_env import LiberoEnv, task_instructions
+from vla_rl.simulation.libero_env import LiberoEnv
+from vla_rl.simulation.suites import task_instructions
 from vla_rl.types import Episode
 
 ROOT = Path(__file__).parent.parent

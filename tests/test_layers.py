@@ -27,7 +27,7 @@ HOMES = {
     "timm": {"model/prismatic"},
     "peft": {"model/adapter"},
     "huggingface_hub": {"model/checkpoint_folder"},
-    "libero": {"simulation/libero_env", "simulation/simulator"},
+    "libero": {"simulation/suites", "simulation/simulator"},
     "robosuite": {"simulation/simulator", "simulation/arm_control", "simulation/rendering"},
     "mujoco": {"simulation/simulator", "simulation/arm_control", "simulation/rendering", "simulation/model_cache"},
     "wandb": {"run/metrics"},

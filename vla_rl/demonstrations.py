@@ -35,8 +35,10 @@ from tqdm import tqdm
 from vla_rl.learning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
 from vla_rl.run.failures import report
 from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
-from vla_rl.simulation.libero_env import LiberoEnv, Simulators, goal_predicates, load_benchmark, task_languages
+from vla_rl.simulation.libero_env import LiberoEnv, Simulators
+from vla_rl.simulation.suites import goal_predicates, load_benchmark, task_languages
 from vla_rl.simulation.vector_env import lean_workers
+from vla_rl.simulation.worker_errors import WorkerError
 from vla_rl.types import Episode
 
 PUSH_STEPS, PAUSE_STEPS = (3, 7), 30  # of a push, from 3 to 6; of a pause, in the mean
@@ -188,12 +190,26 @@ def bddl_file_name(task_suite: str, task_id: int) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- processes
 
-ENVS: dict[str, LiberoEnv] = {}  # of a worker process
+RECORDINGS: list[Recording] = []  # of a worker process: one
+ENVS: list[LiberoEnv] = []  # likewise, from its first episode
 
 
 def prepare_worker(recording: Recording) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-    ENVS["env"] = LiberoEnv(
+    RECORDINGS.append(recording)
+
+
+def record(episode: Episode, disturbance: Disturbance) -> Outcome | WorkerError:
+    try:
+        if not ENVS:  # here, not in prepare_worker: what is raised there breaks the pool
+            ENVS.append(make_env(RECORDINGS[0]))
+        return record_episode(ENVS[0], episode, disturbance)
+    except Exception as error:
+        return WorkerError.of(error)
+
+
+def make_env(recording: Recording) -> LiberoEnv:
+    return LiberoEnv(
         recording.task_suite,
         chunk_size=1,
         num_images=recording.num_images,
@@ -201,10 +217,6 @@ def prepare_worker(recording: Recording) -> None:
         render=recording.render,
         simulators=Simulators(limit=1, cache_gb=recording.cache_gb),
     )
-
-
-def record(episode: Episode, disturbance: Disturbance) -> Outcome:
-    return record_episode(ENVS["env"], episode, disturbance)
 
 
 def episodes_of(task_id: int, states: str | Sequence[int], seed: int) -> Iterator[Episode]:
@@ -224,6 +236,7 @@ def record_task(
 
     Raises:
         ConfigError: the expert fails too often, or there are fewer episodes.
+        Exception: what a worker has raised.
     """
     waiting: list[Future] = []
     successes = failures = 0
@@ -236,6 +249,8 @@ def record_task(
                 f"{wanted}; ask for fewer, or leave out --states for random placements"
             )
         outcome = waiting.pop(0).result()
+        if isinstance(outcome, WorkerError):
+            raise outcome.exception(f"a worker that recorded {name}")
         successes, failures = successes + outcome.success, failures + (not outcome.success)
         yield outcome
         if failures >= GIVE_UP_AFTER and failures > successes:

@@ -31,7 +31,7 @@ from vla_rl.run.failures import report
 from vla_rl.run.load_settings import load_config, save_config, settings_help
 from vla_rl.run.metrics import MetricsLogger, check_wandb
 from vla_rl.run.settings import ConfigError, SftConfig
-from vla_rl.simulation.libero_env import task_instructions
+from vla_rl.simulation.suites import task_instructions
 
 log = logging.getLogger("vla_rl.sft")
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from vla_rl.demonstrations import Pushes
 from vla_rl.run.settings import TASK_SUITES, parse_indices
-from vla_rl.simulation.libero_env import REST, build_simulator, fixed_state
+from vla_rl.simulation.libero_env import REST, build_simulator
+from vla_rl.simulation.suites import fixed_state
 
 # the other tasks of libero_goal ask for a drawer, a push or a knob
 TASKS = "libero_spatial:0-9 libero_object:0-9 libero_goal:1,2,4,6,8,9"

@@ -26,8 +26,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vla_rl.simulation import libero_env
-from vla_rl.simulation.libero_env import CAMERAS, REST, build_simulator, fixed_state
+from vla_rl.simulation import suites
+from vla_rl.simulation.libero_env import CAMERAS, REST, build_simulator
+from vla_rl.simulation.libraries import prepare_simulator
+from vla_rl.simulation.suites import fixed_state
 from vla_rl.simulation.vector_env import LiberoVectorEnv
 from vla_rl.types import Episode
 
@@ -142,11 +144,11 @@ def resident_gib(pid: int | str = "self") -> float:
 
 
 def make_stock(suite: str, task_id: int, cameras: list[str], size: int):
-    libero_env.prepare_environment()
+    prepare_simulator()
     from libero.libero.envs.env_wrapper import ControlEnv  # OffScreenRenderEnv is this with cameras
 
     return ControlEnv(
-        bddl_file_name=libero_env.load_benchmark(suite).get_task_bddl_file_path(task_id),
+        bddl_file_name=suites.load_benchmark(suite).get_task_bddl_file_path(task_id),
         has_offscreen_renderer=bool(cameras),
         use_camera_obs=bool(cameras),
         camera_names=cameras or ["agentview"],
@@ -157,14 +159,14 @@ def make_stock(suite: str, task_id: int, cameras: list[str], size: int):
 
 def stock(suite: str, task_id: int, cameras: list[str], size: int) -> dict[str, float]:
     """One stock environment in this process."""
-    libero_env.prepare_environment()
+    prepare_simulator()
     from libero.libero import envs  # noqa: F401 (imports do not count)
 
     before = resident_gib()
     kept = []
     construct_s = seconds(lambda: kept.append(make_stock(suite, task_id, cameras, size)))
     env = kept[0]
-    states = libero_env.load_benchmark(suite).get_task_init_states(task_id)
+    states = suites.load_benchmark(suite).get_task_init_states(task_id)
 
     def reset():
         env.seed(0)
@@ -189,7 +191,7 @@ def stock(suite: str, task_id: int, cameras: list[str], size: int) -> dict[str, 
 
 def ours(suite: str, task_id: int, cameras: list[str], size: int, render: str) -> dict[str, float]:
     """One Simulator in this process."""
-    libero_env.prepare_environment()
+    prepare_simulator()
     import robosuite  # noqa: F401 (imports do not count)
 
     from vla_rl.simulation import simulator  # noqa: F401
@@ -251,7 +253,7 @@ def stock_episodes(suite: str, task_id: int, cameras: list[str], size: int, work
     from libero.libero.envs import SubprocVectorEnv
 
     envs = SubprocVectorEnv([partial(make_stock, suite, task_id, cameras, size)] * workers)
-    states = libero_env.load_benchmark(suite).get_task_init_states(task_id)
+    states = suites.load_benchmark(suite).get_task_init_states(task_id)
     envs.step(np.tile(REST, (workers, 1)))  # waits until they are built
 
     def episode():

@@ -20,7 +20,7 @@ from vla_rl.learning.demonstration_file import (
     read_demonstrations,
 )
 from vla_rl.run.settings import ConfigError
-from vla_rl.simulation.libero_env import task_instructions
+from vla_rl.simulation.suites import task_instructions
 
 
 def arrays(steps=5, seed=0, size=16):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_rl.simulation import libero_env
-from vla_rl.simulation.libero_env import fixed_state
+from vla_rl.simulation import suites
+from vla_rl.simulation.libraries import prepare_simulator
+from vla_rl.simulation.suites import fixed_state
 from vla_rl.types import Episode
 
 SIZE = 64
@@ -45,10 +46,10 @@ def assert_equal(row: Row, expected: Row, when: str) -> None:
 
 
 def make(suite: str, task_id: int):
-    libero_env.prepare_environment()
+    prepare_simulator()
     from libero.libero.envs import OffScreenRenderEnv
 
-    bddl_file = libero_env.load_benchmark(suite).get_task_bddl_file_path(task_id)
+    bddl_file = suites.load_benchmark(suite).get_task_bddl_file_path(task_id)
     return OffScreenRenderEnv(bddl_file_name=bddl_file, camera_heights=SIZE, camera_widths=SIZE)
 
 
@@ -69,7 +70,7 @@ def play(env, suite: str, episode: Episode, actions: np.ndarray, render_every: i
         env.env.object_property_initializers.clear()
         env.reset()
     if episode.initial_state is not None:
-        states = libero_env.load_benchmark(suite).get_task_init_states(episode.task_id)
+        states = suites.load_benchmark(suite).get_task_init_states(episode.task_id)
         env.set_init_state(states[episode.initial_state])
     cameras_on = switch_cameras(env)
     rows = []

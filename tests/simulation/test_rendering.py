@@ -4,8 +4,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from vla_rl.simulation import libero_env, rendering
+from vla_rl.simulation import rendering
 from vla_rl.simulation.libero_env import build_simulator
+from vla_rl.simulation.libraries import prepare_simulator
 from vla_rl.simulation.rendering import is_outside, pyramid
 
 SIZE = 64
@@ -64,7 +65,7 @@ SCENE = """
 @pytest.fixture(params=["mirror", ""], ids=["mirror", "no mirror"])
 def renderer(request):
     """A mesh in view, one above it that only a mirror on the floor can show, and one behind the camera."""
-    libero_env.prepare_environment()
+    prepare_simulator()
     xml = SCENE.format(material="mirror") if request.param else SCENE.replace('material="{material}"', "")
     model = mujoco.MjModel.from_xml_string(xml)
     data = mujoco.MjData(model)

