@@ -165,6 +165,49 @@ def test_panels_show_only_metrics_that_the_documentation_explains():
     assert [name for names in CURVES.values() for name in names if f"`{name}`" not in text] == []
 
 
+def fails(error: Exception):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("at", "error", "words"),
+    [
+        ("matplotlib.figure.Figure.savefig", OSError(28, "No space left on device"), "No space left on device"),
+        ("matplotlib.figure.Figure.tight_layout", RuntimeError("no\nfont"), "no font"),
+        ("matplotlib.figure.Figure.subplots", MemoryError(), "MemoryError"),
+        ("matplotlib.axes.Axes.plot", ValueError("no line"), "no line"),
+        ("vla_rl.run.metrics.os.replace", PermissionError(13, "Permission denied"), "Permission denied"),
+    ],
+)
+def test_curves_that_cannot_be_drawn_are_a_warning_and_leave_nothing_torn(
+    logger, tmp_path, monkeypatch, caplog, at, error, words
+):
+    log_iterations(logger, 1, **{"actor/entropy": 1.0})
+    monkeypatch.setattr(at, fails(error))
+    logger.draw_curves()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"no curves {tmp_path}/curves.png: ") and words in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_damaged_line_does_not_end_the_run_at_its_curves(logger, caplog):
+    log_iterations(logger, 1, 2)
+    logger.path.write_text("torn\n" + logger.path.read_text())
+    logger.draw_curves()
+    assert "line 1 is damaged" in caplog.text
+
+
+def test_values_that_are_no_numbers_do_not_end_the_run_at_its_curves(logger, caplog):
+    log_iterations(logger, 1, **{"actor/entropy": {"a": 1}})
+    logger.draw_curves()
+    assert "no curves" in caplog.text
+
+
 # Weights & Biases, each in its own process: what is imported there and where its home is matters
 
 

@@ -6,12 +6,17 @@ docs/metrics.md explains each name. wandb is imported nowhere else, and only whe
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vla_rl.run.failures import one_line
 from vla_rl.run.settings import Config, ConfigError, SftConfig
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -63,10 +68,17 @@ class MetricsLogger:
             self.wandb_run.log(known)
 
     def draw_curves(self, curves: dict[str, list[str]] = CURVES, x: str = "timesteps") -> None:
-        """curves.png in the run folder, from metrics.jsonl: panels of metrics against x."""
-        records = read_metrics(self.path)
-        if records:
-            plot_curves(records, self.folder / "curves.png", curves, x)
+        """curves.png in the run folder, from metrics.jsonl: panels of metrics against x.
+
+        No failure of a picture ends a run: curves that cannot be drawn are a warning.
+        """
+        path = self.folder / "curves.png"
+        try:
+            records = read_metrics(self.path)
+            if records:
+                plot_curves(records, path, curves, x)
+        except Exception as error:
+            log.warning("no curves %s: %s", path, one_line(error))
 
     def close(self) -> None:
         if self.wandb_run is not None:
@@ -113,10 +125,7 @@ def set_aside_later_lines(path: Path, iteration: int) -> None:
 def plot_curves(
     records: list[dict[str, Any]], path: Path, curves: dict[str, list[str]] = CURVES, x_name: str = "timesteps"
 ) -> None:
-    import matplotlib  # takes a second to import: not before the first picture
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # takes a second to import: not before the first picture
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     panels = {
@@ -127,7 +136,8 @@ def plot_curves(
         return
     columns = 3
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False)
+    figure = Figure(figsize=(5 * columns, 3 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for name in names:
             points = [r for r in records if r.get(name) is not None]
@@ -153,11 +163,14 @@ def plot_curves(
             axis.set_yscale("log", nonpositive="mask")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.tight_layout()
     unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, dpi=100, format="png")
-    pyplot.close(figure)
-    os.replace(unfinished, path)
+    try:
+        figure.tight_layout()
+        figure.savefig(unfinished, dpi=100, format="png")
+        os.replace(unfinished, path)
+    finally:
+        with suppress(OSError):  # nothing torn stays
+            unfinished.unlink(missing_ok=True)
 
 
 def is_offline(config: Config | SftConfig) -> bool:
