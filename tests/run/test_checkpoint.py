@@ -89,6 +89,64 @@ def test_one_is_kept_when_one_is_asked_for(tmp_path):
     assert names(tmp_path) == ["iteration-000002"]
 
 
+def test_the_newest_are_kept_where_numbers_grow_longer(tmp_path):
+    for iteration in (999_998, 999_999, 1_000_000, 1_000_001, 12_345_678):
+        folder = write(tmp_path, iteration, keep=2)
+        assert find_checkpoint(tmp_path) == folder
+    assert names(tmp_path) == ["iteration-1000001", "iteration-12345678"]
+
+
+@pytest.mark.parametrize("padding", [1, 6, 9])
+def test_checkpoints_are_listed_by_number_whatever_their_padding(tmp_path, padding):
+    for number in (9, 10, 2, 1_000_000):
+        (tmp_path / f"iteration-{number:0{padding}d}").mkdir()
+    listed = [int(path.name.removeprefix("iteration-")) for path in list_checkpoints(tmp_path)]
+    assert listed == [2, 9, 10, 1_000_000]
+
+
+STRAY = [
+    "iteration-foo",
+    "iteration-000010.bak",
+    "iteration-",
+    "iteration--5",
+    "iteration-1e9",
+    "iteration-٣",
+    "iteration-9 ",
+]
+STRAY += ["iteration-000099.tmp", "my-iteration-000099", "superseded-iteration-000099", ".iteration-foo.old"]
+
+
+def test_what_is_not_named_as_a_checkpoint_is_neither_read_nor_removed(tmp_path):
+    for name in STRAY:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for iteration in (1, 2, 3):
+        write(tmp_path, iteration, keep=1)
+    assert find_checkpoint(tmp_path).name == "iteration-000003"
+    write(tmp_path, 4)
+    set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-000003")
+    assert names(tmp_path) == sorted([*STRAY, "iteration-000003", "superseded-iteration-000004"])
+
+
+def test_a_copy_of_another_name_is_refused_by_its_name(tmp_path):
+    copy = write(tmp_path, 10).rename(tmp_path / "checkpoints" / "iteration-000010.bak")
+    for refuses in (find_checkpoint, set_aside_later_checkpoints):
+        with pytest.raises(CheckpointError, match=r"000010\.bak is not named as a checkpoint is, iteration-NUM"):
+            refuses(copy)
+
+
+@pytest.mark.parametrize("name", ["iteration-study", "iteration-5"])
+def test_a_run_may_be_named_like_a_checkpoint(tmp_path, name):
+    folder = write(tmp_path / name, 3)
+    assert find_checkpoint(tmp_path / name) == folder
+
+
+def test_what_was_just_written_stays_though_later_ones_were_not_set_aside(tmp_path):
+    for iteration in (10, 20, 30):
+        write(tmp_path, iteration)
+    assert write(tmp_path, 11, keep=2).exists()
+    assert names(tmp_path) == ["iteration-000011", "iteration-000020", "iteration-000030"]
+
+
 def test_the_same_iteration_written_again_replaces_the_first(tmp_path):
     write(tmp_path, 1)
     folder = write(tmp_path, 1, write_files=lambda folder: fill(folder, "newer weights"))
@@ -128,6 +186,33 @@ def test_after_a_resume_from_an_earlier_one_the_later_ones_are_set_aside(tmp_pat
     assert names(tmp_path)[1:] == [
         f"superseded-{name}iteration-0000{n}" for name, n in (("1-", 20), ("", 20), ("", 30))
     ]
+
+
+def test_later_ones_are_later_by_number(tmp_path):
+    for iteration in (999_999, 1_000_000, 1_000_001):
+        write(tmp_path, iteration)
+    set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-1000000")
+    assert names(tmp_path) == ["iteration-1000000", "iteration-999999", "superseded-iteration-1000001"]
+    set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-1000000")  # a second time: nothing to do
+    set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-999999")
+    assert find_checkpoint(tmp_path).name == "iteration-999999"
+
+
+def test_an_interrupted_setting_aside_leaves_the_beginning_of_the_history(tmp_path, monkeypatch):
+    for iteration in (10, 20, 30):
+        write(tmp_path, iteration)
+    rename, calls = checkpoint.os.replace, []
+
+    def killed_at_the_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-000010")
+    assert names(tmp_path) == ["iteration-000010", "iteration-000020", "superseded-iteration-000030"]
 
 
 def test_what_a_kill_left_over_does_not_block_writing_that_iteration_again(tmp_path):

@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,8 @@ def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Calla
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+        if old != final:  # later ones are there only if nobody has set them aside
+            shutil.rmtree(old)
     return final
 
 
@@ -82,17 +84,32 @@ def write_manifest(folder: Path, fingerprint: str) -> None:
 def set_aside_later_checkpoints(folder: Path) -> None:
     """Renames what is later than a checkpoint that a run resumes from to superseded-NAME, or superseded-1-NAME, ...
 
-    They are not of the resumed run's history, so the next resume must not find them; nor must they be lost.
+    They are not of the resumed run's history, so the next resume must not find them; nor must they be lost. The newest goes
+    first: whenever this is interrupted, what is left is the beginning of a history.
+
+    Raises:
+        CheckpointError: the folder has no checkpoint's name.
     """
-    for later in list_checkpoints(folder.parent):
-        if later.name > folder.name:
+    number = checkpoint_number(folder)
+    if number is None:
+        raise CheckpointError(f"{folder} is not named as a checkpoint is, iteration-NUMBER; rename it")
+    for later in reversed(list_checkpoints(folder.parent)):
+        if checkpoint_number(later) > number:
             names = (f"superseded-{f'{n}-' if n else ''}{later.name}" for n in itertools.count())
             os.replace(later, next(p for name in names if not (p := folder.parent / name).exists()))
 
 
+def checkpoint_number(folder: Path) -> int | None:
+    """10 of iteration-000010; None of any other name, which is not ours to read or remove."""
+    match = re.fullmatch(r"iteration-([0-9]+)", folder.name)
+    return int(match[1]) if match else None
+
+
 def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoint folders, oldest first; names sort by iteration."""
-    return sorted(path for path in root.glob("iteration-*") if path.is_dir())
+    """Finished checkpoint folders, oldest first: by their number, as iteration-1000000 comes before iteration-999999 in
+    the order of names."""
+    found = [path for path in root.glob("iteration-*") if checkpoint_number(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: (checkpoint_number(path), path.name))
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -104,12 +121,14 @@ def find_checkpoint(run: Path) -> Path:
     run = Path(run)
     if not run.is_dir():
         raise CheckpointError(f"no run folder {run}; --resume takes a folder such as runs/NAME")
-    if run.name.startswith("iteration-"):
+    if run.name.startswith("iteration-") and not (run / "checkpoints").is_dir():
+        if checkpoint_number(run) is None:
+            raise CheckpointError(f"{run} is not named as a checkpoint is, iteration-NUMBER; rename it")
         verify(run)
         return run
     for replaced in (run / "checkpoints").glob(".iteration-*.old"):  # killed between the two renames
         final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
-        if not final.exists():
+        if checkpoint_number(final) is not None and not final.exists():
             os.replace(replaced, final)
     found = list_checkpoints(run / "checkpoints")
     if not found:
