@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is not there; whatever was damaged is refused by name."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from vla_rl.run.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_trainer_state,
+    locked,
     set_aside_later_checkpoints,
     verify,
     write_checkpoint,
@@ -319,6 +321,38 @@ def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
     torch.save({"harmful": Path("x")}, tmp_path / "trainer.pt")
     with pytest.raises(Exception, match="weights_only"):
         load_trainer_state(tmp_path)
+
+
+# the lock
+
+
+def test_a_second_process_is_refused_while_the_first_works(tmp_path, caplog):
+    with locked(tmp_path), pytest.raises(ConfigError, match="another process is working on"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOLCK", "EINVAL"])
+def test_a_file_system_without_locks_is_one_warning_and_the_work_goes_on(tmp_path, monkeypatch, caplog, code):
+    number, done = getattr(errno, code), []
+    monkeypatch.setattr(
+        checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number)))
+    )
+    with locked(tmp_path):
+        done.append(1)
+    (record,) = caplog.records
+    assert done and record.levelname == "WARNING" and "\n" not in record.getMessage()
+    assert str(tmp_path) in record.getMessage() and "would not notice each other" in record.getMessage()
+
+
+def test_other_failures_of_the_lock_and_of_the_work_are_not_hidden(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="of the work"), locked(tmp_path):
+        raise OSError(errno.ENOLCK, "of the work")
+    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken disk")))
+    with pytest.raises(OSError, match="broken disk"), locked(tmp_path):
+        pass
 
 
 # copies

@@ -10,11 +10,13 @@ A checkpoint is a folder runs/RUN/checkpoints/iteration-000010 with
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,7 +31,11 @@ from torch import Tensor
 
 from vla_rl.run.settings import ConfigError
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+# what flock answers on Lustre without -o flock, on some NFS and FUSE
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 class CheckpointError(ConfigError):
@@ -172,12 +178,23 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Two processes must not write into one run. The lock goes with the process, however that ends."""
+    """Two processes must not write into one run. The lock goes with the process, however that ends.
+
+    Raises:
+        ConfigError: another process has the lock.
+    """
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process is working on {folder}; wait for its end, or stop it") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning(
+                "%s is on a file system without locks (%s): two processes that work on it would not notice each other",
+                *(folder, error.strerror),
+            )
         yield
 
 
