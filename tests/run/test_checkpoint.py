@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 from pathlib import Path
@@ -17,8 +18,10 @@ from vla_rl.run.checkpoint import (
     cpu_copy,
     find_checkpoint,
     list_checkpoints,
+    load_tensors,
     load_trainer_state,
     locked,
+    save_tensors,
     set_aside_later_checkpoints,
     verify,
     write_checkpoint,
@@ -317,10 +320,113 @@ def test_a_checkpoint_error_is_a_users_error():
     assert issubclass(CheckpointError, ConfigError)
 
 
+def refusal(what, *arguments) -> str:
+    """The one line of its CheckpointError."""
+    with pytest.raises(CheckpointError) as caught:
+        what(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    return message
+
+
+def places(value, path=()):
+    """The path of every node of a JSON value."""
+    yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from places(item, (*path, key))
+
+
+def replaced(value, path, new):
+    return new if not path else value | {path[0]: replaced(value[path[0]], path[1:], new)}
+
+
+# each in place of every node; {"bytes": 7} also says that a file has no sha256
+WRONG = [None, True, 0, -1, 1.5, 1e400, "", "x", "a\nb", [], ["x"], {}, {"x": 1}, {"bytes": 7}, {"sha256": "x"}, [[]]]
+
+
+def test_any_wrong_value_anywhere_in_the_manifest_is_a_torn_checkpoint(tmp_path):
+    folder = write(tmp_path, 3)
+    whole = json.loads((folder / "manifest.json").read_text())
+    nodes = list(places(whole))
+    assert len(nodes) == 9  # the whole, fingerprint, files, and three for each of two files
+    for node in nodes:
+        for wrong in WRONG:
+            if node == ("fingerprint",) and isinstance(wrong, str):
+                continue  # a text is one, of another model
+            (folder / "manifest.json").write_text(json.dumps(replaced(whole, node, wrong)))
+            assert refusal(find_checkpoint, tmp_path).startswith(f"checkpoint {folder} is torn: "), (node, wrong)
+    (folder / "manifest.json").write_text(json.dumps(whole))
+    assert find_checkpoint(tmp_path) == folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other", "a/../../other", "/etc/hostname", "..", ".", "", "x" * 300, "a\0b", "\ud800", "a\nb", "adapter"],
+)
+def test_a_manifest_names_only_files_within_its_folder(tmp_path, name):
+    folder = write(tmp_path, 3)
+    (folder.parent / "other").write_text("weights")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["adapter/adapter_model.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "is torn" in refusal(verify, folder)
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"NaN", b'{"files": ' + b"9" * 5000 + b"}"])
+def test_a_manifest_that_is_no_json_is_a_torn_checkpoint(tmp_path, text):
+    folder = write(tmp_path, 3)
+    (folder / "manifest.json").write_bytes(text)
+    assert "is torn: manifest.json cannot be read" in refusal(verify, folder)
+
+
+def test_a_file_that_cannot_be_read_is_a_torn_checkpoint(tmp_path, monkeypatch):
+    folder = write(tmp_path, 3)
+    monkeypatch.setattr(
+        checkpoint, "sha256", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+    )
+    assert "cannot be read (Input/output error)" in refusal(verify, folder)
+
+
 def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
     torch.save({"harmful": Path("x")}, tmp_path / "trainer.pt")
-    with pytest.raises(Exception, match="weights_only"):
-        load_trainer_state(tmp_path)
+    message = refusal(load_trainer_state, tmp_path)
+    assert "trainer.pt cannot be loaded" in message and "weights_only" in message
+    assert isinstance(torch.load(tmp_path / "trainer.pt", weights_only=False)["harmful"], Path)  # it is what is refused
+
+
+def test_what_verifies_but_does_not_load_is_told_in_one_line(tmp_path):
+    whole = tmp_path / "whole.pt"
+    torch.save({"a": torch.zeros(3)}, whole)
+    zipped = whole.read_bytes()
+    for content in (
+        b"",
+        b"x",
+        b"weights\n",
+        pickle.dumps([1], protocol=2),
+        zipped[:-30],
+        zipped[:40],
+        b"PK\x03\x04" + b"\0" * 100,
+    ):
+        (tmp_path / "trainer.pt").write_bytes(content)
+        assert f"checkpoint {tmp_path} is torn: trainer.pt cannot be loaded" in refusal(load_trainer_state, tmp_path)
+    for value in (3, [1], torch.zeros(1), None):
+        torch.save(value, tmp_path / "trainer.pt")
+        assert f"it holds a {type(value).__name__}, not a dict" in refusal(load_trainer_state, tmp_path)
+    (tmp_path / "trainer.pt").unlink()
+    assert "No such file" in refusal(load_trainer_state, tmp_path)
+
+
+def test_safetensors_that_do_not_load_are_told_in_one_line(tmp_path):
+    path = tmp_path / "value_head.safetensors"
+    save_tensors({"a": torch.arange(3.0)}, path)
+    assert load_tensors(path)["a"].tolist() == [0, 1, 2]
+    data = path.read_bytes()
+    for content in (b"", b"x", data[:-1], data[:20], b"\xff" * 8 + data[8:], data.replace(b"F32", b"X32")):
+        path.write_bytes(content)
+        assert "is torn: value_head.safetensors cannot be loaded" in refusal(load_tensors, path)
+    path.unlink()
+    assert "cannot be loaded" in refusal(load_tensors, path)
 
 
 # the lock

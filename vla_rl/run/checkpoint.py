@@ -22,13 +22,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from vla_rl.run.failures import one_line
 from vla_rl.run.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -156,24 +157,55 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint does not fit.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files, made_with = dict(manifest["files"]), manifest["fingerprint"]
-        if not files:
-            raise ValueError("it lists no files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder} is torn: {MANIFEST} cannot be read ({error})") from None
-    for name, expected in files.items():
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {folder} is torn: {name} is missing")
-        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"checkpoint {folder} is torn: {name} is not what was written")
+        try:
+            if not path.is_file():
+                raise torn(folder, f"{name} is missing")
+            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+                raise torn(folder, f"{name} is not what was written")
+        except OSError as error:  # a name that is too long, a file that cannot be read
+            raise torn(folder, f"{name} cannot be read ({error.strerror})") from None
+    made_with = manifest["fingerprint"]
     if fingerprint is not None and made_with != fingerprint:
         raise CheckpointError(
             f"checkpoint {folder} does not fit this run: it was made with {made_with}, this run has {fingerprint}"
         )
     return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """{"fingerprint": text, "files": {path within the folder: {"bytes": size, "sha256": text}}}, nothing else.
+
+    Raises:
+        CheckpointError: it is not there or is anything else.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        match manifest:
+            case {"fingerprint": str(), "files": {**files}} if files:
+                pass
+            case _:
+                raise ValueError("it has no fingerprint or lists no files")
+        for name, entry in files.items():
+            match entry:
+                case {"bytes": int(), "sha256": str()} if is_within(name):
+                    pass
+                case _:
+                    raise ValueError(f"its entry {name} is not a file of this folder with bytes and sha256")
+    except (OSError, ValueError, RecursionError) as error:
+        raise torn(folder, f"{MANIFEST} cannot be read ({error})") from None
+    return manifest
+
+
+def is_within(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def torn(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder} is torn: {' '.join(why.split())[:400]}")
 
 
 @contextmanager
@@ -210,7 +242,35 @@ def save_torch(value: Any, path: Path) -> None:
 
 
 def load_trainer_state(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    """trainer.pt of a checkpoint, on the CPU; tensors and plain values only.
+
+    Raises:
+        CheckpointError: it cannot be loaded, whatever its checksum says.
+    """
+    with loading(folder / "trainer.pt"):
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not a dict")
+    return state
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be loaded, whatever its checksum says.
+    """
+    with loading(path):
+        return safetensors.torch.load_file(path)
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Around what reads a file or folder of a checkpoint: its failure names the checkpoint, on one line."""
+    try:
+        yield
+    except Exception as error:  # of pickle, zip files, torch, safetensors: there is no common kind
+        raise torn(path.parent, f"{path.name} cannot be loaded ({one_line(error)[:300]})") from error
 
 
 def sha256(path: Path) -> str:
