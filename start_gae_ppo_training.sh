@@ -44,15 +44,25 @@ setup() {
     step="lock of $venv"
     mkdir -p -- "$venv"
     exec 9>"$venv/setup.lock"
-    if ! flock --nonblock 9; then
-        say "another setup is running for $venv; waiting for it"
-        flock 9
-    fi
+    lock
     : >"$log"
     if is_installed; then python=$venv/bin/python; else find_python; fi
     provide_libraries
     if ! is_installed; then install_packages; fi
     exec 9>&- # else the training would hold the lock
+}
+
+lock() { # descriptor 9; not every machine has flock, nor every file system locks
+    local status=0
+    flock -n 9 2>/dev/null || status=$?
+    if ((status == 1)); then
+        say "another setup is running for $venv; waiting for it"
+        status=0
+        flock 9 2>/dev/null || status=$?
+    fi
+    if ((status)); then
+        echo "setup: no lock on $venv (flock: exit status $status): do not start a second setup before this one has ended" >&2
+    fi
 }
 
 find_python() {

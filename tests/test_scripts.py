@@ -238,6 +238,19 @@ def test_the_training_does_not_hold_the_setup_lock(machine):
     assert machine.run().stdout.startswith("training")
 
 
+@pytest.mark.parametrize("status", [65, 69, 71, 127, "always 1"])
+def test_without_locks_the_setup_warns_in_one_line_and_goes_on(machine, status):
+    (machine.bin / "flock").unlink()
+    if status != 127:  # 127: there is no such command
+        code = str(status).removeprefix("always ")
+        write_script(machine.bin / "flock", f"#!/usr/bin/env bash\necho 'flock: 9: not here' >&2\nexit {code}\n")
+    result = machine.run("--setup-only")
+    assert result.returncode == 0, result.stderr
+    assert machine.logged() == SETUP
+    (line,) = [line for line in result.stderr.splitlines() if "flock" in line]
+    assert line.startswith(f"setup: no lock on {machine.venv}") and "second setup" in line
+
+
 def test_only_python_3_12_stops_with_the_reason_and_the_way_out(machine):
     (machine.bin / "python3.11").unlink()
     write_script(machine.bin / "python3", PYTHON)

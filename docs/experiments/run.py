@@ -66,7 +66,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
 
 def command(name: str, seed: int) -> str:
     run = f"{name}_seed{seed}"
-    if any((REPOSITORY / "runs" / run / "checkpoints").glob("iteration-*")):
+    if any((REPOSITORY / "runs" / run / "checkpoints").glob("iteration-*[0-9]")):
         return f"start_gae_ppo_training.py --resume runs/{run} --no-wandb"
     return f"start_gae_ppo_training.py {COMMON} {RUNS[name][1]} --seed {seed} run.name={run}"
 

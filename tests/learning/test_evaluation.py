@@ -1,6 +1,8 @@
 """Evaluation plays each episode once, in one queue, and leaves videos that can be watched."""
 
+import sys
 from contextlib import closing
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -315,3 +317,80 @@ def test_without_a_failure_there_is_one_video_and_without_frames_none(tmp_path):
     frames = [np.zeros((64, 64, 3), np.uint8)] * 2
     assert len(write_videos([result(0, True, 3, frames)], tmp_path, "a", 8)) == 1
     assert write_videos([result(0, True, 3), result(0, False, 3)], tmp_path, "b", 8) == []
+
+
+FRAMES = [np.zeros((64, 64, 3), np.uint8)] * 3
+BOTH = [result(0, True, 3, FRAMES), result(0, False, 3, FRAMES)]
+
+
+@pytest.mark.parametrize("name", ["a:b", "http:x", "-x", "a b", "100%d", "file:", "'q'", "ä"])
+def test_a_relative_folder_of_any_name_gets_its_videos(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (path,) = write_videos([result(0, True, 3, FRAMES)], Path(name), "x", 8)
+    assert len(decode(tmp_path / path)[0]) == 3
+    assert [file.name for file in Path(name).iterdir()] == ["x_task0_state0_success.mp4"]
+
+
+def fake_ffmpeg(script: str):
+    def install(folder, monkeypatch):
+        (folder / "ffmpeg").write_text(f"#!/bin/sh\nfor last; do :; done\n{script}\n")
+        (folder / "ffmpeg").chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(folder / "ffmpeg"))
+
+    return install
+
+
+def raises(error: Exception):
+    def replace(*_):
+        raise error
+
+    return lambda folder, monkeypatch: monkeypatch.setattr("vla_rl.learning.evaluation.os.replace", replace)
+
+
+FAILURES = {
+    "ffmpeg is not there": (lambda _, patch: patch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg"), "/nowhere/ffmpeg"),
+    "ffmpeg cannot be executed": (
+        lambda _, patch: patch.setenv("IMAGEIO_FFMPEG_EXE", "/dev/null"),
+        "Permission denied",
+    ),
+    "the package is missing": (lambda _, patch: patch.setitem(sys.modules, "imageio_ffmpeg", None), "imageio_ffmpeg"),
+    "it reads nothing": (fake_ffmpeg("echo No such filter >&2; exit 3"), "status 3: No such filter"),
+    "the disk is full at the end": (
+        fake_ffmpeg('cat >"${last#file:}"; printf "trailer:\nNo space left" >&2; exit 1'),
+        "status 1: trailer: No space left",
+    ),
+    "it is killed": (fake_ffmpeg('echo torn >"${last#file:}"; kill -9 $$'), "status -9"),
+    "it writes nothing": (fake_ffmpeg("cat >/dev/null"), "No such file"),
+    "no permission": (raises(PermissionError(13, "Permission denied")), "Permission denied"),
+    "the folder is a file": (lambda folder, _: (folder / "videos").write_text(""), "videos"),
+    "an error without words": (raises(ValueError()), "ValueError"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_video_that_fails_is_one_warning_that_names_it_and_leaves_nothing_torn(
+    tmp_path, monkeypatch, caplog, capfd, failure
+):
+    fail, words = FAILURES[failure]
+    fail(tmp_path, monkeypatch)
+    assert write_videos(BOTH, tmp_path / "videos", "x", 8) == []
+    for record, outcome in zip(caplog.records, ("success", "failure"), strict=True):
+        message = record.getMessage()
+        assert record.levelname == "WARNING" and "\n" not in message
+        assert f"{tmp_path}/videos/x_task0_state0_{outcome}.mp4: " in message and words in message
+    assert not list(tmp_path.glob("videos/*")) and not list(tmp_path.glob("videos/.*"))
+    assert capfd.readouterr().err == ""  # ffmpeg itself says nothing on the terminal
+
+
+def test_a_failed_video_does_not_keep_the_next_from_being_written(tmp_path):
+    (tmp_path / "x_task0_state0_success.mp4").mkdir()  # in the way
+    (path,) = write_videos(BOTH, tmp_path, "x", 8)
+    assert path.name == "x_task0_state0_failure.mp4" and len(decode(path)[0]) == 3
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_stop_while_a_video_is_written_still_stops(tmp_path, monkeypatch):
+    raises(KeyboardInterrupt())(tmp_path, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        write_videos(BOTH, tmp_path / "videos", "x", 8)
+    assert not list((tmp_path / "videos").iterdir())

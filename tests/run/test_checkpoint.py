@@ -1,8 +1,10 @@
 """A checkpoint is whole or it is not there; whatever was damaged is refused by name."""
 
+import errno
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 from pathlib import Path
@@ -16,7 +18,10 @@ from vla_rl.run.checkpoint import (
     cpu_copy,
     find_checkpoint,
     list_checkpoints,
+    load_tensors,
     load_trainer_state,
+    locked,
+    save_tensors,
     set_aside_later_checkpoints,
     verify,
     write_checkpoint,
@@ -89,6 +94,64 @@ def test_one_is_kept_when_one_is_asked_for(tmp_path):
     assert names(tmp_path) == ["iteration-000002"]
 
 
+def test_the_newest_are_kept_where_numbers_grow_longer(tmp_path):
+    for iteration in (999_998, 999_999, 1_000_000, 1_000_001, 12_345_678):
+        folder = write(tmp_path, iteration, keep=2)
+        assert find_checkpoint(tmp_path) == folder
+    assert names(tmp_path) == ["iteration-1000001", "iteration-12345678"]
+
+
+@pytest.mark.parametrize("padding", [1, 6, 9])
+def test_checkpoints_are_listed_by_number_whatever_their_padding(tmp_path, padding):
+    for number in (9, 10, 2, 1_000_000):
+        (tmp_path / f"iteration-{number:0{padding}d}").mkdir()
+    listed = [int(path.name.removeprefix("iteration-")) for path in list_checkpoints(tmp_path)]
+    assert listed == [2, 9, 10, 1_000_000]
+
+
+STRAY = [
+    "iteration-foo",
+    "iteration-000010.bak",
+    "iteration-",
+    "iteration--5",
+    "iteration-1e9",
+    "iteration-٣",
+    "iteration-9 ",
+]
+STRAY += ["iteration-000099.tmp", "my-iteration-000099", "superseded-iteration-000099", ".iteration-foo.old"]
+
+
+def test_what_is_not_named_as_a_checkpoint_is_neither_read_nor_removed(tmp_path):
+    for name in STRAY:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for iteration in (1, 2, 3):
+        write(tmp_path, iteration, keep=1)
+    assert find_checkpoint(tmp_path).name == "iteration-000003"
+    write(tmp_path, 4)
+    set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-000003")
+    assert names(tmp_path) == sorted([*STRAY, "iteration-000003", "superseded-iteration-000004"])
+
+
+def test_a_copy_of_another_name_is_refused_by_its_name(tmp_path):
+    copy = write(tmp_path, 10).rename(tmp_path / "checkpoints" / "iteration-000010.bak")
+    for refuses in (find_checkpoint, set_aside_later_checkpoints):
+        with pytest.raises(CheckpointError, match=r"000010\.bak is not named as a checkpoint is, iteration-NUM"):
+            refuses(copy)
+
+
+@pytest.mark.parametrize("name", ["iteration-study", "iteration-5"])
+def test_a_run_may_be_named_like_a_checkpoint(tmp_path, name):
+    folder = write(tmp_path / name, 3)
+    assert find_checkpoint(tmp_path / name) == folder
+
+
+def test_what_was_just_written_stays_though_later_ones_were_not_set_aside(tmp_path):
+    for iteration in (10, 20, 30):
+        write(tmp_path, iteration)
+    assert write(tmp_path, 11, keep=2).exists()
+    assert names(tmp_path) == ["iteration-000011", "iteration-000020", "iteration-000030"]
+
+
 def test_the_same_iteration_written_again_replaces_the_first(tmp_path):
     write(tmp_path, 1)
     folder = write(tmp_path, 1, write_files=lambda folder: fill(folder, "newer weights"))
@@ -128,6 +191,33 @@ def test_after_a_resume_from_an_earlier_one_the_later_ones_are_set_aside(tmp_pat
     assert names(tmp_path)[1:] == [
         f"superseded-{name}iteration-0000{n}" for name, n in (("1-", 20), ("", 20), ("", 30))
     ]
+
+
+def test_later_ones_are_later_by_number(tmp_path):
+    for iteration in (999_999, 1_000_000, 1_000_001):
+        write(tmp_path, iteration)
+    set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-1000000")
+    assert names(tmp_path) == ["iteration-1000000", "iteration-999999", "superseded-iteration-1000001"]
+    set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-1000000")  # a second time: nothing to do
+    set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-999999")
+    assert find_checkpoint(tmp_path).name == "iteration-999999"
+
+
+def test_an_interrupted_setting_aside_leaves_the_beginning_of_the_history(tmp_path, monkeypatch):
+    for iteration in (10, 20, 30):
+        write(tmp_path, iteration)
+    rename, calls = checkpoint.os.replace, []
+
+    def killed_at_the_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        set_aside_later_checkpoints(tmp_path / "checkpoints" / "iteration-000010")
+    assert names(tmp_path) == ["iteration-000010", "iteration-000020", "superseded-iteration-000030"]
 
 
 def test_what_a_kill_left_over_does_not_block_writing_that_iteration_again(tmp_path):
@@ -230,10 +320,145 @@ def test_a_checkpoint_error_is_a_users_error():
     assert issubclass(CheckpointError, ConfigError)
 
 
+def refusal(what, *arguments) -> str:
+    """The one line of its CheckpointError."""
+    with pytest.raises(CheckpointError) as caught:
+        what(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    return message
+
+
+def places(value, path=()):
+    """The path of every node of a JSON value."""
+    yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from places(item, (*path, key))
+
+
+def replaced(value, path, new):
+    return new if not path else value | {path[0]: replaced(value[path[0]], path[1:], new)}
+
+
+# each in place of every node; {"bytes": 7} also says that a file has no sha256
+WRONG = [None, True, 0, -1, 1.5, 1e400, "", "x", "a\nb", [], ["x"], {}, {"x": 1}, {"bytes": 7}, {"sha256": "x"}, [[]]]
+
+
+def test_any_wrong_value_anywhere_in_the_manifest_is_a_torn_checkpoint(tmp_path):
+    folder = write(tmp_path, 3)
+    whole = json.loads((folder / "manifest.json").read_text())
+    nodes = list(places(whole))
+    assert len(nodes) == 9  # the whole, fingerprint, files, and three for each of two files
+    for node in nodes:
+        for wrong in WRONG:
+            if node == ("fingerprint",) and isinstance(wrong, str):
+                continue  # a text is one, of another model
+            (folder / "manifest.json").write_text(json.dumps(replaced(whole, node, wrong)))
+            assert refusal(find_checkpoint, tmp_path).startswith(f"checkpoint {folder} is torn: "), (node, wrong)
+    (folder / "manifest.json").write_text(json.dumps(whole))
+    assert find_checkpoint(tmp_path) == folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other", "a/../../other", "/etc/hostname", "..", ".", "", "x" * 300, "a\0b", "\ud800", "a\nb", "adapter"],
+)
+def test_a_manifest_names_only_files_within_its_folder(tmp_path, name):
+    folder = write(tmp_path, 3)
+    (folder.parent / "other").write_text("weights")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["adapter/adapter_model.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "is torn" in refusal(verify, folder)
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"NaN", b'{"files": ' + b"9" * 5000 + b"}"])
+def test_a_manifest_that_is_no_json_is_a_torn_checkpoint(tmp_path, text):
+    folder = write(tmp_path, 3)
+    (folder / "manifest.json").write_bytes(text)
+    assert "is torn: manifest.json cannot be read" in refusal(verify, folder)
+
+
+def test_a_file_that_cannot_be_read_is_a_torn_checkpoint(tmp_path, monkeypatch):
+    folder = write(tmp_path, 3)
+    monkeypatch.setattr(
+        checkpoint, "sha256", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+    )
+    assert "cannot be read (Input/output error)" in refusal(verify, folder)
+
+
 def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
     torch.save({"harmful": Path("x")}, tmp_path / "trainer.pt")
-    with pytest.raises(Exception, match="weights_only"):
-        load_trainer_state(tmp_path)
+    message = refusal(load_trainer_state, tmp_path)
+    assert "trainer.pt cannot be loaded" in message and "weights_only" in message
+    assert isinstance(torch.load(tmp_path / "trainer.pt", weights_only=False)["harmful"], Path)  # it is what is refused
+
+
+def test_what_verifies_but_does_not_load_is_told_in_one_line(tmp_path):
+    whole = tmp_path / "whole.pt"
+    torch.save({"a": torch.zeros(3)}, whole)
+    zipped = whole.read_bytes()
+    for content in (
+        b"",
+        b"x",
+        b"weights\n",
+        pickle.dumps([1], protocol=2),
+        zipped[:-30],
+        zipped[:40],
+        b"PK\x03\x04" + b"\0" * 100,
+    ):
+        (tmp_path / "trainer.pt").write_bytes(content)
+        assert f"checkpoint {tmp_path} is torn: trainer.pt cannot be loaded" in refusal(load_trainer_state, tmp_path)
+    for value in (3, [1], torch.zeros(1), None):
+        torch.save(value, tmp_path / "trainer.pt")
+        assert f"it holds a {type(value).__name__}, not a dict" in refusal(load_trainer_state, tmp_path)
+    (tmp_path / "trainer.pt").unlink()
+    assert "No such file" in refusal(load_trainer_state, tmp_path)
+
+
+def test_safetensors_that_do_not_load_are_told_in_one_line(tmp_path):
+    path = tmp_path / "value_head.safetensors"
+    save_tensors({"a": torch.arange(3.0)}, path)
+    assert load_tensors(path)["a"].tolist() == [0, 1, 2]
+    data = path.read_bytes()
+    for content in (b"", b"x", data[:-1], data[:20], b"\xff" * 8 + data[8:], data.replace(b"F32", b"X32")):
+        path.write_bytes(content)
+        assert "is torn: value_head.safetensors cannot be loaded" in refusal(load_tensors, path)
+    path.unlink()
+    assert "cannot be loaded" in refusal(load_tensors, path)
+
+
+# the lock
+
+
+def test_a_second_process_is_refused_while_the_first_works(tmp_path, caplog):
+    with locked(tmp_path), pytest.raises(ConfigError, match="another process is working on"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOLCK", "EINVAL"])
+def test_a_file_system_without_locks_is_one_warning_and_the_work_goes_on(tmp_path, monkeypatch, caplog, code):
+    number, done = getattr(errno, code), []
+    monkeypatch.setattr(
+        checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number)))
+    )
+    with locked(tmp_path):
+        done.append(1)
+    (record,) = caplog.records
+    assert done and record.levelname == "WARNING" and "\n" not in record.getMessage()
+    assert str(tmp_path) in record.getMessage() and "would not notice each other" in record.getMessage()
+
+
+def test_other_failures_of_the_lock_and_of_the_work_are_not_hidden(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="of the work"), locked(tmp_path):
+        raise OSError(errno.ENOLCK, "of the work")
+    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken disk")))
+    with pytest.raises(OSError, match="broken disk"), locked(tmp_path):
+        pass
 
 
 # copies

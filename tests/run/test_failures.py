@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vla_rl.run.checkpoint import save_tensors, save_torch
-from vla_rl.run.failures import explain
+from vla_rl.run.failures import explain, one_line
 from vla_rl.types import InvariantError, NonFiniteError, RenderingError, SimulatorDied
 
 
@@ -28,3 +28,8 @@ def test_a_full_disk_is_told_whatever_is_written(save):
     with pytest.raises(OSError) as error:
         save({"weights": torch.zeros(100_000)}, Path("/dev/full"))
     assert "Make room" in explain(error.value)
+
+
+def test_an_error_of_many_lines_or_none_is_told_in_one():
+    assert one_line(OSError("broken\n\n  pipe\n")) == "broken pipe"
+    assert one_line(MemoryError()) == "MemoryError"

@@ -165,6 +165,49 @@ def test_panels_show_only_metrics_that_the_documentation_explains():
     assert [name for names in CURVES.values() for name in names if f"`{name}`" not in text] == []
 
 
+def fails(error: Exception):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("at", "error", "words"),
+    [
+        ("matplotlib.figure.Figure.savefig", OSError(28, "No space left on device"), "No space left on device"),
+        ("matplotlib.figure.Figure.tight_layout", RuntimeError("no\nfont"), "no font"),
+        ("matplotlib.figure.Figure.subplots", MemoryError(), "MemoryError"),
+        ("matplotlib.axes.Axes.plot", ValueError("no line"), "no line"),
+        ("vla_rl.run.metrics.os.replace", PermissionError(13, "Permission denied"), "Permission denied"),
+    ],
+)
+def test_curves_that_cannot_be_drawn_are_a_warning_and_leave_nothing_torn(
+    logger, tmp_path, monkeypatch, caplog, at, error, words
+):
+    log_iterations(logger, 1, **{"actor/entropy": 1.0})
+    monkeypatch.setattr(at, fails(error))
+    logger.draw_curves()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"no curves {tmp_path}/curves.png: ") and words in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_damaged_line_does_not_end_the_run_at_its_curves(logger, caplog):
+    log_iterations(logger, 1, 2)
+    logger.path.write_text("torn\n" + logger.path.read_text())
+    logger.draw_curves()
+    assert "line 1 is damaged" in caplog.text
+
+
+def test_values_that_are_no_numbers_do_not_end_the_run_at_its_curves(logger, caplog):
+    log_iterations(logger, 1, **{"actor/entropy": {"a": 1}})
+    logger.draw_curves()
+    assert "no curves" in caplog.text
+
+
 # Weights & Biases, each in its own process: what is imported there and where its home is matters
 
 
@@ -234,41 +277,167 @@ def test_wandb_online_without_a_login_is_a_users_error_that_names_three_ways_out
     assert not (tmp_path / "wandb_id").exists() and "deprecated" not in result.stderr
 
 
-def test_wandb_gets_the_settings_and_continues_its_run(tmp_path, monkeypatch):
-    calls = []
+@pytest.mark.parametrize("mode", ["offline", "dryrun"])
+def test_wandb_mode_of_the_environment_takes_wandb_offline(tmp_path, mode):
+    result = python(WANDB.replace("MODE", "online"), tmp_path, WANDB_SILENT="true", WANDB_MODE=mode)
+    assert result.stdout == "logged\n", result.stdout + result.stderr
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
-    class FakeRun:
-        id = "abc123"
 
-        def log(self, values):
-            calls.append(values)
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wandb_mode_disabled_runs_without_wandb(tmp_path, mode):
+    result = python(WANDB.replace("MODE", mode), tmp_path, WANDB_MODE="disabled")
+    assert result.stdout == "logged\n", result.stdout + result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "metrics.jsonl"}
 
-        def define_metric(self, name, step_metric):
-            calls.append((name, step_metric))
 
-        def finish(self):
-            calls.append("finished")
+@pytest.mark.parametrize("mode", ["online", "shared", "run"])
+def test_wandb_mode_online_still_wants_a_login(tmp_path, mode):
+    result = python(WANDB.replace("MODE", "online"), tmp_path, WANDB_MODE=mode)
+    assert result.stdout.startswith("ConfigError: logging.wandb=true, but you are not logged in"), result.stderr
 
-    class FakeWandb:
-        class errors:
-            Error = RuntimeError
 
-        login = staticmethod(lambda **kwargs: True)
+MALFORMED = {
+    "a short key": ({"WANDB_API_KEY": "abc"}, "API key must have 40+ characters, has 3."),
+    "a key with a sign": ({"WANDB_API_KEY": "a!b" * 20}, "WANDB_API_KEY invalid"),
+    "a key with a space": ({"WANDB_API_KEY": "a b"}, "may only contain the letters"),
+    "no such mode": ({"WANDB_MODE": "on"}, "WANDB_MODE=on is none of run, dryrun, online, offline, shared, disabled"),
+    "an empty mode": ({"WANDB_MODE": ""}, "WANDB_MODE= is none of"),
+    "another variable": ({"WANDB_INIT_TIMEOUT": "soon"}, "init_timeout Input should be a valid number"),
+}
 
-        @staticmethod
-        def init(**kwargs):
-            calls.append(kwargs)
-            return FakeRun()
 
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb)
-    config = load_config(overrides=["logging.wandb=true", "logging.wandb_project=p", "logging.wandb_entity=e"])
-    logger = MetricsLogger(tmp_path, config)
+@pytest.mark.parametrize("what", MALFORMED)
+def test_what_wandb_refuses_is_one_line_with_the_way_out(tmp_path, what):
+    variables, words = MALFORMED[what]
+    result = python(WANDB.replace("MODE", "online"), tmp_path, **variables)
+    (line,) = result.stdout.splitlines()
+    assert line.startswith("ConfigError: ") and words in line, result.stderr
+    assert "--no-wandb" in line or "unset it" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+class FakeWandb:
+    """Notes what it was asked; `init` gives runs abc1, abc2, ... unless it is told which."""
+
+    class errors:
+        class Error(Exception):
+            pass
+
+    def __init__(self):
+        self.calls, self.started, self.refuses = [], [], False
+
+    def login(self, **kwargs):
+        return True
+
+    def init(self, **kwargs):
+        if self.refuses:
+            raise self.errors.Error("no\nnetwork")
+        self.started.append(kwargs)
+        return FakeRun(self, kwargs["id"] or f"abc{len(self.started)}")
+
+    def points(self, run_id: str) -> list[int]:
+        return [call[1]["iteration"] for call in self.calls if call[0] == run_id and isinstance(call[1], dict)]
+
+
+class FakeRun:
+    def __init__(self, wandb: FakeWandb, run_id: str):
+        self.wandb, self.id = wandb, run_id
+
+    def log(self, values):
+        self.wandb.calls.append((self.id, values))
+
+    def define_metric(self, name, step_metric):
+        self.wandb.calls.append((self.id, (name, step_metric)))
+
+    def finish(self):
+        self.wandb.calls.append((self.id, "finished"))
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return fake
+
+
+WITH_WANDB = load_config(overrides=["logging.wandb=true", "logging.wandb_project=p", "logging.wandb_entity=e"])
+
+
+def test_wandb_gets_the_settings_and_continues_its_run(tmp_path, wandb):
+    logger = MetricsLogger(tmp_path, WITH_WANDB)
     logger.log({"iteration": 1, "timesteps": 64, "a": 1.0, "b": float("nan"), "c": None})
     logger.close()
-    MetricsLogger(tmp_path, config)
-    first, axis, line, end, second, _ = calls
-    assert axis == ("*", "timesteps")
+    MetricsLogger(tmp_path, WITH_WANDB)
+    first, second = wandb.started
     assert (first["project"], first["entity"], first["mode"], first["id"]) == ("p", "e", "online", None)
-    assert first["config"]["algorithm"]["gamma"] == 0.99
-    assert line == {"iteration": 1, "timesteps": 64, "a": 1.0} and end == "finished"
-    assert second["id"] == "abc123" and second["resume"] == "allow"
+    assert first["config"]["algorithm"]["gamma"] == 0.99 and first["name"] == tmp_path.name
+    line = {"iteration": 1, "timesteps": 64, "a": 1.0}
+    assert [call for _, call in wandb.calls[:3]] == [("*", "timesteps"), line, "finished"]
+    assert second["id"] == "abc1" and second["resume"] == "allow"
+
+
+def test_a_step_back_begins_a_new_wandb_run_with_the_lines_that_count(tmp_path, wandb):
+    log_iterations(MetricsLogger(tmp_path, WITH_WANDB), 1, 2, 3, 4)
+    back = MetricsLogger(tmp_path, WITH_WANDB)
+    back.continue_from(2)
+    log_iterations(back, 3)
+    new = back.wandb_run.id
+    assert wandb.points("abc1") == [1, 2, 3, 4] and ("abc1", "finished") in wandb.calls
+    assert new != "abc1" and wandb.points(new) == [1, 2, 3] and (new, ("*", "timesteps")) in wandb.calls
+    first, resumed, fresh = wandb.started
+    assert resumed["id"] == "abc1" and fresh["id"] == new and "abc1" in fresh["notes"]
+    assert fresh["group"] == first["group"] and fresh["name"] == f"{tmp_path.name}_2"
+    later = MetricsLogger(tmp_path, WITH_WANDB)  # a resume of the new one: its name, no third run
+    later.continue_from(3)
+    assert later.wandb_run.id == new and wandb.started[3]["name"] == f"{tmp_path.name}_2"
+    later.continue_from(1)
+    assert len({later.wandb_run.id, new, "abc1"}) == 3 and wandb.points(later.wandb_run.id) == [1]
+    assert wandb.started[4]["name"] == f"{tmp_path.name}_3"
+
+
+def test_a_resume_that_takes_nothing_back_goes_on_in_its_wandb_run(tmp_path, wandb):
+    log_iterations(MetricsLogger(tmp_path, WITH_WANDB), 1, 2)
+    resumed = MetricsLogger(tmp_path, WITH_WANDB)
+    resumed.continue_from(2)
+    assert resumed.wandb_run.id == "abc1" and wandb.points("abc1") == [1, 2]
+
+
+def test_a_step_back_that_wandb_refuses_is_done_by_the_next_resume(tmp_path, wandb):
+    log_iterations(MetricsLogger(tmp_path, WITH_WANDB), 1, 2, 3)
+    back = MetricsLogger(tmp_path, WITH_WANDB)
+    wandb.refuses = True
+    with pytest.raises(ConfigError, match=r"could not start \(no network\); set logging.wandb_mode=offline"):
+        back.continue_from(1)
+    assert iterations(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    wandb.refuses = False
+    again = MetricsLogger(tmp_path, WITH_WANDB)
+    again.continue_from(1)
+    assert wandb.points(again.wandb_run.id) == [1] and iterations(again.path) == [1]
+
+
+def test_a_step_back_without_a_network_makes_two_offline_runs(tmp_path):
+    more = """logger = MetricsLogger(Path(sys.argv[1]), config)
+        logger.continue_from(0)
+        logger.log({"iteration": 1, "timesteps": 32})
+        logger.close()
+        print("logged")"""
+    result = python(WANDB.replace("MODE", "offline").replace('print("logged")', more), tmp_path, WANDB_SILENT="true")
+    assert result.stdout == "logged\n", result.stdout + result.stderr
+    runs = {path.stem for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
+    old, new = (tmp_path / name for name in ("wandb_id.superseded", "wandb_id"))
+    assert runs == {f"run-{old.read_text().strip()}", f"run-{new.read_text()}"} and len(runs) == 2
+
+
+def test_wandb_that_fails_meanwhile_does_not_end_the_run(tmp_path, wandb, monkeypatch, caplog):
+    logger = MetricsLogger(tmp_path, WITH_WANDB)
+    monkeypatch.setattr(FakeRun, "log", fails(BrokenPipeError("the service\nis gone")))
+    monkeypatch.setattr(FakeRun, "finish", fails(BrokenPipeError("the service is gone")))
+    log_iterations(logger, 7)
+    logger.close()
+    assert iterations(logger.path) == [7]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Weights & Biases did not take iteration 7: the service is gone",
+        "Weights & Biases did not finish its run: the service is gone",
+    ]

@@ -5,10 +5,14 @@ N environments, E episodes.
 
 from __future__ import annotations
 
+import logging
 import os
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,11 @@ from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
 from vla_rl.learning.episodes import EpisodeQueue, reset_finished
+from vla_rl.run.failures import one_line
 from vla_rl.run.settings import Config
 from vla_rl.types import Episode, Observation, Policy
+
+log = logging.getLogger(__name__)
 
 CONTROL_HZ = 20  # LIBERO's control frequency: simulator steps per second of robot time
 
@@ -193,6 +200,8 @@ def write_videos(results: Sequence[EpisodeResult], folder: Path, prefix: str, ch
 
     One frame a decision, shown at the speed of the robot: 20 / chunk_size frames a second.
 
+    No failure of a picture ends a run: a video that cannot be written is a warning.
+
     Returns:
         The files written.
     """
@@ -200,27 +209,56 @@ def write_videos(results: Sequence[EpisodeResult], folder: Path, prefix: str, ch
     for outcome, success in (("success", True), ("failure", False)):
         result = next((r for r in results if r.success is success and r.frames), None)
         if result is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             episode = result.episode
             path = folder / f"{prefix}_task{episode.task_id}_state{episode.initial_state}_{outcome}.mp4"
-            write_video(result.frames, path, fps=CONTROL_HZ / chunk_size)
-            written.append(path)
+            try:
+                write_video(result.frames, path, fps=CONTROL_HZ / chunk_size)
+                written.append(path)
+            except Exception as error:
+                log.warning("no video %s: %s", path, one_line(error))
     return written
 
 
 def write_video(frames: Sequence[np.ndarray], path: Path, fps: float) -> None:
-    """H.264 MP4 that browsers play. Small frames are doubled until 256 pixels, sides made even."""
-    import imageio_ffmpeg
+    """H.264 MP4 that browsers play, whole or not at all. Small frames are doubled until 256 pixels, sides made even.
 
+    Args:
+        frames: uint8 [H, W, 3] each.
+
+    Raises:
+        OSError: the folder cannot be made or written, or ffmpeg is not there.
+        RuntimeError: ffmpeg failed; the message is its own.
+    """
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    path.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, 256 // frames[0].shape[0])
     frames = [frame.repeat(scale, axis=0).repeat(scale, axis=1) for frame in frames]
     height, width = (side - side % 2 for side in frames[0].shape[:2])
     unfinished = path.with_name(f".{path.name}")
-    writer = imageio_ffmpeg.write_frames(
-        str(unfinished), (width, height), fps=fps, codec="libx264", macro_block_size=2, output_params=["-f", "mp4"]
-    )
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame[:height, :width]))
-    writer.close()
-    os.replace(unfinished, path)
+    options = [
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{width}x{height}",
+        "-r",
+        str(Fraction(fps).limit_denominator(1000)),
+        "-i",
+        "-",
+    ]
+    options += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "25", "-f", "mp4"]
+    # file: and an absolute path, else a folder "a:b" is a protocol and "-x" an option
+    command = [get_ffmpeg_exe(), "-y", "-v", "error", *options, f"file:{unfinished.absolute()}"]
+    pixels = b"".join(frame[:height, :width].tobytes() for frame in frames)
+    try:
+        # in a session of its own: Ctrl-C is for the run, which ends when it has saved
+        ffmpeg = subprocess.run(command, input=pixels, capture_output=True, start_new_session=True)
+        if ffmpeg.returncode != 0:
+            said = ffmpeg.stderr.decode(errors="replace").strip()
+            raise RuntimeError(f"ffmpeg ended with status {ffmpeg.returncode}: {said[-300:]}")
+        os.replace(unfinished, path)
+    finally:
+        with suppress(OSError):  # nothing torn stays
+            unfinished.unlink(missing_ok=True)

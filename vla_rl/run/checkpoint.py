@@ -10,25 +10,33 @@ A checkpoint is a folder runs/RUN/checkpoints/iteration-000010 with
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
 import itertools
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from vla_rl.run.failures import one_line
 from vla_rl.run.settings import ConfigError
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+# what flock answers on Lustre without -o flock, on some NFS and FUSE
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 class CheckpointError(ConfigError):
@@ -64,7 +72,8 @@ def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Calla
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+        if old != final:  # later ones are there only if nobody has set them aside
+            shutil.rmtree(old)
     return final
 
 
@@ -82,17 +91,32 @@ def write_manifest(folder: Path, fingerprint: str) -> None:
 def set_aside_later_checkpoints(folder: Path) -> None:
     """Renames what is later than a checkpoint that a run resumes from to superseded-NAME, or superseded-1-NAME, ...
 
-    They are not of the resumed run's history, so the next resume must not find them; nor must they be lost.
+    They are not of the resumed run's history, so the next resume must not find them; nor must they be lost. The newest goes
+    first: whenever this is interrupted, what is left is the beginning of a history.
+
+    Raises:
+        CheckpointError: the folder has no checkpoint's name.
     """
-    for later in list_checkpoints(folder.parent):
-        if later.name > folder.name:
+    number = checkpoint_number(folder)
+    if number is None:
+        raise CheckpointError(f"{folder} is not named as a checkpoint is, iteration-NUMBER; rename it")
+    for later in reversed(list_checkpoints(folder.parent)):
+        if checkpoint_number(later) > number:
             names = (f"superseded-{f'{n}-' if n else ''}{later.name}" for n in itertools.count())
             os.replace(later, next(p for name in names if not (p := folder.parent / name).exists()))
 
 
+def checkpoint_number(folder: Path) -> int | None:
+    """10 of iteration-000010; None of any other name, which is not ours to read or remove."""
+    match = re.fullmatch(r"iteration-([0-9]+)", folder.name)
+    return int(match[1]) if match else None
+
+
 def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoint folders, oldest first; names sort by iteration."""
-    return sorted(path for path in root.glob("iteration-*") if path.is_dir())
+    """Finished checkpoint folders, oldest first: by their number, as iteration-1000000 comes before iteration-999999 in
+    the order of names."""
+    found = [path for path in root.glob("iteration-*") if checkpoint_number(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: (checkpoint_number(path), path.name))
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -104,12 +128,14 @@ def find_checkpoint(run: Path) -> Path:
     run = Path(run)
     if not run.is_dir():
         raise CheckpointError(f"no run folder {run}; --resume takes a folder such as runs/NAME")
-    if run.name.startswith("iteration-"):
+    if run.name.startswith("iteration-") and not (run / "checkpoints").is_dir():
+        if checkpoint_number(run) is None:
+            raise CheckpointError(f"{run} is not named as a checkpoint is, iteration-NUMBER; rename it")
         verify(run)
         return run
     for replaced in (run / "checkpoints").glob(".iteration-*.old"):  # killed between the two renames
         final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
-        if not final.exists():
+        if checkpoint_number(final) is not None and not final.exists():
             os.replace(replaced, final)
     found = list_checkpoints(run / "checkpoints")
     if not found:
@@ -131,19 +157,17 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint does not fit.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files, made_with = dict(manifest["files"]), manifest["fingerprint"]
-        if not files:
-            raise ValueError("it lists no files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder} is torn: {MANIFEST} cannot be read ({error})") from None
-    for name, expected in files.items():
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {folder} is torn: {name} is missing")
-        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"checkpoint {folder} is torn: {name} is not what was written")
+        try:
+            if not path.is_file():
+                raise torn(folder, f"{name} is missing")
+            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+                raise torn(folder, f"{name} is not what was written")
+        except OSError as error:  # a name that is too long, a file that cannot be read
+            raise torn(folder, f"{name} cannot be read ({error.strerror})") from None
+    made_with = manifest["fingerprint"]
     if fingerprint is not None and made_with != fingerprint:
         raise CheckpointError(
             f"checkpoint {folder} does not fit this run: it was made with {made_with}, this run has {fingerprint}"
@@ -151,14 +175,58 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
     return manifest
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """{"fingerprint": text, "files": {path within the folder: {"bytes": size, "sha256": text}}}, nothing else.
+
+    Raises:
+        CheckpointError: it is not there or is anything else.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        match manifest:
+            case {"fingerprint": str(), "files": {**files}} if files:
+                pass
+            case _:
+                raise ValueError("it has no fingerprint or lists no files")
+        for name, entry in files.items():
+            match entry:
+                case {"bytes": int(), "sha256": str()} if is_within(name):
+                    pass
+                case _:
+                    raise ValueError(f"its entry {name} is not a file of this folder with bytes and sha256")
+    except (OSError, ValueError, RecursionError) as error:
+        raise torn(folder, f"{MANIFEST} cannot be read ({error})") from None
+    return manifest
+
+
+def is_within(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def torn(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder} is torn: {' '.join(why.split())[:400]}")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Two processes must not write into one run. The lock goes with the process, however that ends."""
+    """Two processes must not write into one run. The lock goes with the process, however that ends.
+
+    Raises:
+        ConfigError: another process has the lock.
+    """
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process is working on {folder}; wait for its end, or stop it") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning(
+                "%s is on a file system without locks (%s): two processes that work on it would not notice each other",
+                *(folder, error.strerror),
+            )
         yield
 
 
@@ -174,7 +242,35 @@ def save_torch(value: Any, path: Path) -> None:
 
 
 def load_trainer_state(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    """trainer.pt of a checkpoint, on the CPU; tensors and plain values only.
+
+    Raises:
+        CheckpointError: it cannot be loaded, whatever its checksum says.
+    """
+    with loading(folder / "trainer.pt"):
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not a dict")
+    return state
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be loaded, whatever its checksum says.
+    """
+    with loading(path):
+        return safetensors.torch.load_file(path)
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Around what reads a file or folder of a checkpoint: its failure names the checkpoint, on one line."""
+    try:
+        yield
+    except Exception as error:  # of pickle, zip files, torch, safetensors: there is no common kind
+        raise torn(path.parent, f"{path.name} cannot be loaded ({one_line(error)[:300]})") from error
 
 
 def sha256(path: Path) -> str:

@@ -37,3 +37,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, (NonFiniteError, InvariantError, RenderingError, SimulatorDied)):
         return str(error)
     return None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of a log; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -6,12 +6,18 @@ docs/metrics.md explains each name. wandb is imported nowhere else, and only whe
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vla_rl.run.failures import one_line
 from vla_rl.run.settings import Config, ConfigError, SftConfig
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -45,11 +51,26 @@ class MetricsLogger:
     def __init__(self, folder: Path, config: Config | SftConfig):
         self.folder = folder
         self.path = folder / METRICS_FILE
-        self.wandb_run = start_wandb(folder, config) if config.logging.wandb else None
+        self.config = config
+        self.wandb_run = start_wandb(folder, config)
 
     def continue_from(self, iteration: int) -> None:
-        """The run resumes from a checkpoint of this iteration: what was logged later is moved aside, not lost."""
-        set_aside_later_lines(self.path, iteration)
+        """The run resumes from a checkpoint of this iteration: what was logged later is moved aside, not lost.
+
+        wandb cannot take points back (its rewind is not on every server), so where there are later ones its run ends and
+        a new one of the same group begins with the lines that count.
+
+        Raises:
+            ConfigError: a line is damaged, or wandb cannot start.
+        """
+        records = read_metrics(self.path)
+        earlier = [record for record in records if record["iteration"] <= iteration]
+        if self.wandb_run is not None and len(earlier) < len(records):
+            self.close()
+            self.wandb_run = start_wandb(self.folder, self.config, supersede=True)
+            for record in earlier:
+                self.log_to_wandb(record)
+        set_aside_later_lines(self.path, iteration)  # last: what fails before it is done again by the next resume
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One line; metrics must hold `timesteps` and `iteration`. NaN and infinity become null, as JSON has neither."""
@@ -59,18 +80,34 @@ class MetricsLogger:
             file.flush()
             os.fsync(file.fileno())
         if self.wandb_run is not None:
-            known = {key: value for key, value in record.items() if value is not None}
-            self.wandb_run.log(known)
+            self.log_to_wandb(record)
+
+    def log_to_wandb(self, record: dict[str, Any]) -> None:
+        """A line that wandb does not take is a warning: metrics.jsonl has it."""
+        try:
+            self.wandb_run.log({key: value for key, value in record.items() if value is not None})
+        except Exception as error:
+            log.warning("Weights & Biases did not take iteration %s: %s", record["iteration"], one_line(error))
 
     def draw_curves(self, curves: dict[str, list[str]] = CURVES, x: str = "timesteps") -> None:
-        """curves.png in the run folder, from metrics.jsonl: panels of metrics against x."""
-        records = read_metrics(self.path)
-        if records:
-            plot_curves(records, self.folder / "curves.png", curves, x)
+        """curves.png in the run folder, from metrics.jsonl: panels of metrics against x.
+
+        No failure of a picture ends a run: curves that cannot be drawn are a warning.
+        """
+        path = self.folder / "curves.png"
+        try:
+            records = read_metrics(self.path)
+            if records:
+                plot_curves(records, path, curves, x)
+        except Exception as error:
+            log.warning("no curves %s: %s", path, one_line(error))
 
     def close(self) -> None:
         if self.wandb_run is not None:
-            self.wandb_run.finish()
+            try:
+                self.wandb_run.finish()
+            except Exception as error:
+                log.warning("Weights & Biases did not finish its run: %s", one_line(error))
 
 
 def finite_or_none(value: Any) -> Any:
@@ -113,10 +150,7 @@ def set_aside_later_lines(path: Path, iteration: int) -> None:
 def plot_curves(
     records: list[dict[str, Any]], path: Path, curves: dict[str, list[str]] = CURVES, x_name: str = "timesteps"
 ) -> None:
-    import matplotlib  # takes a second to import: not before the first picture
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # takes a second to import: not before the first picture
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     panels = {
@@ -127,7 +161,8 @@ def plot_curves(
         return
     columns = 3
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False)
+    figure = Figure(figsize=(5 * columns, 3 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for name in names:
             points = [r for r in records if r.get(name) is not None]
@@ -153,55 +188,103 @@ def plot_curves(
             axis.set_yscale("log", nonpositive="mask")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.tight_layout()
     unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, dpi=100, format="png")
-    pyplot.close(figure)
-    os.replace(unfinished, path)
+    try:
+        figure.tight_layout()
+        figure.savefig(unfinished, dpi=100, format="png")
+        os.replace(unfinished, path)
+    finally:
+        with suppress(OSError):  # nothing torn stays
+            unfinished.unlink(missing_ok=True)
 
 
-def is_offline(config: Config | SftConfig) -> bool:
-    return config.logging.wandb_mode == "offline" or os.environ.get("WANDB_MODE") == "offline"
+WANDB_MODES = {"run": "online", "dryrun": "offline"} | {m: m for m in ("online", "offline", "shared", "disabled")}
+NO_WANDB = "set logging.wandb_mode=offline or pass --no-wandb"
+
+
+def wandb_mode(config: Config | SftConfig) -> str:
+    """ "online", "offline", "shared" or "disabled": what WANDB_MODE says, and logging.wandb_mode where that is offline.
+
+    Raises:
+        ConfigError: WANDB_MODE is no mode of wandb's.
+    """
+    if not config.logging.wandb:
+        return "disabled"
+    variable = os.environ.get("WANDB_MODE", "online")
+    if variable not in WANDB_MODES:
+        raise ConfigError(
+            f"WANDB_MODE={variable} is none of {', '.join(WANDB_MODES)}; unset it, or set it to one of them"
+        )
+    mode = WANDB_MODES[variable]
+    return config.logging.wandb_mode if mode == "online" else mode
 
 
 def check_wandb(config: Config | SftConfig) -> None:
     """Before anything is made on disk.
 
     Raises:
-        ConfigError: wandb was asked for, online, and nobody is logged in.
+        ConfigError: wandb was asked for, online, and nobody is logged in, or a key or a WANDB_* variable is malformed.
     """
-    if not config.logging.wandb or is_offline(config):
+    if wandb_mode(config) in ("offline", "disabled"):
         return
     import wandb
 
-    if not wandb.login(prompt=False, verify=False):  # looks for a key; asks nobody
+    try:
+        logged_in = wandb.login(prompt=False, verify=False)  # looks for a key; asks nobody
+    except (wandb.errors.Error, ValueError) as error:  # ValueError: of WANDB_* variables
+        raise ConfigError(
+            f"Weights & Biases refuses your login ({one_line(error)}); mend it, run `wandb login`, or {NO_WANDB}"
+        ) from None
+    if not logged_in:
         raise ConfigError(
             "logging.wandb=true, but you are not logged in to Weights & Biases; run `wandb login`, or set "
             "logging.wandb_mode=offline, or pass --no-wandb"
         )
 
 
-def start_wandb(folder: Path, config: Config | SftConfig) -> Any:
+def start_wandb(folder: Path, config: Config | SftConfig, supersede: bool = False) -> Any:
+    """The wandb run of this folder: the one of an earlier start, or a new one.
+
+    Args:
+        supersede: leave the earlier one as it is and make a new one, in the same group and numbered.
+
+    Returns:
+        None if wandb is switched off.
+
+    Raises:
+        ConfigError: wandb cannot start.
+    """
+    mode = wandb_mode(config)
+    if mode == "disabled":
+        if config.logging.wandb:
+            log.info("WANDB_MODE=disabled: nothing goes to Weights & Biases")
+        return None
     import wandb
 
     settings = config.logging
-    id_file = folder / "wandb_id"
+    id_file, superseded_file = folder / "wandb_id", folder / "wandb_id.superseded"
     run_id = id_file.read_text().strip() if id_file.exists() else None
+    superseded = superseded_file.read_text().split() if superseded_file.exists() else []
+    if supersede:
+        superseded.append(run_id)
+        run_id = secrets.token_hex(4)  # not WANDB_RUN_ID's
     try:
         run = wandb.init(
             project=settings.wandb_project,
             entity=settings.wandb_entity,
-            name=folder.name,
+            name=f"{folder.name}_{len(superseded) + 1}" if superseded else folder.name,
+            group=os.environ.get("WANDB_RUN_GROUP") or folder.name,
+            notes=f"continues {superseded[-1]}, whose later points are superseded" if supersede else None,
             dir=str(folder),
             config=config.model_dump(mode="json"),
-            mode="offline" if is_offline(config) else "online",
+            mode=mode,
             id=run_id,
             resume="allow",
         )
-    except (wandb.errors.Error, ValueError) as error:  # ValueError: of WANDB_* variables
-        raise ConfigError(
-            f"Weights & Biases could not start ({error}); set logging.wandb_mode=offline or pass --no-wandb"
-        ) from error
+    except (wandb.errors.Error, ValueError, OSError) as error:  # ValueError: of WANDB_* variables
+        raise ConfigError(f"Weights & Biases could not start ({one_line(error)}); {NO_WANDB}") from error
+    if superseded:
+        superseded_file.write_text("".join(f"{superseded_id}\n" for superseded_id in superseded))
     id_file.write_text(run.id)
     run.define_metric(
         "*", step_metric="timesteps" if isinstance(config, Config) else "step"

@@ -1,0 +1,68 @@
+"""The log of a command line shows what we say, and of libraries only what they warn of."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from vla_rl.run.logs import OURS
+
+ROOT = Path(__file__).parents[2]
+
+
+def logged(code: str, **variables: str) -> list[str]:
+    """Lines on the error stream of a fresh process, without their times."""
+    start = "import logging\nfrom vla_rl.run.logs import configure_logging\nconfigure_logging()\n"
+    command = [sys.executable, "-c", start + textwrap.dedent(code)]
+    result = subprocess.run(command, cwd=ROOT, env=variables or None, capture_output=True, text=True, check=True)
+    return [line.split(" ", 1)[1] for line in result.stderr.splitlines()]
+
+
+@pytest.mark.parametrize("name", [*OURS, "vla_rl.sft", "vla_rl.run.metrics"])
+def test_our_loggers_show_information(name):
+    assert logged(f"log = logging.getLogger('{name}'); log.info('of ours'); log.debug('too much')") == ["of ours"]
+
+
+def test_the_loggers_of_this_project_are_ours():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("vla_rl/**/*.py")]
+    users = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in files if "getLogger(" in path.read_text()}
+    assert users == set(OURS)
+
+
+LIBRARIES = (
+    "matplotlib.font_manager PIL.Image h5py._conv numba OpenGL.acceleratesupport httpx urllib3 filelock anything"
+)
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+def test_libraries_show_warnings_alone(redirected):
+    code = f"""
+        from contextlib import nullcontext
+        from tqdm.contrib.logging import logging_redirect_tqdm
+        with logging_redirect_tqdm() if {redirected} else nullcontext():  # puts a handler of its own in place of ours
+            for name in "{LIBRARIES} robosuite_logs libero.x".split():
+                logging.getLogger(name).info("chatter of %s", name)
+                logging.getLogger(name).setLevel(logging.INFO)  # as some do
+                logging.getLogger(name).info("more of %s", name)
+            logging.getLogger("urllib3").warning("retrying")
+    """
+    assert logged(code) == ["retrying"]
+
+
+def test_the_font_list_of_a_first_picture_is_not_announced(tmp_path):
+    code = """
+        from pathlib import Path
+        from vla_rl.run.metrics import plot_curves
+        plot_curves([{"iteration": 1, "timesteps": 1, "actor/entropy": 1.0}], Path("%s"))
+    """
+    variables = {"MPLCONFIGDIR": str(tmp_path / "empty"), "HOME": str(tmp_path)}
+    assert logged(code % (tmp_path / "curves.png"), **variables) == []
+    assert list((tmp_path / "empty").glob("fontlist*")) and (tmp_path / "curves.png").exists()
+
+
+def test_no_torch_is_imported_for_it():
+    code = "import sys, vla_rl.run.logs; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "torch" not in loaded.split() and "numpy" not in loaded.split()
