@@ -36,6 +36,43 @@ def test_a_run_may_be_named_by_a_number():
     assert load_config(overrides=["run.name=2024"]).run.name == "2024"
 
 
+@pytest.mark.parametrize("name", ["a b", "lr=1e-4", "größer 日本", ".hidden", "...", "a..b", "x" * 255])
+def test_a_run_may_have_any_name_that_a_disk_takes(name):
+    assert load_config(overrides=[f"run.name='{name}'"]).run.name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "  ",
+        ".",
+        "..",
+        "../x",
+        "/x",
+        "a/b",
+        "a/",
+        "-x",
+        r"a\nb",
+        r"a\n",
+        r"a\0b",
+        r"\x7f",
+        r"\u2028",
+        "x" * 256,
+        "日" * 86,
+    ],
+)
+def test_a_name_that_is_not_one_folder_s_is_refused(name):
+    message = error_of(f'run.name="{name}"')
+    assert "cannot name a folder; give one name such as" in message and len(message.splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["0-99999999999", "9" * 5000, "0-", "-3", "1,,2", "²", "1-2-3"])
+def test_what_is_no_list_of_indices_is_refused_before_it_is_counted_out(text):
+    assert "is not a list of indices; write it like 0-39,45" in (error := error_of(f"eval.states='{text}'"))
+    assert len(error) < 250
+
+
 @pytest.mark.parametrize(("suite", "limit"), [("libero_spatial", 220), ("libero_10", 520)])
 def test_an_episode_is_as_long_as_the_suite_says_unless_set(suite, limit):
     assert load_config(overrides=[f"env.task_suite={suite}"]).max_episode_steps() == limit

@@ -5,6 +5,7 @@ Not here: what the settings do; how they are read from files and the command lin
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -33,18 +34,32 @@ def parse_indices(value: Any) -> Any:
         return value
     indices: list[int] = []
     for part in value.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
-            raise ValueError(f"{value!r} is not a list of indices; write it like 0-39,45")
-        indices += range(int(first), int(last or first) + 1)
+        written = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part.strip(), re.ASCII)
+        first, last = (int(written[1]), int(written[2] or written[1])) if written else (1, 0)
+        if last < first:
+            raise ValueError(f"{value!r:.60} is not a list of indices; write it like 0-39,45")
+        indices += range(first, last + 1)
     return indices
 
 
 Indices = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(parse_indices)]
 StateIndex = Annotated[int, Field(ge=0, lt=NUM_FIXED_STATES)]
 States = Annotated[list[StateIndex], Field(min_length=1), BeforeValidator(parse_indices)]
-
 ActionDims = Annotated[list[Annotated[int, Field(ge=0, lt=7)]], Field(min_length=1), BeforeValidator(parse_indices)]
+
+
+def check_name(name: Any) -> Any:
+    """Names one folder on a disk, in a shell and in Weights & Biases; spaces, = and all letters do."""
+    legal = r"(?!-|\.{1,2}$)(?=.*\S)[^/\x00-\x1f\x7f-\x9f\u2028\u2029]+"
+    if isinstance(name, str) and not (re.fullmatch(legal, name) and len(name.encode()) <= 255):
+        raise ValueError(
+            f"{name!r:.60} cannot name a folder; give one name such as task0_seed1, of at most 255 bytes, without slash or "
+            "control character and not beginning with a dash (run.output_dir says where the folder is made)"
+        )
+    return name
+
+
+RunName = Annotated[str | None, BeforeValidator(check_name)]
 
 
 class Section(BaseModel):
@@ -72,9 +87,7 @@ class RunFolderConfig(Section):
     device: Literal["cpu", "cuda"] = Field("cuda", description="where the policy runs")
     torch_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice")
     output_dir: str = Field("runs", description="each run makes its own folder in this one")
-    name: str | None = Field(
-        None, description="name of the run's folder; null makes one of what is trained, seed and time"
-    )
+    name: RunName = Field(None, description="of the run's folder; null makes one of what is trained, seed and time")
 
 
 class RunConfig(RunFolderConfig):
@@ -119,14 +132,10 @@ class PolicyConfig(Section):
     chunk_size: int = Field(8, ge=1, description="actions a decision; 1 for the autoregressive decoder")
     num_images: Literal[1, 2] = Field(1, description="1: agent view; 2: agent view and wrist camera")
     use_proprio: bool = Field(False, description="feed end-effector position, orientation and gripper (8 numbers)")
-    center_crop: bool = Field(
-        True, description="crop 90 % of the image's area, as checkpoints trained with augmentation need"
-    )
+    center_crop: bool = Field(True, description="crop 90 % of the image's area, as after training with augmentation")
     unnorm_key: str | None = Field(None, description="entry of dataset_statistics.json; null takes the task suite's")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the frozen base weights")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, slower"
-    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations backward: less memory, slower")
     lora: LoraConfig = Field(default_factory=LoraConfig)
 
 
@@ -188,17 +197,13 @@ class RolloutConfig(Section):
         description="the policy decides for one half of the environments while the other half steps; best with num_envs a "
         "multiple of 2 x env.num_workers",
     )
-    temperature: float = Field(
-        1.0, gt=0, description="sampling temperature; log-probabilities are of the same distribution"
-    )
+    temperature: float = Field(1.0, gt=0, description="of the sampling; log-probabilities are of the same distribution")
 
 
 class AlgorithmConfig(Section):
     """Advantages and losses."""
 
-    estimator: Literal["gae", "grpo"] = Field(
-        "gae", description="gae: PPO with a critic; grpo: group-relative, no critic"
-    )
+    estimator: Literal["gae", "grpo"] = Field("gae", description="gae: PPO with a critic; grpo: relative to a group")
     gamma: float = Field(0.99, ge=0, le=1, description="discount per decision, not per simulator step")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="0 is one-step TD, 1 is Monte Carlo")
     critic_gae_lambda: float | None = Field(
@@ -234,7 +239,7 @@ class AlgorithmConfig(Section):
     micro_batch_size: int = Field(8, ge=1, description="decisions per forward; gradients add up to the minibatch's")
     critic_warmup_iterations: int = Field(0, ge=0, description="first iterations that train only the value head (gae)")
     critic_epochs: int = Field(
-        0, ge=0, description="further passes of the value head alone, on the cached hidden states (gae)"
+        0, ge=0, description="further passes of the value head alone, on cached hidden states (gae)"
     )
     freeze_vla_for_critic: bool = Field(False, description="true: the value loss does not reach the policy's weights")
 
