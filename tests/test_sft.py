@@ -24,6 +24,7 @@ from vla_rl.learning.supervised_fine_tuning import (
 )
 from vla_rl.model.image_transform import crop_center
 from vla_rl.model.policy import OpenVLAPolicy
+from vla_rl.model.trained_as import read_trained_as
 from vla_rl.run.load_settings import load_config, read_yaml
 from vla_rl.run.metrics import read_metrics
 from vla_rl.run.settings import SftConfig
@@ -86,6 +87,16 @@ def test_the_result_is_a_checkpoint_in_the_official_layout_with_the_data_s_stati
     assert {t.dtype for t in load_file(model / "model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_the_result_says_how_it_was_trained_and_has_one_truth_of_its_statistics(data, tmp_path):
+    assert main(arguments(data, tmp_path, "policy.use_proprio=true", "policy.chunk_size=2", steps=1)) == 0
+    model = tmp_path / "r/model"
+    trained_as = read_trained_as(model)
+    assert (trained_as["chunk_size"], trained_as["use_proprio"], trained_as["decoder"]) == (2, True, "parallel")
+    assert trained_as["image_size"] == 16 and trained_as["render"] is None  # the file does not tell
+    statistics = json.loads((model / "dataset_statistics.json").read_text())
+    assert json.loads((model / "config.json").read_text())["norm_stats"] == statistics
+
+
 def test_images_are_augmented_in_training_and_cropped_in_the_middle_otherwise():
     policy = OpenVLAPolicy.from_checkpoint("tiny-openvla-random", "parallel", unnorm_key="libero_spatial", chunk_size=1)
     image = np.random.default_rng(0).integers(0, 256, (1, 1, policy.image_size, policy.image_size, 3), np.uint8)
@@ -120,6 +131,11 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, me
     whole = load_file(tmp_path / "whole/r/model/model.safetensors")
     after = load_file(tmp_path / "early/r/model/model.safetensors")
     assert all(torch.equal(whole[name], after[name]) for name in whole) and before.keys() == after.keys()
+    assert sorted(p.name for p in early.iterdir()) == [
+        "iteration-000003",
+        "iteration-000006",
+        "superseded-iteration-000006",
+    ]
     losses = [[r["sft/loss"] for r in read_metrics(run / "metrics.jsonl")] for run in (tmp_path / "early/r", parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from vla_rl.learning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
 from vla_rl.run.failures import report
+from vla_rl.run.logs import configure_logging
 from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators
 from vla_rl.simulation.suites import goal_predicates, load_benchmark, task_languages
@@ -431,9 +431,7 @@ def collect_task(
 def main(argv: list[str] | None = None) -> int:
     """0: written; 1: a simulator failed; 2: a mistake in the arguments; 130: interrupted. A file is there whole or not."""
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("robosuite_logs", "libero"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    configure_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         collect(args, check_args(args))

@@ -29,6 +29,7 @@ from vla_rl.run.checkpoint import (
 )
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import load_config, save_config, settings_help
+from vla_rl.run.logs import configure_logging
 from vla_rl.run.metrics import MetricsLogger, check_wandb
 from vla_rl.run.settings import ConfigError, SftConfig
 from vla_rl.simulation.suites import task_instructions
@@ -63,6 +64,14 @@ def read_data(config: SftConfig) -> list[Demonstration]:
     sizes = {d.images.shape[1:] for d in demonstrations}
     if len(sizes) > 1:
         raise ConfigError(f"data.files have images of different shapes: {sorted(map(list, sizes))}; give one kind")
+    height, width = demonstrations[0].images.shape[2:4]
+    if height != width:
+        raise ConfigError(
+            f"data.files have images of {height} x {width} pixels; expected squares, as env.image_size renders"
+        )
+    renders = {d.render for d in demonstrations}
+    if len(renders) > 1:
+        log.warning("data.files were rendered in different ways: %s", ", ".join(sorted(map(str, renders))))
     return demonstrations
 
 
@@ -92,6 +101,8 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     demonstrations = read_data(config)
     training, held_out = split(demonstrations, config.data.validation_fraction)
     steps, side = sum(map(len, training)), demonstrations[0].images.shape[2]
+    renders = {d.render for d in demonstrations}
+    render = renders.pop() if len(renders) == 1 else None  # None: not known, or mixed
     log.info("%d demonstrations, %d steps to train on, %d held out", len(demonstrations), steps, len(held_out))
     for instruction in dict.fromkeys(d.instruction for d in demonstrations):
         log.info("instruction: %s", instruction)
@@ -130,8 +141,8 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         trainer.train()
         if trainer.stop_requested:
             return folder
-        trainer.save_model(folder / "model")
-    log.info("model in %s; its images were %d px: env.image_size=%d in training", folder / "model", side, side)
+        trainer.save_model(folder / "model", side, render)
+    log.info("model in %s; train it with env.image_size=%d env.render=%s", folder / "model", side, render or "exact")
     return folder / "model"
 
 
@@ -150,7 +161,7 @@ def settings_from(args: argparse.Namespace) -> tuple[SftConfig, Path | None]:
 def main(argv: list[str] | None = None) -> int:
     """0: trained, or stopped and saved; 1: the run failed; 2: a mistake in the settings or the data."""
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    configure_logging()
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     try:

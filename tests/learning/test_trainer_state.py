@@ -187,6 +187,22 @@ def test_a_run_that_is_killed_in_an_evaluation_has_its_iteration_saved(tmp_path)
     assert not again.evaluation_due()
 
 
+def test_an_evaluation_that_no_checkpoint_knows_of_is_logged_once(tmp_path):
+    """Killed after the line was written and before the checkpoint that says so."""
+    changes = {"evaluate": True, "eval": {"interval": 1}, "logging": {"checkpoint_interval": 1}}
+    trainer = make_trainer(tmp_path, **changes)
+    save, saves = trainer.save_checkpoint, []
+    trainer.save_checkpoint = lambda: saves.append(1) or (save() if len(saves) == 1 else None)
+    trainer.train_iteration()
+    resumed = make_trainer(tmp_path, **changes)
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    resumed.train()
+    whole = make_trainer(tmp_path / "whole", **changes)
+    whole.train_iteration()
+    whole.train()
+    assert training_lines(tmp_path) == training_lines(tmp_path / "whole")
+
+
 def test_later_checkpoints_stay_where_an_earlier_one_cannot_be_restored(tmp_path):
     trainer = make_trainer(tmp_path, run={"timesteps": 3 * 4 * 8 * CHUNK})
     trainer.train()

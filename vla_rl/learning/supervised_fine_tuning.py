@@ -29,10 +29,12 @@ from vla_rl.model.action_tokenizer import ActionTokenizer, normalize
 from vla_rl.model.checkpoint_folder import save_checkpoint
 from vla_rl.model.image_transform import crop_center
 from vla_rl.model.policy import OpenVLAPolicy
+from vla_rl.model.trained_as import write_trained_as
 from vla_rl.run.checkpoint import (
     cpu_copy,
     load_trainer_state,
     save_torch,
+    set_aside_later_checkpoints,
     verify,
     write_checkpoint,
 )
@@ -273,10 +275,16 @@ class SupervisedFineTuning:
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
         load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
+        set_aside_later_checkpoints(folder)
         self.logger.continue_from(self.step)
 
-    def save_model(self, folder: Path) -> None:
-        """A checkpoint in the official layout: bfloat16 weights, adapters merged, statistics of the data."""
+    def save_model(self, folder: Path, image_size: int, render: str | None) -> None:
+        """A checkpoint in the official layout: bfloat16 weights, adapters merged, statistics of the data, how it was trained.
+
+        Args:
+            image_size: side in pixels of the demonstrations' images.
+            render: how they were rendered; None where that is not known.
+        """
         policy = self.policy
         unfinished = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -286,6 +294,20 @@ class SupervisedFineTuning:
             source=policy.folder,
             proprio_file=policy.network.proprio_file,
             statistics={self.config.data.name: policy.statistics},
+        )
+        settings = self.config.policy
+        write_trained_as(
+            unfinished,
+            {
+                "decoder": settings.decoder,
+                "head": "tokens",
+                "num_images": settings.num_images,
+                "use_proprio": settings.use_proprio,
+                "chunk_size": settings.chunk_size,
+                "center_crop": settings.center_crop,
+                "image_size": image_size,
+                "render": render,
+            },
         )
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)

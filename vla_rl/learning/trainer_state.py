@@ -153,4 +153,4 @@ class TrainerState:
             trainer.obs = Observation.from_vector_env(trainer.envs.restore_episodes(episodes))
         self.take()
         set_aside_later_checkpoints(folder)
-        trainer.logger.continue_from(trainer.iteration)
+        trainer.logger.continue_from(trainer.iteration, evaluated=trainer.evaluated_iteration == trainer.iteration)

@@ -54,8 +54,11 @@ class MetricsLogger:
         self.config = config
         self.wandb_run = start_wandb(folder, config)
 
-    def continue_from(self, iteration: int) -> None:
+    def continue_from(self, iteration: int, evaluated: bool = True) -> None:
         """The run resumes from a checkpoint of this iteration: what was logged later is moved aside, not lost.
+
+        Args:
+            evaluated: the checkpoint knows of its iteration's evaluation; else that is later too, and done again.
 
         wandb cannot take points back (its rewind is not on every server), so where there are later ones its run ends and
         a new one of the same group begins with the lines that count.
@@ -64,13 +67,15 @@ class MetricsLogger:
             ConfigError: a line is damaged, or wandb cannot start.
         """
         records = read_metrics(self.path)
-        earlier = [record for record in records if record["iteration"] <= iteration]
+        earlier = [record for record in records if not is_later(record, iteration, evaluated)]
         if self.wandb_run is not None and len(earlier) < len(records):
             self.close()
             self.wandb_run = start_wandb(self.folder, self.config, supersede=True)
             for record in earlier:
                 self.log_to_wandb(record)
-        set_aside_later_lines(self.path, iteration)  # last: what fails before it is done again by the next resume
+        set_aside_later_lines(
+            self.path, iteration, evaluated
+        )  # last: what fails before it is done again by the next resume
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One line; metrics must hold `timesteps` and `iteration`. NaN and infinity become null, as JSON has neither."""
@@ -134,11 +139,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def set_aside_later_lines(path: Path, iteration: int) -> None:
+def is_later(record: dict[str, Any], iteration: int, evaluated: bool) -> bool:
+    """Whether a line was written after the checkpoint of an iteration."""
+    is_evaluation = any(name.startswith("eval/") for name in record)
+    return record["iteration"] > iteration or (record["iteration"] == iteration and is_evaluation and not evaluated)
+
+
+def set_aside_later_lines(path: Path, iteration: int, evaluated: bool = True) -> None:
     """Moves lines written after the checkpoint to metrics.superseded.jsonl: the resumed run writes them anew."""
     records = read_metrics(path)
-    later = [record for record in records if record["iteration"] > iteration]
-    earlier = [record for record in records if record["iteration"] <= iteration]
+    later = [record for record in records if is_later(record, iteration, evaluated)]
+    earlier = [record for record in records if not is_later(record, iteration, evaluated)]
     if later:
         with (path.parent / "metrics.superseded.jsonl").open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in later)
