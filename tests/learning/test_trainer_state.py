@@ -227,3 +227,11 @@ def test_the_state_is_a_copy_that_later_steps_do_not_touch(tmp_path):
     trainer.train_iteration()
     assert torch.equal(state.values["adapter"][0], adapter) and state.timesteps == 0
     assert not torch.equal(trainer.policy.adapter, adapter)
+
+
+def test_trainer_file_that_lacks_something_is_told_by_name(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer.save_checkpoint()
+    monkeypatch.setattr("vla_rl.learning.trainer_state.load_trainer_state", lambda folder: {"iteration": 0})
+    with pytest.raises(CheckpointError, match=r"torn: trainer\.pt lacks actor_optimizer, .*timesteps"):
+        make_trainer(tmp_path).load_checkpoint(find_checkpoint(tmp_path))

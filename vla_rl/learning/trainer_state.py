@@ -11,14 +11,16 @@ from typing import Any, Protocol
 
 import torch
 from gymnasium.vector import VectorEnv
-from safetensors.torch import load_file
 
 from vla_rl.learning.episodes import EpisodeStreams, RunningEpisodes
 from vla_rl.learning.optimizer import load_optimizer
 from vla_rl.model.value_head import ValueHead
 from vla_rl.run.checkpoint import (
+    CheckpointError,
     cpu_copy,
+    load_tensors,
     load_trainer_state,
+    loading,
     save_tensors,
     save_torch,
     set_aside_later_checkpoints,
@@ -135,10 +137,13 @@ class TrainerState:
         trainer = self.trainer
         verify(folder, self.fingerprint)
         values = load_trainer_state(folder)
+        if missing := sorted(self.values.keys() - {"adapter", "value_head"} - values.keys()):
+            raise CheckpointError(f"checkpoint {folder} is torn: trainer.pt lacks {', '.join(missing)}")
         if trainer.value_head is not None:
-            trainer.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+            trainer.value_head.load_state_dict(load_tensors(folder / "value_head.safetensors"))
             load_optimizer(trainer.critic_optimizer, values["critic_optimizer"], trainer.config.critic)
-        trainer.policy.load_adapter(folder / "adapter")
+        with loading(folder / "adapter"):
+            trainer.policy.load_adapter(folder / "adapter")
         load_optimizer(trainer.actor_optimizer, values["actor_optimizer"], trainer.config.actor)
         trainer.iteration, trainer.timesteps = values["iteration"], values["timesteps"]
         trainer.groups_played, trainer.evaluated_iteration = values["groups_played"], values["evaluated_iteration"]

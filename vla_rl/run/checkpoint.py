@@ -269,6 +269,8 @@ def loading(path: Path) -> Iterator[None]:
     """Around what reads a file or folder of a checkpoint: its failure names the checkpoint, on one line."""
     try:
         yield
+    except ConfigError:  # says it in its own words
+        raise
     except Exception as error:  # of pickle, zip files, torch, safetensors: there is no common kind
         raise torn(path.parent, f"{path.name} cannot be loaded ({one_line(error)[:300]})") from error
 
