@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.model.policies import RECORDED, copy_recorded, make_policy
-from vla_rl.model.checkpoint_folder import read_config, save_checkpoint
+from vla_rl.model.checkpoint_folder import read_statistics, save_checkpoint
 from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
 from vla_rl.model.prismatic import load_network
+from vla_rl.model.prismatic_config import read_config
+from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.run.settings import ConfigError
 
 
@@ -94,3 +104,225 @@ def test_other_models_are_refused(checkpoint, change, message):
     (checkpoint / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match=message):
         read_config(checkpoint)
+
+
+# ---------------------------------------------------------------------- from the hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that lists hub.files, or raises them, and gives hub.folder; hub.asked tells what was asked of it."""
+    hub = SimpleNamespace(files=[], folder=RECORDED, asked=[])
+
+    def list_repo_files(repo):
+        hub.asked.append("list")
+        if isinstance(hub.files, Exception):
+            raise hub.files
+        return hub.files
+
+    def snapshot_download(repo, **kwargs):
+        hub.asked.append("download")
+        return str(hub.folder)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return hub
+
+
+def test_film_on_the_hub_is_refused_before_anything_is_downloaded(hub):
+    hub.files = ["config.json", "vision_backbone--150000_checkpoint.pt"]
+    with pytest.raises(ConfigError, match="org/model has a FiLM vision backbone"):
+        check_checkpoint("org/model")
+    assert hub.asked == ["list"]
+
+
+def test_l1_head_on_the_hub_is_warned_about_and_listed_once(hub, caplog):
+    hub.files = ["config.json", "action_head--150000_checkpoint.pt"]
+    OpenVLAPolicy.from_checkpoint("org/model", decoder="parallel", use_proprio=True)
+    assert "org/model has an L1 action head (action_head--150000_checkpoint.pt)" in caplog.text
+    assert hub.asked == ["list", "download"]
+
+
+def test_files_in_sub_folders_of_the_repository_do_not_count(hub, caplog):
+    hub.files = ["other/action_head--1_checkpoint.pt", "vision_backbone--1/model.pt", "action_head--1/model.pt"]
+    OpenVLAPolicy.from_checkpoint("org/model", decoder="parallel", use_proprio=True)
+    assert caplog.text == ""
+
+
+def test_without_network_the_cached_copy_is_used_and_it_is_said_what_cannot_be_known(hub, caplog, tmp_path):
+    hub.files = OSError("no network")
+    assert check_checkpoint("org/model") == RECORDED
+    assert "the files of org/model could not be listed (OSError: no network)" in caplog.text
+    hub.folder = copy_recorded(tmp_path / "c")
+    (hub.folder / "vision_backbone--1_checkpoint.pt").touch()  # what the copy itself tells
+    with pytest.raises(ConfigError, match="org/model has a FiLM vision backbone"):
+        check_checkpoint("org/model")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub, caplog, monkeypatch):
+    answered = threading.Event()
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: answered.wait(60))
+    monkeypatch.setattr("vla_rl.model.checkpoint_folder.LISTING_TIMEOUT_S", 0.05)
+    before = time.monotonic()
+    assert check_checkpoint("org/model") == RECORDED
+    assert time.monotonic() - before < 2
+    answered.set()
+    assert "could not be listed (TimeoutError" in caplog.text
+
+
+# ---------------------------------------------------------------------- files of others
+
+
+def refused(folder, use_proprio=False):
+    with pytest.raises(ConfigError) as error:
+        check_checkpoint(folder, use_proprio)
+        read_statistics(folder, "libero_spatial", use_proprio)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+FILES = [
+    "config.json",
+    "dataset_statistics.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "proprio_projector--150000_checkpoint.pt",
+]
+
+
+@pytest.fixture
+def whole(checkpoint):
+    shutil.copyfile(TRAINED / "tokenizer.json", checkpoint / "tokenizer.json")
+    check_checkpoint(checkpoint, use_proprio=True)
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pointers_cut_off_empty_and_unreadable_files_are_named(whole, name, monkeypatch):
+    path = whole / name
+    content = path.read_bytes()
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert f"{name} is a Git LFS pointer" in refused(whole, use_proprio=True)
+    for end in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 2):
+        path.write_bytes(content[:end])
+        assert name in refused(whole, use_proprio=True)
+    path.unlink()
+    path.mkdir()
+    assert f"{name} cannot be read (Is a directory)" in refused(whole, use_proprio=True)
+    path.rmdir()
+    path.write_bytes(content)
+
+    def refuse(self, *args, **kwargs):
+        if self.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(self, *args, **kwargs)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", refuse)  # not chmod, which does not stop root
+    assert f"{name} cannot be read (Permission denied)" in refused(whole, use_proprio=True)
+
+
+def test_a_folder_that_may_not_be_entered_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(Path, "is_dir", lambda self: exec("raise PermissionError(13, 'Permission denied')"))
+    with pytest.raises(ConfigError, match=r"cannot be read \(.*Permission denied"):
+        check_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        ("action", "q01", None, "expected 7 finite numbers as action's q01, got None"),
+        ("action", "q99", [1.0] * 14, "expected 7 finite numbers as action's q99, got 14 values"),
+        ("action", "q99", [float("nan")] * 7, "expected 7 finite numbers"),
+        ("action", "q99", [-9.0] * 7, "action's q01 is above its q99"),
+        ("action", "mask", [True] * 6, "expected 7 times true or false as action's mask"),
+        ("proprio", "q01", [0.0] * 7, "expected 8 finite numbers as proprio's q01, got 7 values"),
+    ],
+)
+def test_statistics_of_another_robot_or_torn_are_named(checkpoint, part, key, value, words):
+    path = checkpoint / "dataset_statistics.json"
+    statistics = json.loads(path.read_text())
+    statistics["libero_spatial_no_noops"][part][key] = value
+    path.write_text(json.dumps(statistics))
+    with pytest.raises(ConfigError, match=words):
+        check_checkpoint(checkpoint, use_proprio=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"means": ...}, "expected means of 2 backbones"),
+        ({"stds": [[0.5, 0.5, 0.0]] * 2}, "expected stds above 0"),
+        ({"stds": [[0.5, 0.5, float("nan")]] * 2}, "expected stds of 2 backbones with 3 finite"),
+        ({"means": [["a", "b", "c"]] * 2}, "expected means of 2 backbones"),
+    ],
+)
+def test_image_statistics_that_cannot_be_are_named(checkpoint, change, words):
+    path = checkpoint / "preprocessor_config.json"
+    config = {k: v for k, v in (json.loads(path.read_text()) | change).items() if v is not ...}
+    path.write_text(json.dumps(config))
+    assert words in refused(checkpoint)
+
+
+@pytest.mark.parametrize("file", [3, "../model.safetensors", "sub/model.safetensors", None, "..", ""])
+def test_an_index_names_files_beside_it(checkpoint, file):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    assert "expected weight_map with a file beside it" in refused(checkpoint)
+
+
+def test_weights_that_do_not_fit_are_told_before_they_load(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({n: t for n, t in weights.items() if n != "projector.fc1.bias"}, checkpoint / "model.safetensors")
+    assert "1 tensors missing, such as projector.fc1.bias" in refused(checkpoint)
+    save_file(
+        weights | {"projector.fc1.bias": weights["projector.fc1.bias"].to(torch.int8)}, checkpoint / "model.safetensors"
+    )
+    assert "projector.fc1.bias is I8, expected F64 or F32" in refused(checkpoint)
+
+
+def test_tokenizer_of_a_larger_model_is_refused(checkpoint):
+    tokenizer = json.loads((TRAINED / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["zzz"] = 40_000
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "token ids up to 40000, the model 32064 embeddings" in refused(checkpoint)
+
+
+# ---------------------------------------------------------------------- one truth of the statistics
+
+
+def truths(folder):
+    return [
+        json.loads((folder / "config.json").read_text())["norm_stats"],
+        json.loads((folder / "dataset_statistics.json").read_text()),
+    ]
+
+
+def test_config_and_statistics_file_of_what_is_shipped_and_written_say_the_same(tmp_path):
+    policy = OpenVLAPolicy.from_checkpoint("tiny-openvla", "parallel", use_proprio=True)
+    (entry,) = truths(TRAINED)[1].values()
+    policy.save_merged(tmp_path / "merged")
+    for folder in (TRAINED, tmp_path / "merged"):
+        assert truths(folder) == [{"libero_spatial_no_noops": entry}] * 2
+    new = {"action": entry["action"] | {"q99": [0.5] * 6 + [1.0]}, "proprio": entry["proprio"]}
+    save_checkpoint(tmp_path / "saved", policy.merged_tensors(), TRAINED, statistics={"libero_spatial_no_noops": new})
+    assert truths(tmp_path / "saved") == [{"libero_spatial_no_noops": new}] * 2
+    policy = OpenVLAPolicy.from_checkpoint(RECORDED, unnorm_key="mine", statistics=new)
+    policy.save_merged(tmp_path / "mine")
+    assert truths(tmp_path / "mine") == [{"mine": new}] * 2
+
+
+def test_statistics_that_are_given_are_checked(tmp_path):
+    with pytest.raises(ConfigError, match="the statistics given for mine have no 'action'"):
+        OpenVLAPolicy.from_checkpoint(RECORDED, unnorm_key="mine", statistics={})
+
+
+def test_a_checkpoint_is_not_written_over_itself(checkpoint):
+    with pytest.raises(ConfigError, match="is the checkpoint that the weights come from"):
+        OpenVLAPolicy.from_checkpoint(checkpoint).save_merged(checkpoint)
+
+
+def test_an_older_sharded_checkpoint_in_the_folder_does_not_hide_the_new_one(network, tmp_path):
+    save_checkpoint(tmp_path, ((n, p * 0) for n, p in network.named_parameters()), RECORDED, max_shard_bytes=300_000)
+    save_checkpoint(tmp_path, network.named_parameters(), RECORDED)
+    assert load_network(tmp_path).projector.fc1.weight.equal(network.projector.fc1.weight)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from vla_rl.model.checkpoint_folder import official_name, read_config, save_checkpoint
+from vla_rl.model.checkpoint_folder import official_name, save_checkpoint
 from vla_rl.model.prismatic import Prismatic, load_network
+from vla_rl.model.prismatic_config import read_config
 from vla_rl.run.settings import ConfigError
 
 DATA = Path(__file__).parents[1] / "data"

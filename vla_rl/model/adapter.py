@@ -7,6 +7,7 @@ Not here: which layers there are (vla_rl.model.prismatic), how the adapter is tr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from vla_rl.model.checkpoint_folder import open_tensors, read_json
+from vla_rl.model.checkpoint_folder import open_tensors
 from vla_rl.model.prismatic import Prismatic
+from vla_rl.model.prismatic_config import read_json
 from vla_rl.run.checkpoint import save_tensors
 from vla_rl.run.settings import ConfigError, LoraConfig
 
@@ -81,8 +83,11 @@ class Adapter:
         """
         folder = Path(folder)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (folder / name).is_file():
-                raise ConfigError(f"no {name} in {folder}; give a folder that save_adapter or peft wrote")
+            if not (folder / name).exists():
+                other = ", only adapter_model.bin" if (folder / "adapter_model.bin").exists() else ""
+                raise ConfigError(
+                    f"no {name} in {folder}{other}; give a folder that save_adapter or a present peft wrote"
+                )
         self.check_settings(folder)
         ours = self.tensors()
         with open_tensors(folder / "adapter_model.safetensors") as file:
@@ -109,7 +114,7 @@ class Adapter:
         saved = read_json(folder / "adapter_config.json")
         if (saved.get("r"), saved.get("lora_alpha")) != (self.lora.rank, self.lora.alpha):
             raise ConfigError(
-                f"the adapter in {folder} has rank {saved.get('r')} and alpha {saved.get('lora_alpha')}, the settings have "
+                f"the adapter in {folder} has rank {saved.get('r')!r:.40} and alpha {saved.get('lora_alpha')!r:.40}, the settings have "
                 f"rank {self.lora.rank} and alpha {self.lora.alpha}; set policy.lora to the adapter's"
             )
         ours = self.peft_model.peft_config["default"].to_dict()
@@ -117,7 +122,7 @@ class Adapter:
         passed_over = HARMLESS | (STARTS if plain_start else set())
         # absent, null, false and empty all say: not used
         changed = [
-            f"{name}={value}"
+            f"{name}={value!s:.80}"
             for name, value in saved.items()
             if name not in passed_over and (value or ours.get(name)) and value != ours.get(name)
         ]
@@ -138,3 +143,15 @@ class Adapter:
             if module is not None:
                 parameter = (parameter.float() + module.get_delta_weight("default").float()).to(parameter.dtype)
             yield name.replace(".base_layer.", "."), parameter
+
+
+def digest_base(network: Prismatic) -> str:
+    """Of the frozen weights' names, shapes and up to 64 values of each, rounded to bfloat16: quick also at 7B."""
+    digest = hashlib.sha256()
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            values = parameter.detach().flatten()
+            values = values[:: max(1, len(values) // 64)][:64].to(torch.bfloat16).float().cpu()
+            digest.update(f"{name.replace('.base_layer.', '.')} {list(parameter.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

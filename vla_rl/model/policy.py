@@ -23,23 +23,23 @@ import torch
 from torch import Tensor
 
 from vla_rl.model.action_tokenizer import ActionTokenizer, normalize_proprio, to_environment, unnormalize
-from vla_rl.model.adapter import Adapter
+from vla_rl.model.adapter import Adapter, digest_base
 from vla_rl.model.checkpoint_folder import (
     SPACE,
     check_folder,
+    check_statistics,
     find_folder,
-    is_hub_id,
     read_pixel_statistics,
     read_statistics,
     read_tokenizer,
     save_checkpoint,
 )
 from vla_rl.model.image_transform import preprocess
-from vla_rl.model.prismatic import Prismatic, Prompt, load_network
+from vla_rl.model.prismatic import Prismatic, Prompt, build_network, load_network
 from vla_rl.model.prompt import append_space, prompt_text
 from vla_rl.model.sampling import check_finite, check_temperature, draw, gather
 from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla
-from vla_rl.model.trained_as import warn_of_other_use
+from vla_rl.model.trained_as import read_trained_as, warn_of_other_use
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import (
     ACTION_DIM,
@@ -87,6 +87,7 @@ class OpenVLAPolicy:
         self.dtype = network.language_model.lm_head.weight.dtype
         self.device = network.language_model.lm_head.weight.device
         self.action_tokenizer = ActionTokenizer(network.config.vocab_size, network.config.num_action_ids)
+        self.new_statistics = statistics is not None
         self.unnorm_key, self.statistics = (
             (unnorm_key, statistics)
             if statistics is not None
@@ -135,7 +136,8 @@ class OpenVLAPolicy:
             center_crop: crop 90 % of the image's area.
             unnorm_key: entry of the statistics, with or without `_no_noops`; None if there is only one.
             gradient_checkpointing: recompute activations in the backward pass.
-            statistics: of new data, {"action": ..., "proprio": ...}, instead of an entry of the checkpoint's.
+            statistics: of new data, {"action": ..., "proprio": ...}, instead of an entry of the checkpoint's; unnorm_key is
+                their name.
 
         Raises:
             ConfigError: the checkpoint is not there, not whole or not of OpenVLA, or does not go with the arguments.
@@ -155,17 +157,15 @@ class OpenVLAPolicy:
             raise ConfigError(
                 "device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch"
             )
-        folder = check_checkpoint(path, use_proprio)
+        folder, names = find_and_check(path, use_proprio)
         if statistics is None:
             read_statistics(folder, unnorm_key, use_proprio)  # before anything heavy loads
-        settings = {
-            "policy.decoder": decoder,
-            "policy.num_images": num_images,
-            "policy.use_proprio": use_proprio,
-            "policy.chunk_size": chunk_size,
-            "policy.center_crop": center_crop,
-        }
-        warn_of_other_use(path if is_hub_id(str(path)) else folder, folder, settings)
+        else:
+            check_statistics(statistics, f"the statistics given for {unnorm_key}", use_proprio)
+        settings = {"policy.decoder": decoder, "policy.num_images": num_images, "policy.use_proprio": use_proprio}
+        settings |= {"policy.chunk_size": chunk_size, "policy.center_crop": center_crop}
+        if path != TINY_RANDOM:  # which was not trained
+            warn_of_other_use(str(path), folder, names, settings)
         network = load_network(folder, use_proprio, device, dtype)
         options = (chunk_size, center_crop, unnorm_key, gradient_checkpointing, statistics)
         return cls(network, folder, decoder, num_images, lora, *options)
@@ -446,19 +446,12 @@ class OpenVLAPolicy:
 
     def save_merged(self, folder: Path) -> None:
         """Writes a checkpoint in the official layout with the adapters merged into the weights."""
-        save_checkpoint(folder, self.merged_tensors(), source=self.folder, proprio_file=self.network.proprio_file)
+        new = {self.unnorm_key: self.statistics} if self.new_statistics else None
+        save_checkpoint(folder, self.merged_tensors(), self.folder, self.network.proprio_file, statistics=new)
 
     @cached_property
     def base_digest(self) -> str:
-        """Of the base's names, shapes and up to 64 values of each tensor, rounded to bfloat16: quick also at 7B."""
-        digest = hashlib.sha256()
-        for name, parameter in self.network.named_parameters():
-            if not parameter.requires_grad:
-                values = parameter.detach().flatten()
-                values = values[:: max(1, len(values) // 64)][:64].to(torch.bfloat16).float().cpu()
-                digest.update(f"{name.replace('.base_layer.', '.')} {list(parameter.shape)}".encode())
-                digest.update(values.numpy().tobytes())
-        return digest.hexdigest()
+        return digest_base(self.network)
 
     def fingerprint(self) -> str:
         """Hex digits, equal for equal base models, inputs, decoders and adapter shapes; the adapters' values do not count."""
@@ -489,7 +482,17 @@ def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
     Raises:
         ConfigError: says where it looked and how to get the checkpoint, or what is missing or torn in it.
     """
+    return find_and_check(path, use_proprio)[0]
+
+
+def find_and_check(path: str | Path, use_proprio: bool) -> tuple[Path, list[str]]:
+    """`check_checkpoint`, and the names of the files beside the model, also of those that are not downloaded."""
     made_here = {TINY: lambda: TRAINED, TINY_RANDOM: ensure_tiny_openvla}
-    folder = made_here[path]() if path in made_here else find_folder(str(path))
-    check_folder(folder, use_proprio)
-    return folder
+    try:
+        folder, names = find_folder(str(made_here[path]() if path in made_here else path))
+        check_folder(folder, use_proprio)
+        read_trained_as(folder)
+        build_network(folder, use_proprio)
+    except OSError as error:  # a folder that may not be entered, a disk that fails
+        raise ConfigError(f"checkpoint {path} cannot be read ({error}); give a folder that you may read") from error
+    return folder, names

@@ -16,7 +16,7 @@ last prompt token and the action slots are at the same place in every row, count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +27,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vla_rl.model.checkpoint_folder import (
-    PrismaticConfig,
-    find_proprio_file,
-    official_name,
-    read_config,
-    read_tensors,
-)
+from vla_rl.model.checkpoint_folder import find_proprio_file, official_name, read_tensors, tensor_shapes
+from vla_rl.model.prismatic_config import PrismaticConfig, one_line, read_config
 from vla_rl.run.settings import ConfigError
 
 PROPRIO_DIM = 8  # as vla_rl.types; the network must not import what is of robots
@@ -288,41 +283,58 @@ def load_network(
     It is built without memory and filled one tensor at a time, so that there is never a second copy.
 
     Raises:
-        ConfigError: a tensor is missing, unexpected or of another shape, or there is no proprio projector.
+        ConfigError: as `build_network`.
     """
     folder, device = Path(folder), torch.device(device)
-    config = read_config(folder)
-    with torch.device("meta"):
-        network = Prismatic(config, use_proprio)
+    network = build_network(folder, use_proprio)
     proprio_file = find_proprio_file(folder) if use_proprio else None
-    fill(network, read_tensors(folder, use_proprio, device), device, dtype, folder)
+    ours = {official_name(name): name for name, _ in network.named_parameters()}
+    for name, tensor in read_tensors(folder, use_proprio, device):
+        module_name, _, leaf = ours[name].rpartition(".")
+        parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+        setattr(network.get_submodule(module_name), leaf, parameter)
     network.proprio_file = proprio_file.name if proprio_file else None
     # the only tensors that no checkpoint holds: rotary frequencies, always float32
     network.language_model.model.rotary_emb = LlamaRotaryEmbedding(config=network.llama).to(device)
     return network.eval().requires_grad_(False)
 
 
-def fill(
-    network: Prismatic, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype, folder: Path
-) -> None:
-    ours = {official_name(name): name for name, _ in network.named_parameters()}
-    missing, unexpected, misshaped = set(ours), [], []
-    for name, tensor in tensors:
+def build_network(folder: Path, use_proprio: bool) -> Prismatic:
+    """The network of a checkpoint folder without memory, after checking that the weights fit it: quick also at 7B.
+
+    Raises:
+        ConfigError: config.json describes none that can be built; a tensor is missing, unexpected or of another shape.
+    """
+    path = folder / "config.json"
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            network = Prismatic(config, use_proprio)
+    except Exception as error:  # timm and transformers raise what they happen to meet
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"{path} describes no network that can be built ({reason}); download it again") from error
+    vits = (network.vision_backbone.featurizer, network.vision_backbone.fused_featurizer)
+    if len({vit.patch_embed.num_patches for vit in vits}) != 1 or not all(len(vit.blocks) > 1 for vit in vits):
+        raise ConfigError(f"{path}: expected two ViTs with as many patches and 2 blocks or more; download it again")
+    check_fit({official_name(name): list(p.shape) for name, p in network.named_parameters()}, folder, use_proprio)
+    return network
+
+
+def check_fit(expected: dict[str, list[int]], folder: Path, use_proprio: bool) -> None:
+    missing, unexpected, misshaped = set(expected), [], []
+    for name, shape in tensor_shapes(folder, use_proprio):
         if name not in missing:
             unexpected.append(name)
             continue
         missing.remove(name)
-        module_name, _, leaf = ours[name].rpartition(".")
-        module = network.get_submodule(module_name)
-        expected = getattr(module, leaf).shape
-        if tensor.shape != expected:
-            misshaped.append(f"{name} is {list(tensor.shape)}, expected {list(expected)}")
-        else:
-            setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        if shape != expected[name]:
+            misshaped.append(f"{name} is {shape}, expected {expected[name]}")
     problems = [
         f"{len(names)} tensors {what}, such as {'; '.join(sorted(names)[:3])}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
         if names
     ]
     if problems:
-        raise ConfigError(f"the weights in {folder} do not fit its config.json: " + ", ".join(problems))
+        raise ConfigError(
+            f"the weights in {folder} do not fit its config.json: {', '.join(problems)}; download it again"
+        )

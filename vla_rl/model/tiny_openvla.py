@@ -19,8 +19,9 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vla_rl.model.checkpoint_folder import read_config, save_checkpoint
+from vla_rl.model.checkpoint_folder import save_checkpoint
 from vla_rl.model.prismatic import Prismatic
+from vla_rl.model.prismatic_config import read_config
 from vla_rl.run.settings import TASK_SUITES
 
 ASSETS = Path(__file__).parents[1] / "assets"

@@ -9,59 +9,86 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vla_rl.model.checkpoint_folder import file_names, find_l1_head, find_proprio_file, read_json
+from vla_rl.model.checkpoint_folder import TRAINED_AS, find_l1_head, find_proprio_file
+from vla_rl.model.prismatic_config import read_json
+from vla_rl.run.settings import ConfigError
 
 log = logging.getLogger(__name__)
 
-TRAINED_AS = "trained_as.json"
+KINDS = {
+    "decoder": str,
+    "head": str,  # what the actions were learned through: "tokens"
+    "num_images": int,
+    "use_proprio": bool,
+    "chunk_size": int,
+    "center_crop": bool,
+    "image_size": int,  # px, of the camera
+    "render": str,
+}
 
 
 def read_trained_as(folder: Path) -> dict[str, Any] | None:
-    """Settings under which a checkpoint was trained, as vla_rl.sft writes them: decoder, head, num_images, use_proprio,
-    chunk_size, center_crop, image_size, render; None of an official checkpoint, which has no such file."""
+    """Settings under which a checkpoint was trained, those of KINDS, null where it is not known; None of an official
+    checkpoint, which has no such file.
+
+    Raises:
+        ConfigError: the file is torn, or has something else in it.
+    """
     path = Path(folder) / TRAINED_AS
-    return read_json(path) if path.is_file() else None
+    if not path.exists():
+        return None
+    trained = read_json(path)
+    for name, value in trained.items():
+        if name not in KINDS or (value is not None and type(value) is not KINDS[name]):
+            known = ", ".join(f"{key} ({kind.__name__})" for key, kind in KINDS.items())
+            raise ConfigError(f"{path}: {name}={value!r:.80}, expected some of {known}; correct the file or remove it")
+    return trained
 
 
 def write_trained_as(folder: Path, trained_as: Mapping[str, Any]) -> None:
     (Path(folder) / TRAINED_AS).write_text(json.dumps(trained_as, indent=1) + "\n")
 
 
-def differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+def differences(folder: Path, settings: Mapping[str, Any], source: str | None = None) -> list[str]:
     """What of these settings ("policy.chunk_size", "env.render", ...) is otherwise than the checkpoint was trained, each with
-    the way out; empty where nothing is known."""
+    the way out; empty where nothing is known.
+
+    Args:
+        source: what the checkpoint is called; None calls it by its folder.
+    """
     trained = read_trained_as(folder) or {}
     found = []
     for name, value in settings.items():
         known = trained.get(name.rpartition(".")[2])
         if known is not None and known != value:
-            was = str(known).lower() if isinstance(known, bool) else known
-            now = str(value).lower() if isinstance(value, bool) else value
-            found.append(f"{name}={now}, but {folder.name} was trained with {was}: set {name}={was}")
+            was, now = (str(v).lower() if isinstance(v, bool) else v for v in (known, value))
+            found.append(f"{name}={now}, but {source or folder.name} was trained with {was}: set {name}={was}")
     return found
 
 
-def warn_of_other_use(source: str | Path, folder: Path, settings: Mapping[str, Any]) -> None:
+def warn_of_other_use(source: str, folder: Path, names: Iterable[str], settings: Mapping[str, Any]) -> None:
     """Says what is known to make a checkpoint fail: a head that was not trained, another use than in its training.
 
     Args:
-        source: where it came from: the folder, or a Hugging Face id, of which the folder has only a part.
+        source: what the checkpoint is called: its folder, or its Hugging Face id.
+        names: of the files beside the model, also of those that were not downloaded.
         settings: as `differences`.
     """
-    head, projector = find_l1_head(file_names(source)), find_proprio_file(folder)
-    if settings["policy.decoder"] == "parallel" and head is not None:
+    trained, projector, l1_head = read_trained_as(folder), find_proprio_file(folder), find_l1_head(names)
+    head = (trained or {}).get("head") or "tokens"
+    if l1_head is not None or head != "tokens":
         log.warning(
             "%s has an L1 action head (%s): its token head, which this policy samples from, was not trained and solves "
             "no task; start from a checkpoint with a trained token head, such as Haozhan72/Openvla-oft-SFT-libero-*",
-            *(source, head),
+            *(source, l1_head or f"trained_as.json: head {head}"),
         )
-    for difference in differences(folder, settings):
+    for difference in differences(folder, settings, source):
         log.warning("%s", difference)
-    if projector is not None and read_trained_as(folder) is None and not settings["policy.use_proprio"]:
+    if projector is not None and trained is None and not settings["policy.use_proprio"]:
         log.warning(
             "%s has a proprio projector (%s), so it was trained with proprioception: set policy.use_proprio=true",
             *(source, projector.name),
