@@ -99,17 +99,100 @@ def test_values_given_to_save_adapter_are_what_is_written(tmp_path):
     [
         ({"use_rslora": True}, "use_rslora=True"),  # scales by alpha / sqrt(rank): 0.35 of the effect at rank 8
         ({"use_dora": True}, "use_dora=True"),
+        ({"use_qalora": True}, "use_qalora=True"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),  # which changes the base weights
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),  # which changes the base weights, as the next ones
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights=pissa_niter_16"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights=olora"),
+        ({"init_lora_weights": "corda", "corda_config": {"x": 1}}, "init_lora_weights=corda"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"x": 1}}, "init_lora_weights=loftq"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights=lora_ga"),
+        ({"init_lora_weights": ["pissa"]}, "init_lora_weights"),
         ({"peft_type": "IA3"}, "peft_type=IA3"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"bias": "lora_only"}, "bias=lora_only"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"a_setting_of_tomorrow": 1}, "a_setting_of_tomorrow=1"),
     ],
 )
-def test_adapter_that_computes_something_else_is_refused(parallel, tmp_path, change, words):
-    parallel.save_adapter(tmp_path)
-    path = tmp_path / "adapter_config.json"
+def test_adapter_that_computes_something_else_is_refused(saved, change, words):
+    policy, folder = saved
+    path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ConfigError, match=f"made with .*{words}"):
-        parallel.load_adapter(tmp_path)
+    with pytest.raises(ConfigError, match=f"made with .*{words}") as error:
+        policy.load_adapter(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def saved(parallel, tmp_path):
+    parallel.save_adapter(tmp_path)
+    return parallel, tmp_path
+
+
+@pytest.mark.parametrize(("start", "other"), [(True, {}), ("gaussian", {}), (True, {"use_rslora": True})])
+def test_adapter_that_peft_made_has_its_exact_effect_or_is_refused(parallel, tmp_path, start, other):
+    theirs = make_policy(lora=None)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=0.1,
+        init_lora_weights=start,
+        target_modules=theirs.network.adaptable_linears(),
+        **other,
+    )
+    model = peft.get_peft_model(theirs.network, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=generator)
+    model.save_pretrained(tmp_path)
+    ours = make_policy(seed=3)
+    if other:
+        with pytest.raises(ConfigError, match="made with use_rslora=True"):
+            ours.load_adapter(tmp_path)
+        return
+    ours.load_adapter(tmp_path)
+    inputs = ours.prepare(make_obs())
+    torch.testing.assert_close(ours.compute_hidden(inputs), theirs.compute_hidden(inputs), atol=1e-5, rtol=0)
+    assert (ours.compute_hidden(inputs) - parallel.compute_hidden(inputs)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("adapter_config.json", b"{", "is not JSON"),
+        ("adapter_config.json", b"[]", "expected a JSON object, got list"),
+        ("adapter_config.json", b"3", "expected a JSON object, got int"),
+        ("adapter_config.json", b'{"r": "4", "lora_alpha": 8}', "has rank '4' and alpha 8, the settings have rank 4"),
+        ("adapter_config.json", b'{"r": [4], "lora_alpha": 8}', r"has rank \[4\]"),
+        ("adapter_config.json", b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        ("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        ("adapter_model.safetensors", b"", "cut off or no safetensors"),
+        ("adapter_model.safetensors", None, "cut off or no safetensors"),
+    ],
+)
+def test_torn_adapter_files_are_named_in_one_line(saved, name, content, words):
+    policy, folder = saved
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ConfigError, match=rf"{words}") as error:
+        policy.load_adapter(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_adapter_in_the_old_format_is_named(saved):
+    policy, folder = saved
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"no adapter_model.safetensors in .*, only adapter_model\.bin; give"):
+        policy.load_adapter(folder)
 
 
 def test_settings_that_say_nothing_of_what_is_computed_are_passed_over(parallel, tmp_path):
