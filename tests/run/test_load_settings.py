@@ -9,7 +9,7 @@ import yaml
 
 from tests.run.test_settings import flat
 from vla_rl.run.load_settings import list_settings, load_config, save_config, settings_help
-from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.settings import Config, ConfigError, SftConfig
 
 
 def error_of(*overrides: str) -> str:
@@ -295,6 +295,80 @@ def test_anchors_are_read_and_an_override_reaches_one_section_only(tmp_path):
 def test_a_mistake_in_a_file_names_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"settings of .*settings\.yaml:\n  rollout\.num_evns: unknown"):
         load_config(write(tmp_path, "rollout:\n  num_evns: 2\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """The home folder and the current one, with a folder `base`, a file `d.hdf5`, and $PLACE for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "openvla").mkdir()
+    (tmp_path / "tiny-openvla").mkdir()
+    (tmp_path / "d.hdf5").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize("written", ["base", "./base", "~/base", "$HOME/base", "${PLACE}/base", "/base"])
+@pytest.mark.parametrize("key", ["policy.checkpoint", "run.output_dir", "data.files"])
+def test_a_path_is_expanded_and_kept_absolute(home, key, written):
+    section, leaf = key.split(".")
+    written, expected = (f"{home}/base" if written == "/base" else written), str(home / "base")
+    needed = {"data": {"files": [written], "name": "n"}}
+    kind, given = (SftConfig, [written]) if section == "data" else (Config, written)
+    file = write(home, yaml.safe_dump(needed if section == "data" else {section: {leaf: given}}))
+    more = ["data.name=n"] if section == "data" else []
+    for config in (
+        load_config(file, kind=kind),
+        load_config(overrides=[f"{key}={given}", *more], kind=kind),
+        load_config(overrides=more, flags={key: given}, kind=kind),
+    ):
+        value = getattr(getattr(config, section), leaf)
+        assert value == ([expected] if section == "data" else expected)
+
+
+def test_a_name_or_a_hub_id_is_no_path(home):
+    for name in ("tiny-openvla", "tiny-openvla-random", "openvla/openvla-7b", "no/such/folder"):
+        assert load_config(overrides=[f"policy.checkpoint={name}"]).policy.checkpoint == name
+    (home / "openvla" / "mine").mkdir()
+    assert load_config(overrides=["policy.checkpoint=openvla/mine"]).policy.checkpoint == str(home / "openvla/mine")
+
+
+def test_home_alone_is_home_though_yaml_reads_null(home):
+    assert load_config(overrides=["run.output_dir=~"]).run.output_dir == str(home)
+    assert (
+        load_config(write(home, "run: {output_dir: ~, name: ~}\n")).run
+        == load_config(flags={"run.output_dir": str(home)}).run
+    )
+
+
+@pytest.mark.parametrize("key", ["policy.checkpoint", "run.output_dir"])
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("$NO_SUCH/x", "=$NO_SUCH/x: the variable NO_SUCH is not set; set it, or write the path out"),
+        ("/a/${NO_SUCH}", "the variable NO_SUCH is not set"),
+        ("~nobody_here/x", "there is no home folder ~nobody_here; write ./~nobody_here/x for a folder of that name"),
+        ("''", "='' is no path"),
+        ("$EMPTY", "is no path"),
+        (r'"a\0b"', "is no path"),
+    ],
+)
+def test_a_path_that_cannot_be_expanded_is_refused_with_what_is_missing(home, monkeypatch, key, path, words):
+    monkeypatch.setenv("EMPTY", "")
+    error = error_of(f"{key}={path}")
+    assert error.startswith(key) and words in error and len(error.splitlines()) == 1
+
+
+def test_lists_in_lists_are_no_paths():
+    deep = "[" * 300 + "]" * 300
+    with pytest.raises(ConfigError):
+        load_config(overrides=["data.name=n", f"data.files={deep}"], kind=SftConfig)
+    assert "policy.checkpoint: input should be a valid string" in error_of("policy.checkpoint=&a [*a]")
 
 
 def test_saved_settings_load_as_the_same_settings(tmp_path):

@@ -7,19 +7,23 @@ line a setting, with the way out ("did you mean"), prints them all for --help, a
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vla_rl.run.settings import Config, ConfigError, Section, SftConfig
+from vla_rl.run.settings import Config, ConfigError, RunFolderConfig, Section, SftConfig
 
 ConfigKind = TypeVar("ConfigKind", Config, SftConfig)
 
 MAX_FILE_BYTES = 1_000_000  # ours have 3,000
+PATHS = ("policy.checkpoint", "run.output_dir", "data.files")
+NO_PATHS = ("tiny-openvla", "tiny-openvla-random")  # names of policy.checkpoint, also beside a folder of that name
 STR, INT, FLOAT, NULL, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "null", "merge"))
 
 SHORT = reprlib.Repr()  # what came, in a message: a few anchors make gigabytes of lists in lists
@@ -45,6 +49,7 @@ def load_config(
             go with another one.
     """
     values = read_yaml(path) if path is not None else {}
+    put_paths(values, full_path)
     return config_from_dict(merge(values, overrides, flags), str(path or "the command line"), kind)
 
 
@@ -61,10 +66,10 @@ def merge(values: dict[str, Any], overrides: list[str] = (), flags: dict[str, An
             raise ConfigError(f"{shown}: the value is not YAML ({error})") from None
         if value is None and text.strip().lower() not in ("null", "~"):
             raise ConfigError(f"{shown} has no value; write {key}=null for none, or quote what follows the =")
-        set_key(values, key, value)
+        set_key(values, key, change_paths(key, value, full_path))
     for key, value in (flags or {}).items():
         if value is not None:
-            set_key(values, key, value)
+            set_key(values, key, change_paths(key, value, full_path))
     return values
 
 
@@ -78,6 +83,60 @@ def config_from_dict(values: dict[str, Any], source: str, kind: type[ConfigKind]
             by_setting.setdefault(setting_of(problem), []).append(problem)
         lines = "\n".join("  " + describe(key, problems, kind) for key, problems in by_setting.items())
         raise ConfigError(f"settings of {source}:\n{lines}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+def expand(path: str, name: str) -> str:
+    """~, ~user, $VARIABLE and ${VARIABLE} of a path as the user's own; `name` is the setting or argument that has it.
+
+    Raises:
+        ConfigError: there is no such variable or user, or nothing is left.
+    """
+    unknown = [v for v in re.findall(r"\$(\w+|\{[^}]*\})", path, re.ASCII) if v.strip("{}") not in os.environ]
+    if unknown:
+        raise ConfigError(
+            f"{name}={path}: the variable {unknown[0].strip('{}')} is not set; set it, or write the path out"
+        )
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~"):
+        user = expanded.split("/")[0]
+        raise ConfigError(
+            f"{name}={path}: there is no home folder {user}; write ./{expanded} for a folder of that name"
+        )
+    if not expanded.strip() or "\0" in expanded:
+        raise ConfigError(f"{name}={path!r} is no path; give a file or folder")
+    return expanded
+
+
+def absolute(key: str, path: str) -> str:
+    """A path as it is found from any folder. What is not there stays as it was written, so that errors show that, and a name
+    of policy.checkpoint or Hugging Face id stays one; the default of run.output_dir stays until a run takes it."""
+    if key == "run.output_dir":
+        return path if path == RunFolderConfig().output_dir else str(Path(path).absolute())
+    there = path not in NO_PATHS and os.path.isdir(path) if key == "policy.checkpoint" else os.path.exists(path)
+    return str(Path(path).absolute()) if there else path
+
+
+def full_path(key: str, path: str) -> str:
+    """A path as the user gave it, expanded and absolute."""
+    return absolute(key, expand(path, key))
+
+
+def change_paths(key: str, value: Any, change: Callable[[str, str], str]) -> Any:
+    """The value of a setting, which is not checked yet; where it is a path or several, changed."""
+    if key in PATHS and isinstance(value, list):
+        return [change(key, item) if isinstance(item, str) else item for item in value]
+    return change(key, value) if key in PATHS and isinstance(value, str) else value
+
+
+def put_paths(values: dict[str, Any], change: Callable[[str, str], str]) -> None:
+    """The same for all of nested settings, in place."""
+    for key in PATHS:
+        section, _, leaf = key.partition(".")
+        if isinstance(values.get(section), dict) and leaf in values[section]:
+            set_key(values, key, change_paths(key, values[section][leaf], change))
 
 
 # ----------------------------------------------------------------------------------------------------------------- YAML
@@ -164,11 +223,12 @@ class SettingsLoader(yaml.SafeLoader):
 
 
 def keep_text(name: str, node: yaml.Node) -> None:
-    """007 is the text 007 where the setting is a text."""
+    """007 is the text 007 where the setting is a text; ~ is the home folder where it is a path."""
     if name not in TEXTS:
         return
     for value in node.value if isinstance(node, yaml.SequenceNode) else [node]:
-        value.tag = STR if value.tag in (INT, FLOAT) else value.tag
+        home = value.value == "~" and f".{name}" in "".join(PATHS)
+        value.tag = STR if home or value.tag in (INT, FLOAT) else value.tag
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
