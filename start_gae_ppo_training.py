@@ -14,7 +14,15 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from vla_rl.run.load_settings import config_from_dict, list_settings, load_config, read_yaml, save_config, settings_help
+from vla_rl.run.load_settings import expand, load_config, settings_help
+from vla_rl.run.run_folder import (
+    changed_settings,
+    check_run_folder,
+    if_moved,
+    make_run_folder,
+    resumed_settings,
+    with_absolute_output_dir,
+)
 from vla_rl.run.settings import Config, ConfigError
 
 log = logging.getLogger("start_gae_ppo_training")
@@ -39,8 +47,8 @@ FIXED_ON_RESUME = (
     *("policy.", "value_head.", "env.", "rollout.num_envs", "algorithm.estimator"),
     *("run.seed", "run.output_dir", "run.name"),
 )
-# but for what depends on the machine and changes no data
-FREE_ON_RESUME = ("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb")
+# but for what depends on the machine and changes no data; whether it is the same base model, its fingerprint tells
+FREE_ON_RESUME = ("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb", "policy.checkpoint")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -91,56 +99,27 @@ def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
     flags["env.task_ids"] = args.task_ids if args.task_id is None else [args.task_id]
     flags["logging.wandb"] = False if args.no_wandb else (args.wandb_project or args.wandb_entity) and True
     if args.resume is None:
-        return load_config(find_config(args.config or DEFAULT_CONFIG), args.overrides, flags), None
+        config = load_config(find_config(DEFAULT_CONFIG if args.config is None else args.config), args.overrides, flags)
+        return with_absolute_output_dir(config), None
     if args.config is not None:
         raise ConfigError("--resume takes the settings of the run; give --config or --resume, not both")
-
-    from vla_rl.run.checkpoint import find_checkpoint  # torch: not before the arguments are known to be sound
-
-    checkpoint = find_checkpoint(Path(args.resume).resolve())
-    before = config_from_dict(read_yaml(checkpoint / "config.yaml"), f"{checkpoint}/config.yaml")
-    config = load_config(checkpoint / "config.yaml", args.overrides, flags)
-    changed = [
-        f"{name} ({setting(before, name)} -> {setting(config, name)})"
-        for name in list_settings()
-        if name.startswith(FIXED_ON_RESUME) and "." in name and name not in FREE_ON_RESUME
-        if setting(before, name) != setting(config, name)
-    ]
+    before, config, checkpoint = resumed_settings(args.resume, args.overrides, flags, Config)
+    changed = changed_settings(before, config, FIXED_ON_RESUME, FREE_ON_RESUME)
     if changed:
         raise ConfigError(f"--resume {args.resume}: {', '.join(changed)} cannot change within a run; start a new one")
     return config, checkpoint
 
 
-def setting(config: Config, name: str) -> Any:
-    value = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def find_config(path: str) -> Path:
     """The settings file, looked for here and beside this script, so that the script works from any folder."""
-    found = Path(path)
-    return found if found.exists() or found.is_absolute() else ROOT / found if (ROOT / found).exists() else found
+    found = Path(expand(path, "--config"))
+    return ROOT / found if not os.path.exists(found) and os.path.exists(ROOT / found) else found
 
 
-def make_run_folder(config: Config) -> Path:
+def automatic_name(config: Config) -> str:
     tasks = "-".join(map(str, config.env.task_ids[:4])) + ("-etc" if len(config.env.task_ids) > 4 else "")
-    name = config.run.name or (
-        f"{config.env.task_suite}_task{tasks}_{config.algorithm.estimator}_seed{config.run.seed}_"
-        f"{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    folder = Path(config.run.output_dir) / name
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(
-            f"run folder {folder} exists; choose another run.name, or continue it with --resume {folder}"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"run.output_dir={config.run.output_dir}: cannot make {folder} ({error.strerror})") from None
-    save_config(config, folder / "config.yaml")
-    return folder
+    what = f"{config.env.task_suite}_task{tasks}_{config.algorithm.estimator}_seed{config.run.seed}"
+    return f"{what}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_device(config: Config) -> None:
@@ -182,10 +161,15 @@ def train(config: Config, checkpoint: Path | None) -> None:
     from vla_rl.run.checkpoint import locked
     from vla_rl.run.metrics import check_wandb
 
-    model = check_checkpoint(config.policy.checkpoint, config.policy.use_proprio)
+    if checkpoint is None:
+        check_run_folder(config)
+    try:
+        model = check_checkpoint(config.policy.checkpoint, config.policy.use_proprio)
+    except ConfigError as error:
+        raise if_moved(error, "policy.checkpoint") if checkpoint is not None else error from None
     read_statistics(model, config.policy.unnorm_key or config.env.task_suite, config.policy.use_proprio)
     check_wandb(config)
-    folder = make_run_folder(config) if checkpoint is None else checkpoint.parent.parent
+    folder = make_run_folder(config, automatic_name(config)) if checkpoint is None else checkpoint.parent.parent
     with locked(folder):
         try:
             build_and_train(config, checkpoint, folder)

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from start_gae_ppo_training import ROOT, build_policy, build_value_head, main, parse_args, settings_from
 from tests.trainers import make_trainer
+from vla_rl.model.tiny_openvla import TRAINED
+from vla_rl.run.checkpoint import write_manifest
 from vla_rl.run.load_settings import list_settings, save_config
 
 TINY = "configs/tiny_gae_ppo.yaml"
@@ -140,6 +143,42 @@ def test_resume_takes_the_newest_checkpoint_and_its_settings(run):
     assert (config.run.timesteps, config.rollout.n_steps) == (999, 8)
 
 
+def test_resume_of_a_run_that_was_copied_goes_on_in_the_copy(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "elsewhere" / "copy")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config, checkpoint = settings_from(parse_args(["--resume", "copy"]))
+    assert checkpoint == tmp_path / "elsewhere/copy/checkpoints/iteration-000002"
+    assert (config.run.output_dir, config.run.name) == (str(tmp_path / "elsewhere"), "copy")
+
+
+def recorded(run: Path, **policy: str) -> None:
+    """The run as if its policy settings had been these."""
+    for checkpoint in (run / "checkpoints").iterdir():
+        values = yaml.safe_load((checkpoint / "config.yaml").read_text())
+        values["policy"] |= policy
+        (checkpoint / "config.yaml").write_text(yaml.safe_dump(values))
+        fingerprint = json.loads((checkpoint / "manifest.json").read_text())["fingerprint"]
+        (checkpoint / "manifest.json").unlink()
+        write_manifest(checkpoint, fingerprint)
+
+
+def test_resume_takes_the_base_model_from_where_it_is_now(run, tmp_path, capsys, monkeypatch):
+    """Its fingerprint, not its path, tells whether it is the same: here it is another one than the tests' small policy."""
+    recorded(run, checkpoint="base/of/old")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    assert main(["--resume", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "no checkpoint folder base/of/old" in error and "tell --resume where it is now with policy.checkpoint=" in error
+    )
+    shutil.copytree(TRAINED, tmp_path / "base")
+    config, _ = settings_from(parse_args(["--resume", "../run", "--checkpoint", "../base"]))
+    assert config.policy.checkpoint == str(tmp_path / "there/../base")
+    assert main(["--resume", "../run", "--checkpoint", "../base"]) == 2
+    assert "does not fit this run: it was made with policy" in capsys.readouterr().err
+
+
 def test_resume_from_inside_the_run_folder_still_means_that_run(run, monkeypatch):
     monkeypatch.chdir(run / "checkpoints")
     assert settings_from(parse_args(["--resume", "iteration-000001"]))[1] == run / "checkpoints" / "iteration-000001"
@@ -199,6 +238,42 @@ def test_resume_of_another_model_is_refused_before_the_run_is_touched(run, capsy
     assert "does not fit this run" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text() == before
     assert json.loads(manifest.read_text()) == files
+
+
+def test_settings_of_a_new_run_say_where_it_is_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "mine.yaml").write_text("run: {seed: 3}\n")
+    assert config_of("--config", TINY).run.output_dir == str(tmp_path / "runs")
+    assert config_of("--config", "mine.yaml", "--output-dir", "~/r").run.output_dir == str(tmp_path / "home/r")
+    monkeypatch.setenv("HERE", str(tmp_path))
+    assert config_of("--config", "$HERE/mine.yaml").run.seed == 3
+
+
+@pytest.mark.parametrize(
+    "given", [("--config", ""), ("--config", "$NO/a.yaml"), ("--output-dir", ""), ("--resume", "")]
+)
+def test_an_empty_path_is_refused_not_taken_for_none(given, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(list(given)) == 2
+    assert given[0].strip("-").replace("-", "_") in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr("start_gae_ppo_training.time.strftime", lambda _: "20240101-000000")
+    monkeypatch.setattr(
+        "start_gae_ppo_training.build_and_train", lambda c, _, folder: folders.append(folder) or mark(folder)
+    )
+    for _ in range(3):
+        assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 0
+    name = "libero_spatial_task0_gae_seed0_20240101-000000"
+    assert [folder.name for folder in folders] == [name, f"{name}-2", f"{name}-3"]
+
+
+def mark(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text("{}\n")
 
 
 def test_existing_run_folder_is_not_written_into(capsys, tmp_path):

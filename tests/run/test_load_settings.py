@@ -1,5 +1,7 @@
 """Files, overrides and flags become settings; whatever is wrong with them is told in one line, with the way out."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import yaml
 
 from tests.run.test_settings import flat
 from vla_rl.run.load_settings import list_settings, load_config, save_config, settings_help
-from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.settings import Config, ConfigError, SftConfig
 
 
 def error_of(*overrides: str) -> str:
@@ -127,6 +129,75 @@ def test_an_override_whose_value_is_not_yaml_is_refused():
     assert "the value is not YAML" in error_of("env.task_ids=[1, 2")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2024-12-01",
+        "2024-13-01",
+        "2024-12-01T10:00:00Z",
+        "12:30:45",
+        "007",
+        "1_000",
+        "1.50",
+        "0x1F",
+        "0x_",
+        "=",
+        "9" * 200,
+    ],
+)
+def test_a_text_stays_as_it_is_written_though_yaml_knows_a_number_or_date_of_that_look(tmp_path, text):
+    assert load_config(overrides=[f"run.name={text}"]).run.name == text
+    assert load_config(write(tmp_path, f"run:\n  name: {text}\n")).run.name == text
+
+
+def test_numbers_stay_numbers():
+    config = load_config(overrides=["run.seed=0x1F", "env.max_steps=1_0", "actor.learning_rate=2.5e-4"])
+    assert (config.run.seed, config.env.max_steps, config.actor.learning_rate) == (31, 10, 0.00025)
+
+
+DEEP = "[" * 5000
+LISTS = (
+    "&a [1,1,1,1,1,1,1,1,1]",
+    *(f"&{new} [{','.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)),
+)
+BOMB = f"[{','.join(LISTS)}]"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("2024-13-01", "input should be a valid integer, unable to parse string as an integer, got '2024-13-01'"),
+        ("2024-12-01", "got '2024-12-01'"),
+        ("12:30:45", "got '12:30:45'"),
+        ("9" * 5000, "exceeded maximum size"),
+        ("-" + "9" * 5000, "exceeded maximum size"),
+        ("0x" + "f" * 5000, "input should be a valid integer"),
+        ("0x_", "invalid literal"),
+        (DEEP, "it is nested too deeply"),
+        (BOMB, "input should be a valid integer, got [[1, 1, 1"),
+        ("&a [*a]", "got [[[[...]]]]"),
+        ("*a", "found undefined alias 'a' in line 1, column 1"),
+        ("!!int x", "a ! begins a YAML tag; quote the text"),
+        ("!!python/object:os.system x", "a ! begins a YAML tag"),
+        ("{1: 2}", "'1' is not the name of a section or setting"),
+        ("\tx", "cannot start any token"),
+        ("a\0b", "unacceptable character #x0000"),
+        ("\udcff", "unacceptable character #xdcff"),
+        ("", "has no value; write run.seed=null for none"),
+        ("#1", "has no value"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told_in_a_line(value, words):
+    error = error_of(f"run.seed={value}")
+    assert words in error and len(error) < 400
+    assert len(error.splitlines()) == (2 if error.startswith("settings of") else 1)
+
+
+@pytest.mark.parametrize("override", ["run..name=1", ".name=1", "run.=1", "run.na me=1", "run.\0=1"])
+def test_what_is_no_name_of_a_setting_is_refused_with_an_example(override):
+    assert "write it like actor.learning_rate=1e-4" in error_of(override)
+
+
 def test_an_override_below_a_value_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="rollout is a value, not a section"):
         load_config(write(tmp_path, "rollout: 3\n"), ["rollout.num_envs=1"])
@@ -149,17 +220,155 @@ def test_a_missing_file_is_refused_with_the_files_that_there_are(tmp_path):
         ("just words\n", "got str"),
         ("run:\n  seed: 1\nrun:\n  name: b\n", "run is there twice"),
         ("run:\n  seed: 1\n  seed: 2\n", "seed is there twice"),
+        ("1: 2\n", "'1' is not the name of a section or setting in line 1, column 1"),
+        ("null: 1\n", "'null' is not the name"),
+        ("run:\n  true: 1\n", "'true' is not the name of a section or setting in line 2, column 3"),
+        ("2024-01-01: 1\n", "'2024-01-01' is not the name"),
+        ("? [a]\n: b\n", "'a sequence' is not the name"),
+        ("? {a: 1}\n: b\n", "'a mapping' is not the name"),
+        ("run: 3\n", "run: input should be a valid dictionary"),
+        ("run: [seed]\n", "run: input should be a valid dictionary"),
+        ("run: true\n", "run: expected another value than true"),
+        ("run:\n\tseed: 1\n", "cannot start any token in line 2"),
+        ("run:\n  name: a\0b\n", "unacceptable character #x0000"),
+        (b"run:\n  name: \xff\n", "save it as UTF-8"),
+        ("run: {seed: 1}\n---\nrun: {seed: 2}\n", "another document in line 2"),
+        ("run: {name: " + DEEP, "nested too deeply"),
+        (f"run: {{seed: {BOMB}}}\n", "run.seed: input should be a valid integer"),
+        ("run: &a {name: *a}\n", "run.name: input should be a valid string"),
+        ("run: {seed: " + "9" * 5000 + "}\n", "exceeded maximum size"),
+        ("run: !!omap [a: 1]\n", "a ! begins a YAML tag"),
+        ("actor: {<<: 3}\n", "expected a mapping or list of mappings for merging"),
     ],
 )
 def test_a_broken_file_is_refused_by_name(tmp_path, text, words):
-    with pytest.raises(ConfigError, match=words) as caught:
-        load_config(write(tmp_path, text))
-    assert "settings.yaml" in str(caught.value)
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    error = str(caught.value)
+    assert words in error and "settings.yaml" in error and len(error) < 500
+    assert len(error.splitlines()) == (2 if error.startswith("settings of") else 1)
+
+
+def test_what_is_no_settings_file_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "model.safetensors").write_bytes(bytes(2_000_000))
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    for path, words in [
+        ("/dev/zero", "is a device or pipe"),
+        (tmp_path / "pipe.yaml", "is a device or pipe"),
+        (tmp_path / "model.safetensors", "has more than a megabyte"),
+        (tmp_path / "loop.yaml", "no settings file"),
+        ("x" * 5000, "cannot be read: File name too long"),
+        ("a\0b.yaml", "no settings file"),
+    ]:
+        with pytest.raises(ConfigError, match=words) as caught:
+            load_config(path)
+        assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 700
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    def denied(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    path = write(tmp_path, "run: {seed: 1}\n")
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(ConfigError, match=r"settings\.yaml cannot be read: Permission denied; give a file"):
+        load_config(path)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_bytes("\ufeffrun:\r\n  name: ü\r\n".encode())
+    assert load_config(path).run.name == "ü"
+
+
+def test_anchors_are_read_and_an_override_reaches_one_section_only(tmp_path):
+    path = write(tmp_path, "actor: &adam {learning_rate: 1e-3, beta1: 0.8}\ncritic: {<<: *adam, beta1: 0.7}\n")
+    config = load_config(path, ["actor.learning_rate=0.5"])
+    assert (config.actor.learning_rate, config.critic.learning_rate, config.critic.beta1) == (0.5, 0.001, 0.7)
+    config = load_config(write(tmp_path, "actor: &a {beta1: 0.8}\ncritic: *a\n"), ["actor.beta1=0.6"])
+    assert (config.actor.beta1, config.critic.beta1) == (0.6, 0.8)
 
 
 def test_a_mistake_in_a_file_names_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"settings of .*settings\.yaml:\n  rollout\.num_evns: unknown"):
         load_config(write(tmp_path, "rollout:\n  num_evns: 2\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """The home folder and the current one, with a folder `base`, a file `d.hdf5`, and $PLACE for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "openvla").mkdir()
+    (tmp_path / "tiny-openvla").mkdir()
+    (tmp_path / "d.hdf5").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize("written", ["base", "./base", "~/base", "$HOME/base", "${PLACE}/base", "/base"])
+@pytest.mark.parametrize("key", ["policy.checkpoint", "run.output_dir", "data.files"])
+def test_a_path_is_expanded_and_kept_absolute(home, key, written):
+    section, leaf = key.split(".")
+    written, expected = (f"{home}/base" if written == "/base" else written), str(home / "base")
+    needed = {"data": {"files": [written], "name": "n"}}
+    kind, given = (SftConfig, [written]) if section == "data" else (Config, written)
+    file = write(home, yaml.safe_dump(needed if section == "data" else {section: {leaf: given}}))
+    more = ["data.name=n"] if section == "data" else []
+    for config in (
+        load_config(file, kind=kind),
+        load_config(overrides=[f"{key}={given}", *more], kind=kind),
+        load_config(overrides=more, flags={key: given}, kind=kind),
+    ):
+        value = getattr(getattr(config, section), leaf)
+        assert value == ([expected] if section == "data" else expected)
+
+
+def test_a_name_or_a_hub_id_is_no_path(home):
+    for name in ("tiny-openvla", "tiny-openvla-random", "openvla/openvla-7b", "no/such/folder"):
+        assert load_config(overrides=[f"policy.checkpoint={name}"]).policy.checkpoint == name
+    (home / "openvla" / "mine").mkdir()
+    assert load_config(overrides=["policy.checkpoint=openvla/mine"]).policy.checkpoint == str(home / "openvla/mine")
+
+
+def test_home_alone_is_home_though_yaml_reads_null(home):
+    assert load_config(overrides=["run.output_dir=~"]).run.output_dir == str(home)
+    assert (
+        load_config(write(home, "run: {output_dir: ~, name: ~}\n")).run
+        == load_config(flags={"run.output_dir": str(home)}).run
+    )
+
+
+@pytest.mark.parametrize("key", ["policy.checkpoint", "run.output_dir"])
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("$NO_SUCH/x", "=$NO_SUCH/x: the variable NO_SUCH is not set; set it, or write the path out"),
+        ("/a/${NO_SUCH}", "the variable NO_SUCH is not set"),
+        ("~nobody_here/x", "there is no home folder ~nobody_here; write ./~nobody_here/x for a folder of that name"),
+        ("''", "='' is no path"),
+        ("$EMPTY", "is no path"),
+        (r'"a\0b"', "is no path"),
+    ],
+)
+def test_a_path_that_cannot_be_expanded_is_refused_with_what_is_missing(home, monkeypatch, key, path, words):
+    monkeypatch.setenv("EMPTY", "")
+    error = error_of(f"{key}={path}")
+    assert error.startswith(key) and words in error and len(error.splitlines()) == 1
+
+
+def test_lists_in_lists_are_no_paths():
+    deep = "[" * 300 + "]" * 300
+    with pytest.raises(ConfigError):
+        load_config(overrides=["data.name=n", f"data.files={deep}"], kind=SftConfig)
+    assert "policy.checkpoint: input should be a valid string" in error_of("policy.checkpoint=&a [*a]")
 
 
 def test_saved_settings_load_as_the_same_settings(tmp_path):

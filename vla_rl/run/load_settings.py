@@ -7,15 +7,27 @@ line a setting, with the way out ("did you mean"), prints them all for --help, a
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vla_rl.run.settings import Config, ConfigError, Section, SftConfig
+from vla_rl.run.settings import Config, ConfigError, RunFolderConfig, Section, SftConfig
 
 ConfigKind = TypeVar("ConfigKind", Config, SftConfig)
+
+MAX_FILE_BYTES = 1_000_000  # ours have 3,000
+PATHS = ("policy.checkpoint", "run.output_dir", "data.files")
+NO_PATHS = ("tiny-openvla", "tiny-openvla-random")  # names of policy.checkpoint, also beside a folder of that name
+STR, INT, FLOAT, NULL, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "null", "merge"))
+
+SHORT = reprlib.Repr()  # what came, in a message: a few anchors make gigabytes of lists in lists
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 3, 60, 60
 
 
 def load_config(
@@ -37,18 +49,28 @@ def load_config(
             go with another one.
     """
     values = read_yaml(path) if path is not None else {}
+    put_paths(values, full_path)
+    return config_from_dict(merge(values, overrides, flags), str(path or "the command line"), kind)
+
+
+def merge(values: dict[str, Any], overrides: list[str] = (), flags: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Nested settings with overrides, then flags, put over them; see load_config."""
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or "." not in key:
-            raise ConfigError(f"{override!r} is not a setting; write it like actor.learning_rate=1e-4")
+        key, shown = key.strip(), SHORT.repr(override)
+        if not equals or not re.fullmatch(r"\w+(\.\w+)+", key):
+            raise ConfigError(f"{shown} is not a setting; write it like actor.learning_rate=1e-4")
         try:
-            set_key(values, key.strip(), yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not YAML ({error})") from None
+            value = parse_yaml(text, key.rpartition(".")[2])
+        except ValueError as error:
+            raise ConfigError(f"{shown}: the value is not YAML ({error})") from None
+        if value is None and text.strip().lower() not in ("null", "~"):
+            raise ConfigError(f"{shown} has no value; write {key}=null for none, or quote what follows the =")
+        set_key(values, key, change_paths(key, value, full_path))
     for key, value in (flags or {}).items():
         if value is not None:
-            set_key(values, key, value)
-    return config_from_dict(values, str(path or "the command line"), kind)
+            set_key(values, key, change_paths(key, value, full_path))
+    return values
 
 
 def config_from_dict(values: dict[str, Any], source: str, kind: type[ConfigKind] = Config) -> ConfigKind:
@@ -63,18 +85,83 @@ def config_from_dict(values: dict[str, Any], source: str, kind: type[ConfigKind]
         raise ConfigError(f"settings of {source}:\n{lines}") from None
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; give the YAML file in it")
-    if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) or sorted(
-            str(p) for p in Path("configs").glob("*.yaml")
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+def expand(path: str, name: str) -> str:
+    """~, ~user, $VARIABLE and ${VARIABLE} of a path as the user's own; `name` is the setting or argument that has it.
+
+    Raises:
+        ConfigError: there is no such variable or user, or nothing is left.
+    """
+    unknown = [v for v in re.findall(r"\$(\w+|\{[^}]*\})", path, re.ASCII) if v.strip("{}") not in os.environ]
+    if unknown:
+        raise ConfigError(
+            f"{name}={path}: the variable {unknown[0].strip('{}')} is not set; set it, or write the path out"
         )
-        raise ConfigError(f"no settings file {path}" + (f"; there are {', '.join(near)}" if near else ""))
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~"):
+        user = expanded.split("/")[0]
+        raise ConfigError(
+            f"{name}={path}: there is no home folder {user}; write ./{expanded} for a folder of that name"
+        )
+    if not expanded.strip() or "\0" in expanded:
+        raise ConfigError(f"{name}={path!r} is no path; give a file or folder")
+    return expanded
+
+
+def absolute(key: str, path: str) -> str:
+    """A path as it is found from any folder. What is not there stays as it was written, so that errors show that, and a name
+    of policy.checkpoint or Hugging Face id stays one; the default of run.output_dir stays until a run takes it."""
+    if key == "run.output_dir":
+        return path if path == RunFolderConfig().output_dir else str(Path(path).absolute())
+    there = path not in NO_PATHS and os.path.isdir(path) if key == "policy.checkpoint" else os.path.exists(path)
+    return str(Path(path).absolute()) if there else path
+
+
+def full_path(key: str, path: str) -> str:
+    """A path as the user gave it, expanded and absolute."""
+    return absolute(key, expand(path, key))
+
+
+def change_paths(key: str, value: Any, change: Callable[[str, str], str]) -> Any:
+    """The value of a setting, which is not checked yet; where it is a path or several, changed."""
+    if key in PATHS and isinstance(value, list):
+        return [change(key, item) if isinstance(item, str) else item for item in value]
+    return change(key, value) if key in PATHS and isinstance(value, str) else value
+
+
+def put_paths(values: dict[str, Any], change: Callable[[str, str], str]) -> None:
+    """The same for all of nested settings, in place."""
+    for key in PATHS:
+        section, _, leaf = key.partition(".")
+        if isinstance(values.get(section), dict) and leaf in values[section]:
+            set_key(values, key, change_paths(key, values[section][leaf], change))
+
+
+# ----------------------------------------------------------------------------------------------------------------- YAML
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Raises ConfigError where it is no file, cannot be read, or has no sections."""
+    path = Path(path)
     try:
-        values = yaml.load(path.read_text(), UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; give the YAML file in it")
+        if not path.exists():
+            near = sorted(map(str, path.parent.glob("*.yaml"))) or sorted(map(str, Path("configs").glob("*.yaml")))
+            raise ConfigError(f"no settings file {path}" + (f"; there are {', '.join(near)}" if near else ""))
+        if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+            kind = "has more than a megabyte" if path.is_file() else "is a device or pipe"
+            raise ConfigError(f"{path} {kind}; give a YAML file such as those in configs/")
+        values = parse_yaml(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path!s:.200} cannot be read: {error.strerror}; give a file that you may read") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}; save it as UTF-8") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     if values is None:
         return {}
@@ -83,26 +170,79 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a section or setting that is written twice, of which PyYAML would silently keep the last."""
+def parse_yaml(text: str, name: str = "") -> Any:
+    """What a text says; of the value of a setting, its last `name`, where it is one.
+
+    Raises:
+        ValueError: in one line, whatever PyYAML says or lets through.
+    """
+    try:
+        loader = SettingsLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        keep_text(name, node)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark
+        where = f" in line {place.line + 1}, column {place.column + 1}" if place is not None else ""
+        raise ValueError(f"{error.context + ': ' if error.context else ''}{error.problem}{where}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply; no setting is") from None
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """YAML as far as settings need it: no tags; numbers and dates are text where the setting is; each name is there once."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        """Dates, 12:30:45 (which is 45045 to YAML), = and what is longer than a number stay text; no setting is one."""
+        tag = super().resolve(kind, value, implicit)
+        if kind is not yaml.ScalarNode or tag in (STR, NULL, MERGE):
+            return tag
+        other = tag in (INT, FLOAT) and (":" in value or len(value) > 100)
+        return STR if other or tag.endswith((":timestamp", ":value")) else tag
+
+    def scan_tag(self) -> None:
+        raise yaml.scanner.ScannerError(None, None, "a ! begins a YAML tag; quote the text", self.get_mark())
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", node.start_mark)
+        """Refuses a section or setting that is written twice, of which PyYAML would silently keep the last."""
+        names = []
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+            problem = f"{name} is there twice" if name in names else None
+            if key.tag != MERGE and not (key.tag == STR and name.isidentifier()):
+                problem = f"{SHORT.repr(name)} is not the name of a section or setting"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            names.append(name)
+            keep_text(name, value)
         return super().construct_mapping(node, deep)
+
+
+def keep_text(name: str, node: yaml.Node) -> None:
+    """007 is the text 007 where the setting is a text; ~ is the home folder where it is a path."""
+    if name not in TEXTS:
+        return
+    for value in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+        home = value.value == "~" and f".{name}" in "".join(PATHS)
+        value.tag = STR if home or value.tag in (INT, FLOAT) else value.tag
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
-        if not isinstance(values, dict):
+        section = {} if values.get(parent) is None else values[parent]
+        if not isinstance(section, dict):
             raise ConfigError(f"{key}: {parent} is a value, not a section")
+        values[parent] = dict(section)  # a copy: to a YAML alias, another section may be the same one
+        values = values[parent]
     values[leaf] = value
+
+
+# -------------------------------------------------------------------------------------------------- errors and the help
 
 
 def setting_of(problem: dict[str, Any]) -> str:
@@ -125,8 +265,8 @@ def describe(key: str, problems: list[dict[str, Any]], kind: type[Section]) -> s
         return f"{key}: not given; {list_settings(kind)[key].description or 'the section is needed'}"
     if first["type"] == "value_error":
         return ": ".join(filter(None, [key, str(first["ctx"]["error"])]))
-    came = repr(first["input"])
-    came = came if len(came) <= 60 else came[:60] + "..."
+    came = SHORT.repr(first["input"])
+    came = came if len(came) <= 63 else came[:60] + "..."
     inside_list, _ = depth(first)
     if inside_list:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -176,6 +316,15 @@ def settings_help(kind: type[Section] = Config) -> str:
         choice = f" {{{', '.join(choices)}}}" if len(choices) > 1 else ""
         lines.append(f"  {key}={text}{choice}\n      {field.description}")
     return "\n".join(lines)
+
+
+# names of settings that are texts, whatever they look like
+TEXTS = {
+    name.rpartition(".")[2]
+    for kind in (Config, SftConfig)
+    for name, field in list_settings(kind).items()
+    if field.annotation in (str, str | None, list[str])
+}
 
 
 def save_config(config: Section, path: Path) -> None:

@@ -1,0 +1,142 @@
+"""A run's folder: whether a new one can be made, a name for it, and the settings of an old one that is continued.
+
+Not here: what lies in it (vla_rl.run.checkpoint, vla_rl.run.metrics).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vla_rl.run.load_settings import (
+    ConfigKind,
+    absolute,
+    config_from_dict,
+    expand,
+    list_settings,
+    merge,
+    put_paths,
+    read_yaml,
+    save_config,
+    set_key,
+)
+from vla_rl.run.settings import Config, ConfigError, SftConfig, check_name
+
+# ------------------------------------------------------------------------------------------------------------------ new
+
+
+def with_absolute_output_dir(config: ConfigKind) -> ConfigKind:
+    """The same settings; where runs are kept is told from any folder."""
+    output_dir = str(Path(config.run.output_dir).absolute())
+    return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": output_dir})})
+
+
+def check_run_folder(config: Config | SftConfig) -> None:
+    """Whether the folder of a new run can be made; makes nothing.
+
+    Raises:
+        ConfigError: run.name is there already, or run.output_dir cannot be written to.
+    """
+    output_dir = Path(config.run.output_dir)
+    if config.run.name is not None and os.path.lexists(output_dir / config.run.name):
+        raise taken(output_dir / config.run.name)
+    nearest = next(path for path in (output_dir, *output_dir.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise ConfigError(f"run.output_dir={output_dir}: {nearest} is not a folder; give another place for runs")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.output_dir={output_dir}: {nearest} cannot be written to; give another place for runs")
+
+
+def make_run_folder(config: Config | SftConfig, automatic_name: str) -> Path:
+    """The new folder of a run, with its config.yaml in it.
+
+    Args:
+        automatic_name: where run.name is null; if another run has it, -2, -3, ... is put behind it.
+
+    Raises:
+        ConfigError: run.name is there already, or the folder cannot be made.
+    """
+    output_dir = Path(config.run.output_dir)
+    for number in itertools.count(1):
+        automatic = re.sub(r"[/\x00-\x1f]", "-", automatic_name) + (f"-{number}" if number > 1 else "")
+        folder = output_dir / (config.run.name or automatic)
+        try:
+            folder.mkdir(parents=True)  # fails if it is there: two runs that start at once never share one
+            break
+        except OSError as error:
+            if not os.path.lexists(folder):
+                raise ConfigError(f"run.output_dir={output_dir}: cannot make {folder} ({error.strerror})") from None
+            if config.run.name is not None:
+                raise taken(folder) from None
+    save_config(config, folder / "config.yaml")
+    return folder
+
+
+def taken(folder: Path) -> ConfigError:
+    return ConfigError(f"run folder {folder} exists; choose another run.name, or continue it with --resume {folder}")
+
+
+# -------------------------------------------------------------------------------------------------------------- resumed
+
+
+def resumed_settings(
+    resume: str, overrides: list[str], flags: dict[str, Any], kind: type[ConfigKind]
+) -> tuple[ConfigKind, ConfigKind, Path]:
+    """Of a run that is continued: its settings, those with overrides and flags, and its newest checkpoint, verified.
+
+    A run folder that was moved or copied is the run where it is now: run.output_dir and run.name are its present ones. Paths
+    that the run was given stay as they were written, but are made absolute where something is there.
+
+    Raises:
+        ConfigError: no run or checkpoint, or a torn one; or see vla_rl.run.load_settings.load_config.
+    """
+    from vla_rl.run.checkpoint import find_checkpoint  # torch: not before the arguments are known to be sound
+
+    try:
+        checkpoint = find_checkpoint(Path(expand(resume, "--resume")).resolve())
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ConfigError(f"--resume {resume:.200}: {error}; give a folder such as runs/NAME") from None
+    if checkpoint.parent.name != "checkpoints":
+        raise ConfigError(
+            f"--resume {resume}: the checkpoint is not in the folder checkpoints of a run, where the run goes on; put it "
+            f"into one, such as runs/NAME/checkpoints/{checkpoint.name}"
+        )
+    run, source = checkpoint.parent.parent, f"{checkpoint}/config.yaml"
+    recorded = read_yaml(source)
+    put_paths(recorded, absolute)
+    set_key(recorded, "run.output_dir", str(run.parent))
+    set_key(recorded, "run.name", None)
+    with suppress(ValueError):  # a folder may have been renamed to what is no name
+        set_key(recorded, "run.name", check_name(run.name))
+    before = config_from_dict(recorded, source, kind)
+    return before, config_from_dict(merge(recorded, overrides, flags), source, kind), checkpoint
+
+
+def changed_settings(
+    before: ConfigKind, after: ConfigKind, fixed: tuple[str, ...], free: tuple[str, ...] = ()
+) -> list[str]:
+    """ "policy.chunk_size (2 -> 4)": what differs, of the settings that begin with one of `fixed` and are not in `free`."""
+    changed = []
+    for name in list_settings(type(before)):
+        if "." in name and name.startswith(fixed) and name not in free:
+            old, new = setting(before, name), setting(after, name)
+            if old != new and not (name == "run.output_dir" and os.path.realpath(old) == os.path.realpath(new)):
+                changed.append(f"{name} ({old} -> {new})")
+    return changed
+
+
+def setting(config: Config | SftConfig, name: str) -> Any:
+    value = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def if_moved(error: ConfigError, key: str) -> ConfigError:
+    """The error, of a resumed run, and the setting that says where a thing is now; the run's checkpoint knows whether it is
+    the same one."""
+    return ConfigError(f"{error}; if it was moved, tell --resume where it is now with {key}=...")
