@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.run.load_settings import expand, load_config, settings_help
+from vla_rl.run.logs import configure_logging
 from vla_rl.run.run_folder import (
     changed_settings,
     check_run_folder,
@@ -48,7 +49,13 @@ FIXED_ON_RESUME = (
     *("run.seed", "run.output_dir", "run.name"),
 )
 # but for what depends on the machine and changes no data; whether it is the same base model, its fingerprint tells
-FREE_ON_RESUME = ("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb", "policy.checkpoint")
+FREE_ON_RESUME = (
+    "env.num_workers",
+    "env.simulators_per_worker",
+    "env.model_cache_gb",
+    "policy.checkpoint",
+    "policy.gradient_checkpointing",
+)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -275,9 +282,7 @@ def stop_on_signals(trainer) -> None:
 def main(argv: list[str] | None = None) -> int:
     """0: trained or stopped and saved; 1: the run failed; 2: a mistake in the settings or arguments; 130: interrupted."""
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("httpx", "robosuite_logs", "libero"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    configure_logging()
     try:
         config, checkpoint = settings_from(args)
         from tqdm.contrib.logging import logging_redirect_tqdm

@@ -167,7 +167,33 @@ def test_micro_batches_add_up_to_the_batch(data, tmp_path):
 def test_a_resume_refuses_other_data_or_another_policy(data, tmp_path, capsys):
     assert main(arguments(data, tmp_path, steps=1)) == 0
     assert main(["--resume", str(tmp_path / "r"), "policy.lora.alpha=3", "data.filter_no_ops=false"]) == 2
-    assert "settings of policy, data cannot change within a run" in capsys.readouterr().err
+    words = "policy.lora.alpha (16.0 -> 3.0), data.filter_no_ops (True -> False) cannot change within a run"
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_another_folder_with_its_data_and_itself_moved(data, tmp_path, capsys, monkeypatch):
+    own, run = tmp_path / "d.hdf5", tmp_path / "r"
+    shutil.copy(data, own)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments("d.hdf5", ".", "training.keep_checkpoints=9", steps=6)) == 0
+    expected = load_file(run / "model/model.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    own, run = own.rename(tmp_path / "elsewhere/e.hdf5"), run.rename(tmp_path / "elsewhere/s")
+    monkeypatch.chdir(tmp_path.parent)
+    early = str(run / "checkpoints/iteration-000003")
+    assert main(["--resume", early]) == 2
+    assert "tell --resume where it is now with data.files=..." in capsys.readouterr().err
+    assert main(["--resume", early, f"data.files=[{own}]"]) == 0
+    again = load_file(run / "model/model.safetensors")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("vla_rl.sft.time.strftime", lambda form: "now")
+    for _ in range(2):
+        assert main(arguments(data, tmp_path, "run.name=null", steps=1)) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"sft_libero_spatial_no_noops_seed0_now{n}" for n in ("", "-2")}
 
 
 def test_a_resume_notices_that_the_data_or_the_base_have_changed(data, tmp_path, capsys):

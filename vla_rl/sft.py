@@ -14,7 +14,8 @@ import logging
 import signal
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -24,17 +25,32 @@ from vla_rl.learning.samples import data_statistics, make_samples, split
 from vla_rl.learning.supervised_fine_tuning import SupervisedFineTuning
 from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
 from vla_rl.run.checkpoint import (
-    find_checkpoint,
     locked,
 )
 from vla_rl.run.failures import report
-from vla_rl.run.load_settings import load_config, save_config, settings_help
+from vla_rl.run.load_settings import expand, load_config, settings_help
 from vla_rl.run.logs import configure_logging
 from vla_rl.run.metrics import MetricsLogger, check_wandb
+from vla_rl.run.run_folder import (
+    changed_settings,
+    check_run_folder,
+    if_moved,
+    make_run_folder,
+    resumed_settings,
+    with_absolute_output_dir,
+)
 from vla_rl.run.settings import ConfigError, SftConfig
 from vla_rl.simulation.suites import task_instructions
 
 log = logging.getLogger("vla_rl.sft")
+
+# what a resumed run must share with the one that it continues, but for what changes no result, and for places: whether it is
+# the same base and the same data, their fingerprints tell
+FIXED_ON_RESUME = ("run.", "policy.", "data.")
+FREE_ON_RESUME = (
+    *("policy.checkpoint", "policy.gradient_checkpointing", "policy.as_trained", "data.files"),
+    *("run.device", "run.torch_threads"),
+)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -75,17 +91,8 @@ def read_data(config: SftConfig) -> list[Demonstration]:
     return demonstrations
 
 
-def new_run_folder(config: SftConfig) -> Path:
-    """Its name; the folder is made when there is something to put into it.
-
-    Raises:
-        ConfigError: it exists already.
-    """
-    name = config.run.name or f"sft_{config.data.name}_seed{config.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.run.output_dir) / name
-    if folder.exists():
-        raise ConfigError(f"run folder {folder} exists; choose another run.name, or --resume {folder}")
-    return folder
+def automatic_name(config: SftConfig) -> str:
+    return f"sft_{config.data.name}_seed{config.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
@@ -95,10 +102,13 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         torch.set_num_threads(config.run.torch_threads)
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda, but torch finds no CUDA GPU; set run.device=cpu")
-    check_checkpoint(settings.checkpoint, settings.use_proprio)
+    if checkpoint is None:
+        check_run_folder(config)
+    with where_moved("policy.checkpoint", checkpoint):
+        check_checkpoint(settings.checkpoint, settings.use_proprio)
     check_wandb(config)
-    folder = new_run_folder(config) if checkpoint is None else checkpoint.parent.parent
-    demonstrations = read_data(config)
+    with where_moved("data.files", checkpoint):
+        demonstrations = read_data(config)
     training, held_out = split(demonstrations, config.data.validation_fraction)
     steps, side = sum(map(len, training)), demonstrations[0].images.shape[2]
     renders = {d.render for d in demonstrations}
@@ -127,9 +137,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     validation = make_samples(held_out, policy.chunk_size, policy.image_size, progress) if held_out else None
     del demonstrations, training, held_out
 
-    if checkpoint is None:
-        folder.mkdir(parents=True)
-        save_config(config, folder / "config.yaml")
+    folder = make_run_folder(config, automatic_name(config)) if checkpoint is None else checkpoint.parent.parent
     with locked(folder), closing(MetricsLogger(folder, config)) as logger:
         trainer = SupervisedFineTuning(config, policy, train, validation, logger)
         if checkpoint is not None:
@@ -146,15 +154,24 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     return folder / "model"
 
 
+@contextmanager
+def where_moved(key: str, checkpoint: Path | None) -> Iterator[None]:
+    """A resumed run's base or data may lie elsewhere now; whether they are the same ones, its fingerprint tells."""
+    try:
+        yield
+    except ConfigError as error:
+        raise if_moved(error, key) if checkpoint is not None else error from None
+
+
 def settings_from(args: argparse.Namespace) -> tuple[SftConfig, Path | None]:
     if args.resume is None:
-        return load_config(args.config, args.overrides, kind=SftConfig), None
-    checkpoint = find_checkpoint(Path(args.resume).resolve())
-    before = load_config(checkpoint / "config.yaml", kind=SftConfig)
-    config = load_config(checkpoint / "config.yaml", args.overrides, kind=SftConfig)
-    changed = [name for name in ("run", "policy", "data") if getattr(before, name) != getattr(config, name)]
+        return with_absolute_output_dir(
+            load_config(expand(args.config, "--config"), args.overrides, kind=SftConfig)
+        ), None
+    before, config, checkpoint = resumed_settings(args.resume, args.overrides, {}, SftConfig)
+    changed = changed_settings(before, config, FIXED_ON_RESUME, FREE_ON_RESUME)
     if changed:
-        raise ConfigError(f"--resume {args.resume}: settings of {', '.join(changed)} cannot change within a run")
+        raise ConfigError(f"--resume {args.resume}: {', '.join(changed)} cannot change within a run; start a new one")
     return config, checkpoint
 
 
