@@ -23,6 +23,7 @@ from vla_rl.run.run_folder import (
     if_moved,
     make_run_folder,
     resumed_settings,
+    setting,
     with_absolute_output_dir,
 )
 from vla_rl.run.settings import Config, ConfigError
@@ -52,7 +53,7 @@ FIXED_ON_RESUME = (
 # but for what depends on the machine and changes no data; whether it is the same base model, its fingerprint tells
 FREE_ON_RESUME = (
     *("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb"),
-    "policy.checkpoint",
+    *("policy.checkpoint", "policy.as_trained"),
 )
 
 # MUJOCO_GL -> the library that it needs, and Debian's packages of it
@@ -60,6 +61,12 @@ RENDERERS = {
     "egl": ("EGL", "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"),
     "osmesa": ("OSMesa", "libosmesa6"),
 }
+
+# what trained_as.json beside a checkpoint may tell of its training
+TRAINED_AS = (
+    *("policy.decoder", "policy.num_images", "policy.use_proprio", "policy.chunk_size", "policy.center_crop"),
+    *("env.image_size", "env.render"),
+)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -171,6 +178,21 @@ def can_load(library: str) -> bool:
     return False
 
 
+def check_trained_as(config: Config, model: Path, resumed: bool) -> None:
+    """Used otherwise than it was trained, a checkpoint solves nothing; a run that has begun so goes on, warned.
+
+    Raises:
+        ConfigError: a setting differs, unless policy.as_trained is false or the run is resumed.
+    """
+    from vla_rl.model.trained_as import differences
+
+    other = differences(model, {name: setting(config, name) for name in TRAINED_AS})
+    if other and config.policy.as_trained and not resumed:
+        raise ConfigError(f"{'; '.join(other)}; or policy.as_trained=false to train it otherwise all the same")
+    for difference in [*other, *differences(model, {"eval.render": config.eval.render})]:
+        log.warning("%s", difference)
+
+
 def check_start(config: Config, resumed: bool) -> None:
     """All that can be told before a run folder is made and anything heavy begins, quick things first.
 
@@ -198,6 +220,7 @@ def check_start(config: Config, resumed: bool) -> None:
         raise (if_moved(error, "policy.checkpoint") if resumed else error) from None
     read_statistics(model, settings.unnorm_key or config.env.task_suite, settings.use_proprio)
     read_tokenizer(model)
+    check_trained_as(config, model, resumed)
 
 
 def train(config: Config, checkpoint: Path | None) -> None:

@@ -294,6 +294,7 @@ def started(monkeypatch) -> list[Path]:
         (lambda model: (model / "tokenizer.json").unlink(), [], "no tokenizer.json"),
         (lambda model: (model / "tokenizer.json").write_text("{"), [], "tokenizer.json cannot be read"),
         (lambda model: (model / "dataset_statistics.json").write_text("{"), [], "is not JSON"),
+        (lambda model: (model / "trained_as.json").write_text("[]"), [], "expected a JSON object"),
         (lambda model: (model / "model.safetensors").write_bytes(b"x"), [], "cut off"),
         (lambda model: None, ["policy.unnorm_key=x"], "unnorm_key=x"),
         (lambda model: None, ["run.output_dir=/proc/1/runs"], "run.output_dir=/proc/1/runs"),
@@ -318,6 +319,58 @@ def test_wandb_without_a_login_is_told_before_the_model_is_looked_for(started, t
     argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), "--wandb-project", "p", "--checkpoint", "no/such"]
     assert main(argv) == 2 and "run `wandb login`" in capsys.readouterr().err
     assert started == [] and not (tmp_path / "runs").exists()
+
+
+OTHERWISE = [
+    ("policy.use_proprio=false", "set policy.use_proprio=true"),
+    ("policy.chunk_size=4", "set policy.chunk_size=8"),
+    ("policy.center_crop=false", "set policy.center_crop=true"),
+    ("policy.num_images=2", "set policy.num_images=1"),
+    ("env.image_size=64", "set env.image_size=128"),
+    ("env.render=exact", "set env.render=fast"),
+]
+
+
+@pytest.mark.parametrize(("override", "way_out"), OTHERWISE)
+def test_a_checkpoint_is_used_as_it_was_trained_unless_that_is_meant(
+    override, way_out, model, started, tmp_path, capsys, caplog
+):
+    argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs"), override]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"{override}, but model was trained with" in error and way_out in error
+    assert "policy.as_trained=false" in error and len(error.splitlines()) == 1
+    assert started == [] and not (tmp_path / "runs").exists()
+    assert main([*argv, "policy.as_trained=false"]) == 0 and len(started) == 1
+    assert way_out in caplog.text
+
+
+def test_all_differences_are_told_at_once(model, started, tmp_path, capsys):
+    argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs")]
+    autoregressive = ["policy.decoder=autoregressive", "policy.chunk_size=1"]
+    assert main([*argv, *autoregressive, *(override for override, _ in OTHERWISE if "chunk" not in override)]) == 2
+    error = capsys.readouterr().err
+    ways = [way for _, way in OTHERWISE] + ["set policy.decoder=parallel"]
+    assert all(way in error for way in ways) and len(error.splitlines()) == 1
+
+
+def test_evaluation_on_other_images_than_those_of_the_training_is_a_warning(model, started, tmp_path, caplog):
+    argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs")]
+    assert main(argv) == 0 and "was trained with" not in caplog.text
+    assert main([*argv, "eval.render=exact", "run.name=x"]) == 0
+    assert "eval.render=exact, but model was trained with fast" in caplog.text and len(started) == 2
+
+
+def test_a_resumed_run_that_differs_from_the_training_goes_on_with_a_warning(run, model, started, caplog):
+    assert main(["--resume", str(run), "--checkpoint", str(model)]) == 0
+    assert started == [run] and "policy.chunk_size=2, but model was trained with 8" in caplog.text
+    assert main(["--resume", str(run), "--checkpoint", str(model), "policy.as_trained=false"]) == 0
+
+
+def test_a_checkpoint_of_which_nothing_is_known_is_used_as_the_settings_say(model, started, tmp_path, caplog):
+    (model / "trained_as.json").unlink()
+    argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs"), "env.image_size=64"]
+    assert main(argv) == 0 and len(started) == 1 and "was trained with" not in caplog.text
 
 
 def test_torn_checkpoint_is_refused_and_the_earlier_one_named(run, capsys):
