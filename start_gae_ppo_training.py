@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import ctypes.util
 import logging
 import os
 import re
@@ -10,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from vla_rl.run.run_folder import (
     if_moved,
     make_run_folder,
     resumed_settings,
+    setting,
     with_absolute_output_dir,
 )
 from vla_rl.run.settings import Config, ConfigError
@@ -50,11 +53,20 @@ FIXED_ON_RESUME = (
 )
 # but for what depends on the machine and changes no data; whether it is the same base model, its fingerprint tells
 FREE_ON_RESUME = (
-    "env.num_workers",
-    "env.simulators_per_worker",
-    "env.model_cache_gb",
-    "policy.checkpoint",
-    "policy.gradient_checkpointing",
+    *("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb"),
+    *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing"),
+)
+
+# MUJOCO_GL -> the library that it needs, and Debian's packages of it
+RENDERERS = {
+    "egl": ("EGL", "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"),
+    "osmesa": ("OSMesa", "libosmesa6"),
+}
+
+# what trained_as.json beside a checkpoint may tell of its training
+TRAINED_AS = (
+    *("policy.decoder", "policy.num_images", "policy.use_proprio", "policy.chunk_size", "policy.center_crop"),
+    *("env.image_size", "env.render"),
 )
 
 
@@ -147,42 +159,92 @@ def check_device(config: Config) -> None:
 
 def check_rendering() -> None:
     backend = os.environ.get("MUJOCO_GL") or "egl"
-    if backend not in ("egl", "osmesa"):
+    if backend not in RENDERERS:
         raise ConfigError(
             f"MUJOCO_GL={backend}: the simulators render without a screen, with egl (the default, on a GPU or in software) "
             "or osmesa (software); unset MUJOCO_GL or set it to one of them"
         )
+    library, packages = RENDERERS[backend]
+    if not can_load(library):
+        raise ConfigError(
+            f"MUJOCO_GL={backend}: the library {library}, with which the simulators render, is not there; install it "
+            f"(apt-get install -y {packages}), or set MUJOCO_GL={'osmesa' if backend == 'egl' else 'egl'} if that is there"
+        )
 
 
-def train(config: Config, checkpoint: Path | None) -> None:
-    """Checks what the settings need of the machine, makes the run folder, and trains in it."""
+def can_load(library: str) -> bool:
+    names = (f"lib{library}.so.1", f"lib{library}.so.8", ctypes.util.find_library(library), f"lib{library}.so")
+    for name in filter(None, names):
+        with suppress(OSError):
+            return bool(ctypes.CDLL(name))
+    return False
+
+
+def check_trained_as(config: Config, model: Path, resumed: bool) -> None:
+    """Used otherwise than it was trained, a checkpoint solves nothing; a run that has begun so goes on, warned.
+
+    Raises:
+        ConfigError: a setting differs, unless policy.as_trained is false or the run is resumed.
+    """
+    from vla_rl.model.trained_as import differences
+
+    other = differences(model, {name: setting(config, name) for name in TRAINED_AS})
+    if other and config.policy.as_trained and not resumed:
+        raise ConfigError(f"{'; '.join(other)}; or policy.as_trained=false to train it otherwise all the same")
+    for difference in [*other, *differences(model, {"eval.render": config.eval.render})]:
+        log.warning("%s", difference)
+
+
+def check_start(config: Config, resumed: bool) -> None:
+    """All that can be told before a run folder is made and anything heavy begins, quick things first.
+
+    Raises:
+        ConfigError: what the settings need is not there.
+    """
     check_device(config)
     check_rendering()
+    if not resumed:
+        check_run_folder(config)
     if config.env.reward == "dense":
         from vla_rl.simulation.suites import check_dense_reward
 
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 
-    from vla_rl.model.checkpoint_folder import read_statistics
+    from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer
     from vla_rl.model.policy import check_checkpoint
-    from vla_rl.run.checkpoint import locked
     from vla_rl.run.metrics import check_wandb
 
-    if checkpoint is None:
-        check_run_folder(config)
-    try:
-        model = check_checkpoint(config.policy.checkpoint, config.policy.use_proprio)
-    except ConfigError as error:
-        raise if_moved(error, "policy.checkpoint") if checkpoint is not None else error from None
-    read_statistics(model, config.policy.unnorm_key or config.env.task_suite, config.policy.use_proprio)
     check_wandb(config)
+    settings = config.policy
+    try:
+        model = check_checkpoint(settings.checkpoint, settings.use_proprio)
+    except ConfigError as error:
+        raise (if_moved(error, "policy.checkpoint") if resumed else error) from None
+    read_statistics(model, settings.unnorm_key or config.env.task_suite, settings.use_proprio)
+    read_tokenizer(model)
+    check_trained_as(config, model, resumed)
+
+
+def train(config: Config, checkpoint: Path | None) -> None:
+    """Checks what the settings need, makes the run folder, and trains in it."""
+    check_start(config, resumed=checkpoint is not None)
+    from vla_rl.run.checkpoint import locked
+
     folder = make_run_folder(config, automatic_name(config)) if checkpoint is None else checkpoint.parent.parent
     with locked(folder):
         try:
             build_and_train(config, checkpoint, folder)
-        finally:
-            if {path.name for path in folder.iterdir()} == {"config.yaml", ".lock"}:  # nothing was made: no such run
+        except BaseException:
+            if checkpoint is None and is_untouched(folder):
+                log.warning("nothing was measured or trained: %s is removed", folder)
                 shutil.rmtree(folder)
+            raise
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether a run folder has nothing but what a start makes: a checkpoint at 0 timesteps is the settings again."""
+    made = {path.name for path in folder.iterdir()} <= {"config.yaml", ".lock", "wandb", "wandb_id", "checkpoints"}
+    return made and all("iteration-000000" in path.name for path in folder.glob("checkpoints/*"))
 
 
 def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:
@@ -190,16 +252,15 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
     from vla_rl.run.metrics import MetricsLogger
     from vla_rl.simulation.vector_env import make_vector_env
 
-    logger = MetricsLogger(folder, config)
-    log.info("run folder %s", folder)
-
-    policy = build_policy(config)
-    value_head = build_value_head(config, policy.hidden_size)
-    log_sizes(policy, value_head)
-
-    num_evaluations = len(config.env.task_ids) * len(config.eval.states)
     with ExitStack() as cleanup:
+        logger = MetricsLogger(folder, config)
         cleanup.callback(logger.close)
+        log.info("run folder %s", folder)
+        policy = build_policy(config)
+        value_head = build_value_head(config, policy.hidden_size)
+        log_sizes(policy, value_head)
+
+        num_evaluations = len(config.env.task_ids) * len(config.eval.states)
         overlap = config.rollout.overlap
         envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs, overlap=overlap)))
         num_eval_envs = min(config.eval.num_envs, num_evaluations)

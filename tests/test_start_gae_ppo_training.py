@@ -13,11 +13,14 @@ import pytest
 import torch
 import yaml
 
-from start_gae_ppo_training import ROOT, build_policy, build_value_head, main, parse_args, settings_from
+from start_gae_ppo_training import ROOT, build_policy, build_value_head, can_load, main, parse_args, settings_from
 from tests.trainers import make_trainer
 from vla_rl.model.tiny_openvla import TRAINED
+from vla_rl.model.trained_as import write_trained_as
 from vla_rl.run.checkpoint import write_manifest
 from vla_rl.run.load_settings import list_settings, save_config
+from vla_rl.run.settings import ConfigError
+from vla_rl.types import SimulatorDied
 
 TINY = "configs/tiny_gae_ppo.yaml"
 
@@ -114,6 +117,18 @@ def test_unknown_rendering_back_end_is_named_with_those_that_work(capsys, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_rendering_library_that_is_missing_is_told_with_its_package(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("start_gae_ppo_training.can_load", lambda library: library != "OSMesa")
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 2
+    assert "the library OSMesa" in (error := capsys.readouterr().err) and "apt-get install -y libosmesa6" in error
+    assert len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_library_is_there_if_it_can_be_loaded():
+    assert can_load("c") and not can_load("NoSuchLibrary")
+
+
 def test_hub_checkpoint_that_cannot_be_had_says_where_it_looked_and_how_to_get_it(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["--config", TINY, "--checkpoint", "openvla/no-such-model", "--output-dir", str(tmp_path)]) == 2
@@ -200,6 +215,162 @@ def test_run_that_ends_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("start_gae_ppo_training.build_policy", interrupted)
     assert main(["--config", TINY, "--output-dir", str(tmp_path), "run.name=x"]) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", [[], ["wandb_id", "wandb/x", "checkpoints/iteration-000000/trainer.pt"]])
+def test_start_that_fails_leaves_no_run_of_nothing(left, tmp_path, monkeypatch):
+    def fails(config, checkpoint, folder):
+        write(folder, *left)
+        raise SimulatorDied("no rendering")
+
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", fails)
+    assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+@pytest.mark.parametrize(
+    "left", ["metrics.jsonl", "checkpoints/iteration-000001/trainer.pt", "nonfinite_iteration_1.pt"]
+)
+def test_run_that_fails_later_keeps_what_it_has(left, tmp_path, monkeypatch):
+    def fails(config, checkpoint, folder):
+        write(folder, left, "checkpoints/iteration-000000/trainer.pt")
+        raise SimulatorDied("killed")
+
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", fails)
+    assert main(["--config", TINY, "--output-dir", str(tmp_path), "run.name=r"]) == 1
+    assert (tmp_path / "r" / left).exists() and (tmp_path / "r/checkpoints/iteration-000000").exists()
+
+
+def test_resume_that_fails_leaves_the_run(run, monkeypatch):
+    before = sorted(path.name for path in run.rglob("*") if path.name != ".lock")
+    monkeypatch.setattr("start_gae_ppo_training.is_untouched", lambda folder: True)
+    assert main(["--resume", str(run)]) == 2  # another model
+    assert sorted(path.name for path in run.rglob("*") if path.name != ".lock") == before
+
+
+def test_wandb_is_finished_when_the_start_fails(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr("vla_rl.run.metrics.MetricsLogger.close", lambda logger: closed.append(logger))
+
+    def fails(config):
+        raise ConfigError("no such thing")
+
+    monkeypatch.setattr("start_gae_ppo_training.build_policy", fails)
+    assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 2
+    assert len(closed) == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A copy of the small OpenVLA that says how it was trained."""
+    shutil.copytree(TRAINED, tmp_path / "model")
+    write_trained_as(
+        tmp_path / "model",
+        {
+            **{"decoder": "parallel", "num_images": 1, "use_proprio": True, "chunk_size": 8, "center_crop": True},
+            **{"image_size": 128, "render": "fast"},
+        },
+    )
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[Path]:
+    """The run folders of starts that passed all checks; nothing is built."""
+    folders = []
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda c, _, folder: folders.append(folder))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("breaks", "argv", "words"),
+    [
+        (lambda model: (model / "tokenizer.json").unlink(), [], "no tokenizer.json"),
+        (lambda model: (model / "tokenizer.json").write_text("{"), [], "tokenizer.json cannot be read"),
+        (lambda model: (model / "dataset_statistics.json").write_text("{"), [], "is not JSON"),
+        (lambda model: (model / "trained_as.json").write_text("[]"), [], "expected a JSON object"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"x"), [], "cut off"),
+        (lambda model: None, ["policy.unnorm_key=x"], "unnorm_key=x"),
+        (lambda model: None, ["run.output_dir=/proc/1/runs"], "run.output_dir=/proc/1/runs"),
+        (
+            lambda model: None,
+            ["env.reward=dense", "env.task_suite=libero_goal", "env.task_ids=7"],
+            "use env.reward=sparse",
+        ),
+    ],
+)
+def test_what_is_missing_is_told_before_a_run_folder_is_made(breaks, argv, words, model, started, tmp_path, capsys):
+    breaks(model)
+    output_dir = [f"run.output_dir={tmp_path / 'runs'}"]
+    assert main(["--config", TINY, "--checkpoint", str(model), *output_dir, *argv]) == 2
+    assert words in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+    assert started == [] and not (tmp_path / "runs").exists()
+
+
+def test_wandb_without_a_login_is_told_before_the_model_is_looked_for(started, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wandb.login", lambda **_: False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), "--wandb-project", "p", "--checkpoint", "no/such"]
+    assert main(argv) == 2 and "run `wandb login`" in capsys.readouterr().err
+    assert started == [] and not (tmp_path / "runs").exists()
+
+
+OTHERWISE = [
+    ("policy.use_proprio=false", "set policy.use_proprio=true"),
+    ("policy.chunk_size=4", "set policy.chunk_size=8"),
+    ("policy.center_crop=false", "set policy.center_crop=true"),
+    ("policy.num_images=2", "set policy.num_images=1"),
+    ("env.image_size=64", "set env.image_size=128"),
+    ("env.render=exact", "set env.render=fast"),
+]
+
+
+@pytest.mark.parametrize(("override", "way_out"), OTHERWISE)
+def test_a_checkpoint_is_used_as_it_was_trained_unless_that_is_meant(
+    override, way_out, model, started, tmp_path, capsys, caplog
+):
+    argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs"), override]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"{override}, but model was trained with" in error and way_out in error
+    assert "policy.as_trained=false" in error and len(error.splitlines()) == 1
+    assert started == [] and not (tmp_path / "runs").exists()
+    assert main([*argv, "policy.as_trained=false"]) == 0 and len(started) == 1
+    assert way_out in caplog.text
+
+
+def test_all_differences_are_told_at_once(model, started, tmp_path, capsys):
+    argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs")]
+    autoregressive = ["policy.decoder=autoregressive", "policy.chunk_size=1"]
+    assert main([*argv, *autoregressive, *(override for override, _ in OTHERWISE if "chunk" not in override)]) == 2
+    error = capsys.readouterr().err
+    ways = [way for _, way in OTHERWISE] + ["set policy.decoder=parallel"]
+    assert all(way in error for way in ways) and len(error.splitlines()) == 1
+
+
+def test_evaluation_on_other_images_than_those_of_the_training_is_a_warning(model, started, tmp_path, caplog):
+    argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs")]
+    assert main(argv) == 0 and "was trained with" not in caplog.text
+    assert main([*argv, "eval.render=exact", "run.name=x"]) == 0
+    assert "eval.render=exact, but model was trained with fast" in caplog.text and len(started) == 2
+
+
+def test_a_resumed_run_that_differs_from_the_training_goes_on_with_a_warning(run, model, started, caplog):
+    assert main(["--resume", str(run), "--checkpoint", str(model)]) == 0
+    assert started == [run] and "policy.chunk_size=2, but model was trained with 8" in caplog.text
+    assert main(["--resume", str(run), "--checkpoint", str(model), "policy.as_trained=false"]) == 0
+
+
+def test_a_checkpoint_of_which_nothing_is_known_is_used_as_the_settings_say(model, started, tmp_path, caplog):
+    (model / "trained_as.json").unlink()
+    argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs"), "env.image_size=64"]
+    assert main(argv) == 0 and len(started) == 1 and "was trained with" not in caplog.text
 
 
 def test_torn_checkpoint_is_refused_and_the_earlier_one_named(run, capsys):

@@ -136,6 +136,10 @@ class PolicyConfig(Section):
     unnorm_key: str | None = Field(None, description="entry of dataset_statistics.json; null takes the task suite's")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the frozen base weights")
     gradient_checkpointing: bool = Field(False, description="recompute activations backward: less memory, slower")
+    as_trained: bool = Field(
+        True,
+        description="settings that differ from how the checkpoint was trained are an error; false: a warning",
+    )
     lora: LoraConfig = Field(default_factory=LoraConfig)
 
 
