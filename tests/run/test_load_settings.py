@@ -331,6 +331,13 @@ def test_a_path_is_expanded_and_kept_absolute(home, key, written):
         assert value == ([expected] if section == "data" else expected)
 
 
+def test_a_link_stays_one_but_before_two_dots(home):
+    (home / "far" / "inner").mkdir(parents=True)
+    (home / "link").symlink_to(home / "far" / "inner")
+    assert load_config(overrides=["policy.checkpoint=link"]).policy.checkpoint == str(home / "link")
+    assert load_config(overrides=["run.output_dir=link/../runs"]).run.output_dir == str(home / "far" / "runs")
+
+
 def test_a_name_or_a_hub_id_is_no_path(home):
     for name in ("tiny-openvla", "tiny-openvla-random", "openvla/openvla-7b", "no/such/folder"):
         assert load_config(overrides=[f"policy.checkpoint={name}"]).policy.checkpoint == name

@@ -68,7 +68,7 @@ def test_a_place_that_cannot_hold_runs_is_told_and_nothing_is_made(tmp_path, mon
 def test_where_runs_are_kept_is_told_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert with_absolute_output_dir(Config()).run.output_dir == str(tmp_path / "runs")
-    config = Config(run={"output_dir": "/a/../b", "seed": 3})
+    config = Config(run={"output_dir": "/a/b", "seed": 3})
     assert with_absolute_output_dir(config) == config
 
 

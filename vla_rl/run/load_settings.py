@@ -114,9 +114,14 @@ def absolute(key: str, path: str) -> str:
     """A path as it is found from any folder. What is not there stays as it was written, so that errors show that, and a name
     of policy.checkpoint or Hugging Face id stays one; the default of run.output_dir stays until a run takes it."""
     if key == "run.output_dir":
-        return path if path == RunFolderConfig().output_dir else str(Path(path).absolute())
+        return path if path == RunFolderConfig().output_dir else from_root(path)
     there = path not in NO_PATHS and os.path.isdir(path) if key == "policy.checkpoint" else os.path.exists(path)
-    return str(Path(path).absolute()) if there else path
+    return from_root(path) if there else path
+
+
+def from_root(path: str) -> str:
+    """Absolute; with its links as they are, but where it has .., which means something else behind a link."""
+    return os.path.realpath(path) if ".." in Path(path).parts else str(Path(path).absolute())
 
 
 def full_path(key: str, path: str) -> str:

@@ -17,6 +17,7 @@ from vla_rl.run.load_settings import (
     absolute,
     config_from_dict,
     expand,
+    from_root,
     list_settings,
     merge,
     put_paths,
@@ -31,7 +32,7 @@ from vla_rl.run.settings import Config, ConfigError, SftConfig, check_name
 
 def with_absolute_output_dir(config: ConfigKind) -> ConfigKind:
     """The same settings; where runs are kept is told from any folder."""
-    output_dir = str(Path(config.run.output_dir).absolute())
+    output_dir = from_root(config.run.output_dir)
     return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": output_dir})})
 
 
