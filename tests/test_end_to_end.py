@@ -34,6 +34,7 @@ SETTINGS = [
     "algorithm.micro_batch_size=2",
     "eval.states=0-1",
     "env.image_size=64",
+    "policy.as_trained=false",  # the small images are for speed
     "run.torch_threads=1",
     "logging.checkpoint_interval=1",
     "logging.keep_checkpoints=9",

@@ -85,7 +85,7 @@ def test_imports_point_down_or_stay_in_the_wing(name):
     assert above == []
 
 
-@pytest.mark.parametrize("part", FLOOR_OF)
+@pytest.mark.parametrize("part", sorted(FLOOR_OF))
 def test_modules_of_one_part_do_not_import_in_a_circle(part):
     beside = {n: {o for o in own_imports(path) if part_of(o) == part} - {n} for n, path in NAMES.items()}
     beside = {name: needed for name, needed in beside.items() if part_of(name) == part}
