@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything a change must pass: setup, shellcheck, ruff, pytest. Flags go to pytest: tests/run.sh -m "not libero"
+# Everything a change must pass: setup, shellcheck, ruff, pytest. Flags go to pytest: tests/run.sh -m "not libero"; the slow
+# ones, left out by default, are tests/run.sh -m slow
 set -Eeuo pipefail
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 bin=$PWD/.venv/bin
