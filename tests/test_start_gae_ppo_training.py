@@ -13,12 +13,24 @@ import pytest
 import torch
 import yaml
 
-from start_gae_ppo_training import ROOT, build_policy, build_value_head, can_load, main, parse_args, settings_from
+from start_gae_ppo_training import (
+    FIXED_ON_RESUME,
+    FREE_ON_RESUME,
+    ROOT,
+    build_policy,
+    build_value_head,
+    can_load,
+    main,
+    parse_args,
+    settings_from,
+)
 from tests.trainers import make_trainer
 from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.model.trained_as import write_trained_as
 from vla_rl.run.checkpoint import write_manifest
+from vla_rl.run.failures import explain
 from vla_rl.run.load_settings import list_settings, save_config
+from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import SimulatorDied
 
@@ -467,3 +479,15 @@ def test_number_of_torch_threads_and_size_of_the_value_head_are_those_set():
         assert build_value_head(config_of("--config", "configs/tiny_grpo.yaml"), 128) is None
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_the_out_of_memory_hint_proposes_is_accepted_by_a_resume():
+    from vla_rl import sft
+
+    hint = explain(torch.OutOfMemoryError("CUDA out of memory."))
+    assert "micro_batch_size" in hint and "policy.gradient_checkpointing=true" in hint
+    before = config_of("--config", TINY)
+    after = config_of("--config", TINY, "policy.gradient_checkpointing=true", "algorithm.micro_batch_size=1")
+    assert before != after and changed_settings(before, after, FIXED_ON_RESUME, FREE_ON_RESUME) == []
+    assert "policy.gradient_checkpointing" in sft.FREE_ON_RESUME
+    assert not "training.micro_batch_size".startswith(sft.FIXED_ON_RESUME)
