@@ -151,6 +151,7 @@ def test_drops_begin_while_something_is_carried_and_last_some_steps():
 
 
 @pytest.mark.libero
+@pytest.mark.slow
 def test_what_was_dropped_is_picked_up_again():
     """The hand is open where the expert's own action says closed, and the episode is longer, and succeeds."""
     env = LiberoEnv("libero_spatial", chunk_size=1, image_size=16, render="fast")

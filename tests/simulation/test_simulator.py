@@ -16,7 +16,10 @@ from vla_rl.types import Episode
 pytestmark = pytest.mark.libero
 
 
-@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
+SLOW_SUITES = [pytest.param(suite, marks=pytest.mark.slow) for suite in ("libero_object", "libero_goal", "libero_10")]
+
+
+@pytest.mark.parametrize("suite", ["libero_spatial", *SLOW_SUITES])
 def test_everything_comes_to_rest_in_all_tasks(suite):
     """The fixed states hold objects above where they belong; with a MuJoCo that is too new a bowl slides off its ramekin."""
     for task in range(10):
