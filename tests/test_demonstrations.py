@@ -264,9 +264,9 @@ def test_a_place_that_cannot_be_written_is_told_before_a_simulator_starts(tmp_pa
         tmp_path / f"{'x' * 300}.hdf5": "cannot be written: File name too long",
         tmp_path / "link.hdf5": "exists; choose another name",
         "/proc/d.hdf5": "cannot be written: ",
-        "$NOWHERE/d.hdf5": "it names no place; write the path in full, or set the variable",
-        "~nobody-of-this-name/d.hdf5": "it names no place",
-        "": "it names no place",
+        "$NOWHERE/d.hdf5": "the variable NOWHERE is not set; set it, or write the path out",
+        "~nobody-of-this-name/d.hdf5": "there is no home folder ~nobody-of-this-name",
+        "": "is no path; give a file or folder",
     }
     for out, message in mistakes.items():
         assert main(["--out", str(out)]) == 2

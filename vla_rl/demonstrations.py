@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from vla_rl.learning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
 from vla_rl.run.failures import report
+from vla_rl.run.load_settings import expand
 from vla_rl.run.logs import configure_logging
 from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators
@@ -339,9 +340,7 @@ def check_out(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: it is there already, or cannot be written.
     """
-    args.out = os.path.expanduser(os.path.expandvars(args.out))
-    if not args.out or args.out.startswith("~") or "$" in args.out:
-        raise ConfigError(f"--out {args.out!r}: it names no place; write the path in full, or set the variable")
+    args.out = expand(args.out, "--out")
     out = Path(args.out)
     folder = out.parent if is_file_name(out) else out
     try:

@@ -24,9 +24,7 @@ from vla_rl.learning.demonstration_file import Demonstration, find_files, read_d
 from vla_rl.learning.samples import data_statistics, make_samples, split
 from vla_rl.learning.supervised_fine_tuning import SupervisedFineTuning
 from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
-from vla_rl.run.checkpoint import (
-    locked,
-)
+from vla_rl.run.checkpoint import locked
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand, load_config, settings_help
 from vla_rl.run.logs import configure_logging
@@ -150,7 +148,8 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         if trainer.stop_requested:
             return folder
         trainer.save_model(folder / "model", side, render)
-    log.info("model in %s; train it with env.image_size=%d env.render=%s", folder / "model", side, render or "exact")
+    seen = f"env.image_size={side}" + (f" env.render={render}" if render else "")
+    log.info("model in %s; train it with %s", folder / "model", seen)
     return folder / "model"
 
 

@@ -26,8 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vla_rl.model.prismatic_config import is_list, one_line, read_config, read_json, refuse_lfs_pointer
+from vla_rl.model.prismatic_config import is_list, read_config, read_json, refuse_lfs_pointer
 from vla_rl.run.checkpoint import save_tensors, save_torch
+from vla_rl.run.failures import one_line
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM, PROPRIO_DIM
 

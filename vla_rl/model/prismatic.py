@@ -28,7 +28,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vla_rl.model.checkpoint_folder import find_proprio_file, official_name, read_tensors, tensor_shapes
-from vla_rl.model.prismatic_config import PrismaticConfig, one_line, read_config
+from vla_rl.model.prismatic_config import PrismaticConfig, read_config
+from vla_rl.run.failures import one_line
 from vla_rl.run.settings import ConfigError
 
 PROPRIO_DIM = 8  # as vla_rl.types; the network must not import what is of robots

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vla_rl.run.failures import one_line
 from vla_rl.run.settings import ConfigError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -44,9 +45,8 @@ LLAMA_FIXED = {
     **dict.fromkeys(["attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"]),
 }
 ROPE_FIXED = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-MAX_SIZE = (
-    2**20
-)  # of a layer, a vocabulary, an image: none is near, and a network larger than this would not end building
+# of a layer, a vocabulary, an image: none is near, and a network larger than this would not end building
+MAX_SIZE = 2**20
 TINY_VIT = ("embed_dim", "depth", "num_heads", "mlp_ratio")  # what the tiny checkpoints change of timm's models
 
 
@@ -209,7 +209,3 @@ def refuse_lfs_pointer(path: Path) -> None:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); it must be a file that you may read") from None
     if start == LFS_POINTER:
         raise ConfigError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
-
-
-def one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -272,7 +272,7 @@ def loading(path: Path) -> Iterator[None]:
     except ConfigError:  # says it in its own words
         raise
     except Exception as error:  # of pickle, zip files, torch, safetensors: there is no common kind
-        raise torn(path.parent, f"{path.name} cannot be loaded ({one_line(error)[:300]})") from error
+        raise torn(path.parent, f"{path.name} cannot be loaded ({one_line(error)})") from error
 
 
 def sha256(path: Path) -> str:

@@ -30,15 +30,13 @@ def explain(error: Exception) -> str | None:
         return f"the disk is full ({error}). Make room, then --resume the run if it has begun, or start it again."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{error}: the place that is written to must be writable."
-    if isinstance(error, ImportError) and not (error.name or "").startswith(
-        "vla_rl"
-    ):  # a package that is missing or broken
-        return str(error)
+    if isinstance(error, ImportError) and not (error.name or "").startswith("vla_rl"):
+        return str(error)  # of a package that is missing or broken
     if isinstance(error, (NonFiniteError, InvariantError, RenderingError, SimulatorDied)):
         return str(error)
     return None
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of a log; its kind if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, on one line of a log and at most 300 characters; its kind if it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

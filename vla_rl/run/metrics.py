@@ -57,11 +57,11 @@ class MetricsLogger:
     def continue_from(self, iteration: int, evaluated: bool = True) -> None:
         """The run resumes from a checkpoint of this iteration: what was logged later is moved aside, not lost.
 
-        Args:
-            evaluated: the checkpoint knows of its iteration's evaluation; else that is later too, and done again.
-
         wandb cannot take points back (its rewind is not on every server), so where there are later ones its run ends and
         a new one of the same group begins with the lines that count.
+
+        Args:
+            evaluated: the checkpoint knows of its iteration's evaluation; else that is later too, and done again.
 
         Raises:
             ConfigError: a line is damaged, or wandb cannot start.
@@ -73,9 +73,8 @@ class MetricsLogger:
             self.wandb_run = start_wandb(self.folder, self.config, supersede=True)
             for record in earlier:
                 self.log_to_wandb(record)
-        set_aside_later_lines(
-            self.path, iteration, evaluated
-        )  # last: what fails before it is done again by the next resume
+        # last: what fails before it is done again by the next resume
+        set_aside_later_lines(self.path, iteration, evaluated)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One line; metrics must hold `timesteps` and `iteration`. NaN and infinity become null, as JSON has neither."""

@@ -174,9 +174,8 @@ class LiberoEnv(gymnasium.Env):
         """Repeats the episode up to its state, bit for bit, and returns the observation there; renders once."""
         actions = state["actions"]
         self._start(as_dict(state["episode"]), render=len(actions) == 0)
-        if len(
-            actions
-        ):  # measured again after no step, a potential would differ: of kinematics put back, not stepped into
+        if len(actions):
+            # after no step nothing is measured again: kinematics put back give another potential than those stepped into
             self._execute(actions)
         return self._observe()
 

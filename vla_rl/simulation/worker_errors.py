@@ -27,14 +27,14 @@ class WorkerError:
         kind = type(error)
         try:
             message = str(error)
-        except Exception:
+        except Exception:  # of a __str__ of anybody's
             message = "(its message cannot be read)"
         try:
             pickled = pickle.dumps(error)
-            copy = pickle.loads(pickled)
+            copy = pickle.loads(pickled)  # our own bytes
             if type(copy) is not kind or str(copy) != message:
                 pickled = None
-        except Exception:
+        except Exception:  # of anybody's __reduce__ or __init__
             pickled = None
         trace = "".join(traceback.format_exception(error))
         return cls(pickled, kind.__module__, kind.__qualname__, message, trace)
@@ -48,7 +48,7 @@ class WorkerError:
         error = RuntimeError(f"{self.kind}: {self.message}")
         if self.pickled is not None and self.module in sys.modules:
             try:
-                error = pickle.loads(self.pickled)
+                error = pickle.loads(self.pickled)  # of our own worker
             except Exception as broken:
                 error.add_note(f"it could not be built again: {type(broken).__name__}: {broken}")
         error.add_note(f"In {worker}:\n{self.trace}")
