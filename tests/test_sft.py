@@ -27,7 +27,7 @@ from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.trained_as import read_trained_as
 from vla_rl.run.load_settings import load_config, read_yaml
 from vla_rl.run.metrics import read_metrics
-from vla_rl.run.settings import SftConfig
+from vla_rl.run.sft_settings import SftConfig
 from vla_rl.sft import main
 
 ROOT = Path(__file__).parent.parent

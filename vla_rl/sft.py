@@ -37,7 +37,8 @@ from vla_rl.run.run_folder import (
     resumed_settings,
     with_absolute_output_dir,
 )
-from vla_rl.run.settings import ConfigError, SftConfig
+from vla_rl.run.settings import ConfigError
+from vla_rl.run.sft_settings import SftConfig
 from vla_rl.simulation.suites import task_instructions
 
 log = logging.getLogger("vla_rl.sft")

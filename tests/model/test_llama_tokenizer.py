@@ -84,11 +84,11 @@ def policy(request, llama, tmp_path_factory) -> OpenVLAPolicy:
 
 def test_prompts_have_the_official_ids(policy):
     for case in PROMPTS["cases"]:
-        assert policy.encode_prompt(case["task"]) == case["input_ids_with_29871"], case["task"]
+        assert policy.processor.encode_prompt(case["task"]) == case["input_ids_with_29871"], case["task"]
 
 
 def test_a_batch_has_the_official_ids_and_padding(policy):
-    input_ids, attention_mask = policy.tokenize(TASKS)
+    input_ids, attention_mask = policy.processor.tokenize(TASKS)
     for row, mask, case in zip(input_ids.tolist(), attention_mask.tolist(), PROMPTS["cases"], strict=True):
         ids = case["input_ids_with_29871"]
         padding = len(row) - len(ids)
@@ -98,24 +98,24 @@ def test_a_batch_has_the_official_ids_and_padding(policy):
 
 def test_special_tokens_have_the_official_ids(policy):
     names = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<PAD>", "empty_token_after_colon": "▁"}
-    assert {name: policy.tokenizer.token_to_id(token) for name, token in names.items()} == SPECIAL
+    assert {name: policy.processor.tokenizer.token_to_id(token) for name, token in names.items()} == SPECIAL
 
 
 @pytest.mark.parametrize("ending", ["", " "])
 def test_the_space_is_appended_only_where_the_text_gives_none(policy, ending, monkeypatch):
     monkeypatch.setattr(vla_rl.model.prompt, "PROMPT", vla_rl.model.prompt.PROMPT + ending)
     for case in PROMPTS["cases"]:
-        ids = policy.tokenizer.encode(prompt_text(case["task"]), add_special_tokens=False).ids
+        ids = policy.processor.tokenizer.encode(prompt_text(case["task"]), add_special_tokens=False).ids
         assert [SPECIAL["bos"], *ids] == case["input_ids_with_29871" if ending else "input_ids"], case["task"]
-        assert policy.encode_prompt(case["task"]) == case["input_ids_with_29871"], case["task"]
+        assert policy.processor.encode_prompt(case["task"]) == case["input_ids_with_29871"], case["task"]
 
 
 def test_prompt_and_actions_are_the_sequence_of_the_fine_tuning(policy):
     example = PROMPTS["sft_example"]
     action_ids = example["action_ids"]
-    assert [*policy.encode_prompt("lift"), *action_ids, SPECIAL["eos"]] == example["input_ids"]
-    assert policy.tokenizer.encode(example["text"]).ids == example["input_ids"]
-    assert policy.tokenizer.decode(example["input_ids"][1:], skip_special_tokens=False) == example["text"]
+    assert [*policy.processor.encode_prompt("lift"), *action_ids, SPECIAL["eos"]] == example["input_ids"]
+    assert policy.processor.tokenizer.encode(example["text"]).ids == example["input_ids"]
+    assert policy.processor.tokenizer.decode(example["input_ids"][1:], skip_special_tokens=False) == example["text"]
     codec = policy.action_tokenizer
     same_bin = [max(token, 31745) for token in action_ids]  # 31744 decodes as 31745
     assert codec.encode(codec.decode(np.array(action_ids))).tolist() == same_bin
@@ -132,4 +132,4 @@ def test_padding_and_truncation_left_on_in_the_file_do_not_count(tmp_path):
         tokenizer.enable_padding(length=length)
         tokenizer.save(str(folder / "tokenizer.json"))
         used = OpenVLAPolicy.from_checkpoint(folder, unnorm_key="libero_spatial")
-        assert used.encode_prompt(TASKS[0]) == whole.encode_prompt(TASKS[0])
+        assert used.processor.encode_prompt(TASKS[0]) == whole.processor.encode_prompt(TASKS[0])

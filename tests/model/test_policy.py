@@ -10,10 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.model.policies import DATA, RECORDED, TASKS, make_obs, make_policy, move_adapters
-from vla_rl.model.image_transform import preprocess
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network
-from vla_rl.model.prompt import prompt_text
 from vla_rl.model.tiny_openvla import ensure_tiny_openvla
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import NonFiniteError, Observation, PolicyInputs
@@ -28,7 +26,7 @@ def official_inputs(policy, official, case: str):
     ids = torch.from_numpy(official[f"{case}/prompt_ids_with_29871"])[None]
     with np.load(DATA / "images.npz") as images:
         image = torch.from_numpy(images[str(official[f"{case}/image_key"])])
-    return ids, torch.ones_like(ids), policy.pixel_values(image[None, None])
+    return ids, torch.ones_like(ids), policy.processor.pixel_values(image[None, None])
 
 
 # ---------------------------------------------------------------------- against the official code
@@ -56,40 +54,6 @@ def test_forward_logits_are_the_official_ones(recorded, official, case):
     first, first_hidden = recorded.forward_logits(*inputs)
     torch.testing.assert_close(first, logits[:, :1], atol=1e-5, rtol=0)
     torch.testing.assert_close(first_hidden, hidden, atol=1e-5, rtol=0)
-
-
-def test_pixel_values_are_normalised_for_dino_then_siglip_image_by_image():
-    policy = make_policy(num_images=2, lora=None)
-    images = torch.randint(0, 256, (1, 2, 112, 112, 3), dtype=torch.uint8)
-    pixels = policy.pixel_values(images)
-    assert pixels.shape == (1, 12, 112, 112)
-    value = images[0, 1, 5, 6, 2].item() / 255  # blue of the second image
-    assert pixels[0, 6 + 2, 5, 6].item() == pytest.approx((value - 0.406) / 0.225, abs=1e-5)
-    assert pixels[0, 6 + 5, 5, 6].item() == pytest.approx((value - 0.5) / 0.5, abs=1e-5)
-
-
-# ---------------------------------------------------------------------- the prompt
-
-
-def test_prompt_ids_are_bos_text_and_one_space_padded_on_the_left(parallel):
-    ids, mask = parallel.tokenize(TASKS)
-    space = parallel.tokenizer.token_to_id("▁")
-    for task, row, valid in zip(TASKS, ids, mask, strict=True):
-        kept = row[valid.bool()].tolist()
-        assert kept[0] == 1 and kept[-1] == space and kept[-2] != space
-        assert parallel.tokenizer.decode(kept[1:-1]) == prompt_text(task)
-        assert valid.tolist() == sorted(valid.tolist())
-        assert set(row[~valid.bool()].tolist()) <= {960}
-
-
-def test_checkpoint_without_a_tokenizer_fails_only_when_a_prompt_is_needed(recorded):
-    with pytest.raises(ConfigError, match=r"no tokenizer\.json in .*tiny_openvla"):
-        recorded.act(make_obs())
-
-
-def test_prompt_that_does_not_fit_is_an_error(parallel):
-    with pytest.raises(ValueError, match="the model has room for"):
-        parallel.tokenize(("字" * 700,))
 
 
 # ---------------------------------------------------------------------- sampling and scoring
@@ -171,14 +135,6 @@ def test_greedy_takes_the_most_likely_token_of_the_whole_vocabulary(parallel):
     outside = (tokens < 704) | (tokens >= 960)
     assert outside.any()  # random weights: 768 of 1024 ids are no actions
     assert parallel.act(obs, greedy=True).logprobs.isnan().equal(outside)
-
-
-def test_images_are_preprocessed_at_the_models_size_with_or_without_crop():
-    obs = make_obs(2)
-    for center_crop in (True, False):
-        images = make_policy(center_crop=center_crop, lora=None).prepare(obs).images
-        assert images.shape == (2, 1, 112, 112, 3) and images.dtype == torch.uint8
-        np.testing.assert_array_equal(images[1, 0], preprocess(obs.images[1, 0], center_crop, 112))
 
 
 def test_proprio_and_the_second_image_are_read():

@@ -9,7 +9,8 @@ import yaml
 
 from tests.run.test_settings import flat
 from vla_rl.run.load_settings import list_settings, load_config, save_config, settings_help
-from vla_rl.run.settings import Config, ConfigError, SftConfig
+from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.sft_settings import SftConfig
 
 
 def error_of(*overrides: str) -> str:

@@ -16,7 +16,8 @@ from vla_rl.run.run_folder import (
     resumed_settings,
     with_absolute_output_dir,
 )
-from vla_rl.run.settings import Config, ConfigError, SftConfig
+from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.sft_settings import SftConfig
 
 
 def config_of(output_dir: Path, **run) -> Config:

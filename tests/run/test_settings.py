@@ -6,7 +6,8 @@ import pydantic
 import pytest
 
 from vla_rl.run.load_settings import load_config
-from vla_rl.run.settings import Config, ConfigError, SftConfig
+from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.sft_settings import SftConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

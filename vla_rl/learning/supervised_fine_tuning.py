@@ -41,7 +41,7 @@ from vla_rl.run.checkpoint import (
 from vla_rl.run.load_settings import save_config
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.progress import peak_memory_gib
-from vla_rl.run.settings import SftConfig
+from vla_rl.run.sft_settings import SftConfig
 from vla_rl.types import NonFiniteError, PolicyInputs
 
 log = logging.getLogger(__name__)

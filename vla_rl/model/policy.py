@@ -18,25 +18,20 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 from torch import Tensor
 
-from vla_rl.model.action_tokenizer import ActionTokenizer, normalize_proprio, to_environment, unnormalize
+from vla_rl.model.action_tokenizer import ActionTokenizer, to_environment, unnormalize
 from vla_rl.model.adapter import Adapter, digest_base
 from vla_rl.model.checkpoint_folder import (
-    SPACE,
     check_folder,
     check_statistics,
     find_folder,
-    read_pixel_statistics,
     read_statistics,
-    read_tokenizer,
     save_checkpoint,
 )
-from vla_rl.model.image_transform import preprocess
 from vla_rl.model.prismatic import Prismatic, Prompt, build_network, load_network
-from vla_rl.model.prompt import append_space, prompt_text
+from vla_rl.model.processor import Processor
 from vla_rl.model.sampling import check_finite, check_temperature, draw, gather
 from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla
 from vla_rl.model.trained_as import read_trained_as, warn_of_other_use
@@ -93,12 +88,20 @@ class OpenVLAPolicy:
             if statistics is not None
             else read_statistics(folder, unnorm_key, network.use_proprio)
         )
-        # DINO's and SigLIP's normalisation, float32 [1, 1, 2, 3, 1, 1]
-        self.pixel_mean, self.pixel_std = (
-            torch.tensor(values, dtype=torch.float32, device=self.device).view(1, 1, 2, 3, 1, 1)
-            for values in read_pixel_statistics(folder)
+        llama = network.llama
+        room = llama.max_position_embeddings - self.num_tokens - 1
+        room -= num_images * network.vision_backbone.num_patches + int(network.use_proprio)
+        self.processor = Processor(
+            folder,
+            num_images,
+            self.image_size,
+            center_crop,
+            (llama.bos_token_id, llama.pad_token_id),
+            room,
+            self.statistics["proprio"] if network.use_proprio else None,
+            self.device,
+            self.dtype,
         )
-        self.prompt_ids: dict[str, list[int]] = {}  # instruction -> tokens, BOS first
 
         network.check_no_dropout()
         if gradient_checkpointing:
@@ -321,74 +324,10 @@ class OpenVLAPolicy:
     # ------------------------------------------------------------------ inputs
 
     def prepare(self, obs: Observation) -> PolicyInputs:
-        """What the buffer keeps of an observation: preprocessed images, raw proprio, instructions.
-
-        Raises:
-            ValueError: images are not uint8 [N, K, H, W, 3] or proprio is not [N, 8].
-        """
-        images, proprio = obs.images, obs.proprio
-        if images.dtype != np.uint8 or images.ndim != 5 or images.shape[-1] != 3:
-            raise ValueError(f"images: expected uint8 [N, K, H, W, 3], got {images.dtype} {list(images.shape)}")
-        if images.shape[:2] != (len(obs), self.num_images):
-            raise ValueError(
-                f"images: expected {len(obs)} rows of {self.num_images} images, got {list(images.shape[:2])}; "
-                "policy.num_images and the environment's cameras must agree"
-            )
-        if proprio.shape != (len(obs), PROPRIO_DIM):
-            raise ValueError(f"proprio: expected [{len(obs)}, {PROPRIO_DIM}], got {list(proprio.shape)}")
-        flat = images.reshape(-1, *images.shape[2:])
-        flat = np.stack([preprocess(image, self.center_crop, self.image_size) for image in flat])  # JPEG: one at a time
-        return PolicyInputs(
-            torch.from_numpy(flat.reshape(*images.shape[:2], self.image_size, self.image_size, 3)),
-            torch.from_numpy(np.array(proprio, dtype=np.float32)),
-            tuple(obs.instructions),
-        )
+        return self.processor.prepare(obs)
 
     def tensors(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio [B, 8]."""
-        expected = (len(inputs), self.num_images, self.image_size, self.image_size, 3)
-        if inputs.images.dtype != torch.uint8 or inputs.images.shape != expected:
-            got = f"{inputs.images.dtype} {list(inputs.images.shape)}"
-            raise ValueError(f"inputs.images: expected uint8 {list(expected)} as prepare() gives, got {got}")
-        proprio = None
-        if self.use_proprio:
-            proprio = torch.from_numpy(normalize_proprio(inputs.proprio.numpy(), self.statistics["proprio"]))
-        return *self.tokenize(inputs.instructions), self.pixel_values(inputs.images), proprio
-
-    def pixel_values(self, images: Tensor) -> Tensor:
-        """uint8 [B, K, S, S, 3] -> [B, 6K, S, S] in the model's precision, on its device."""
-        images = images.to(self.device).permute(0, 1, 4, 2, 3).float() / 255  # [B, K, 3, S, S]
-        # [B, K, 2, 3, S, S]: DINO's normalisation, then SigLIP's
-        normalized = (images[:, :, None] - self.pixel_mean) / self.pixel_std
-        return normalized.flatten(1, 3).to(self.dtype)
-
-    def tokenize(self, instructions: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """input_ids and attention_mask, int64 [B, L], padded on the left to the longest prompt."""
-        for text in instructions:
-            if text not in self.prompt_ids:
-                self.prompt_ids[text] = self.encode_prompt(text)
-        rows = [self.prompt_ids[text] for text in instructions]
-        length = max(map(len, rows))
-        pad = self.network.llama.pad_token_id
-        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        return input_ids, attention_mask
-
-    def encode_prompt(self, instruction: str) -> list[int]:
-        """BOS, the prompt's tokens, the final space."""
-        ids = self.tokenizer.encode(prompt_text(instruction), add_special_tokens=False).ids
-        ids = append_space([self.network.llama.bos_token_id, *ids], self.tokenizer.token_to_id(SPACE))
-        room = self.network.llama.max_position_embeddings - self.num_tokens - 1
-        room -= self.num_images * self.network.vision_backbone.num_patches + int(self.use_proprio)
-        if len(ids) > room:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, the model has room for {room}: {instruction[:60]!r}..."
-            )
-        return ids
-
-    @cached_property
-    def tokenizer(self) -> tokenizers.Tokenizer:
-        return read_tokenizer(self.folder)
+        return self.processor.tensors(inputs)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, proprio: Tensor | None) -> Prompt:
         batch = len(input_ids)

@@ -17,7 +17,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vla_rl.run.settings import Config, ConfigError, RunFolderConfig, Section, SftConfig
+from vla_rl.run.settings import Config, ConfigError, RunFolderConfig, Section
+from vla_rl.run.sft_settings import SftConfig
 
 ConfigKind = TypeVar("ConfigKind", Config, SftConfig)
 

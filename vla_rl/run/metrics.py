@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.run.failures import one_line
-from vla_rl.run.settings import Config, ConfigError, SftConfig
+from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.sft_settings import SftConfig
 
 log = logging.getLogger(__name__)
 

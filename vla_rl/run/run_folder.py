@@ -25,7 +25,8 @@ from vla_rl.run.load_settings import (
     save_config,
     set_key,
 )
-from vla_rl.run.settings import Config, ConfigError, SftConfig, check_name
+from vla_rl.run.settings import Config, ConfigError, check_name
+from vla_rl.run.sft_settings import SftConfig
 
 # ------------------------------------------------------------------------------------------------------------------ new
 

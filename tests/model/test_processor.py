@@ -1,0 +1,53 @@
+"""vla_rl/model/processor.py: the prompt, images and proprioception that the network reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.model.policies import TASKS, make_obs, make_policy
+from vla_rl.model.image_transform import preprocess
+from vla_rl.model.processor import Processor
+from vla_rl.model.prompt import prompt_text
+from vla_rl.run.settings import ConfigError
+
+
+def test_pixel_values_are_normalised_for_dino_then_siglip_image_by_image():
+    policy = make_policy(num_images=2, lora=None)
+    assert isinstance(policy.processor, Processor)
+    images = torch.randint(0, 256, (1, 2, 112, 112, 3), dtype=torch.uint8)
+    pixels = policy.processor.pixel_values(images)
+    assert pixels.shape == (1, 12, 112, 112)
+    value = images[0, 1, 5, 6, 2].item() / 255  # blue of the second image
+    assert pixels[0, 6 + 2, 5, 6].item() == pytest.approx((value - 0.406) / 0.225, abs=1e-5)
+    assert pixels[0, 6 + 5, 5, 6].item() == pytest.approx((value - 0.5) / 0.5, abs=1e-5)
+
+
+def test_prompt_ids_are_bos_text_and_one_space_padded_on_the_left(parallel):
+    ids, mask = parallel.processor.tokenize(TASKS)
+    space = parallel.processor.tokenizer.token_to_id("▁")
+    for task, row, valid in zip(TASKS, ids, mask, strict=True):
+        kept = row[valid.bool()].tolist()
+        assert kept[0] == 1 and kept[-1] == space and kept[-2] != space
+        assert parallel.processor.tokenizer.decode(kept[1:-1]) == prompt_text(task)
+        assert valid.tolist() == sorted(valid.tolist())
+        assert set(row[~valid.bool()].tolist()) <= {960}
+
+
+def test_checkpoint_without_a_tokenizer_fails_only_when_a_prompt_is_needed(recorded):
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json in .*tiny_openvla"):
+        recorded.act(make_obs())
+
+
+def test_prompt_that_does_not_fit_is_an_error(parallel):
+    with pytest.raises(ValueError, match="the model has room for"):
+        parallel.processor.tokenize(("字" * 700,))
+
+
+def test_images_are_preprocessed_at_the_models_size_with_or_without_crop():
+    obs = make_obs(2)
+    for center_crop in (True, False):
+        images = make_policy(center_crop=center_crop, lora=None).prepare(obs).images
+        assert images.shape == (2, 1, 112, 112, 3) and images.dtype == torch.uint8
+        np.testing.assert_array_equal(images[1, 0], preprocess(obs.images[1, 0], center_crop, 112))

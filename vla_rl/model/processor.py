@@ -1,0 +1,127 @@
+"""From what the environments show to what the network reads: images, prompt, proprioception. Nothing of weights.
+
+N or B rows, K images, S image side, L prompt tokens with BOS.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+from vla_rl.model.action_tokenizer import normalize_proprio
+from vla_rl.model.checkpoint_folder import SPACE, read_pixel_statistics, read_tokenizer
+from vla_rl.model.image_transform import preprocess
+from vla_rl.model.prompt import append_space, prompt_text
+from vla_rl.types import PROPRIO_DIM, Observation, PolicyInputs
+
+
+class Processor:
+    """Prepares observations for the buffer, and prepared ones for the network.
+
+    Args:
+        folder: the checkpoint's.
+        num_images: K.
+        image_size: S.
+        special_ids: (BOS, padding).
+        room: the most tokens that a prompt may have.
+        proprio_statistics: of dataset_statistics.json; None where the network reads no proprioception.
+        device, dtype: of pixel_values.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        num_images: int,
+        image_size: int,
+        center_crop: bool,
+        special_ids: tuple[int, int],
+        room: int,
+        proprio_statistics: dict | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.folder = folder
+        self.num_images, self.image_size, self.center_crop = num_images, image_size, center_crop
+        self.bos_id, self.pad_id = special_ids
+        self.room = room
+        self.proprio_statistics = proprio_statistics
+        self.device, self.dtype = device, dtype
+        # DINO's and SigLIP's normalisation, float32 [1, 1, 2, 3, 1, 1]
+        self.pixel_mean, self.pixel_std = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(1, 1, 2, 3, 1, 1)
+            for values in read_pixel_statistics(folder)
+        )
+        self.prompt_ids: dict[str, list[int]] = {}  # instruction -> tokens, BOS first
+
+    def prepare(self, obs: Observation) -> PolicyInputs:
+        """What the buffer keeps of an observation: preprocessed images, raw proprio, instructions.
+
+        Raises:
+            ValueError: images are not uint8 [N, K, H, W, 3] or proprio is not [N, 8].
+        """
+        images, proprio = obs.images, obs.proprio
+        if images.dtype != np.uint8 or images.ndim != 5 or images.shape[-1] != 3:
+            raise ValueError(f"images: expected uint8 [N, K, H, W, 3], got {images.dtype} {list(images.shape)}")
+        if images.shape[:2] != (len(obs), self.num_images):
+            raise ValueError(
+                f"images: expected {len(obs)} rows of {self.num_images} images, got {list(images.shape[:2])}; "
+                "policy.num_images and the environment's cameras must agree"
+            )
+        if proprio.shape != (len(obs), PROPRIO_DIM):
+            raise ValueError(f"proprio: expected [{len(obs)}, {PROPRIO_DIM}], got {list(proprio.shape)}")
+        flat = images.reshape(-1, *images.shape[2:])
+        flat = np.stack([preprocess(image, self.center_crop, self.image_size) for image in flat])  # JPEG: one at a time
+        return PolicyInputs(
+            torch.from_numpy(flat.reshape(*images.shape[:2], self.image_size, self.image_size, 3)),
+            torch.from_numpy(np.array(proprio, dtype=np.float32)),
+            tuple(obs.instructions),
+        )
+
+    def tensors(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio [B, 8]."""
+        expected = (len(inputs), self.num_images, self.image_size, self.image_size, 3)
+        if inputs.images.dtype != torch.uint8 or inputs.images.shape != expected:
+            got = f"{inputs.images.dtype} {list(inputs.images.shape)}"
+            raise ValueError(f"inputs.images: expected uint8 {list(expected)} as prepare() gives, got {got}")
+        proprio = None
+        if self.proprio_statistics is not None:
+            proprio = torch.from_numpy(normalize_proprio(inputs.proprio.numpy(), self.proprio_statistics))
+        return *self.tokenize(inputs.instructions), self.pixel_values(inputs.images), proprio
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """uint8 [B, K, S, S, 3] -> [B, 6K, S, S] in the model's precision, on its device."""
+        images = images.to(self.device).permute(0, 1, 4, 2, 3).float() / 255  # [B, K, 3, S, S]
+        # [B, K, 2, 3, S, S]: DINO's normalisation, then SigLIP's
+        normalized = (images[:, :, None] - self.pixel_mean) / self.pixel_std
+        return normalized.flatten(1, 3).to(self.dtype)
+
+    def tokenize(self, instructions: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """input_ids and attention_mask, int64 [B, L], padded on the left to the longest prompt."""
+        for text in instructions:
+            if text not in self.prompt_ids:
+                self.prompt_ids[text] = self.encode_prompt(text)
+        rows = [self.prompt_ids[text] for text in instructions]
+        length = max(map(len, rows))
+        pad = self.pad_id
+        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+        attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        return input_ids, attention_mask
+
+    def encode_prompt(self, instruction: str) -> list[int]:
+        """BOS, the prompt's tokens, the final space."""
+        ids = self.tokenizer.encode(prompt_text(instruction), add_special_tokens=False).ids
+        ids = append_space([self.bos_id, *ids], self.tokenizer.token_to_id(SPACE))
+        if len(ids) > self.room:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, the model has room for {self.room}: {instruction[:60]!r}..."
+            )
+        return ids
+
+    @cached_property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        return read_tokenizer(self.folder)
