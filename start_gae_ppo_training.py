@@ -54,7 +54,7 @@ FIXED_ON_RESUME = (
 # but for what depends on the machine and changes no data; whether it is the same base model, its fingerprint tells
 FREE_ON_RESUME = (
     *("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb"),
-    *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing"),
+    *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing", "policy.compile"),
 )
 
 # MUJOCO_GL -> the library that it needs, and Debian's packages of it
@@ -211,11 +211,14 @@ def check_start(config: Config, resumed: bool) -> None:
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 
     from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer
+    from vla_rl.model.execution import compiles
     from vla_rl.model.policy import check_checkpoint
     from vla_rl.run.metrics import check_wandb
 
     check_wandb(config)
     settings = config.policy
+    if settings.compile == "true":
+        compiles(settings.compile, config.run.device)
     try:
         model = check_checkpoint(settings.checkpoint, settings.use_proprio)
     except ConfigError as error:
@@ -282,6 +285,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
 def build_policy(config: Config):
     import torch
 
+    from vla_rl.model.execution import compiles
     from vla_rl.model.policy import OpenVLAPolicy
 
     if config.run.torch_threads is not None:
@@ -300,7 +304,8 @@ def build_policy(config: Config):
         chunk_size=settings.chunk_size,
         center_crop=settings.center_crop,
         unnorm_key=settings.unnorm_key or config.env.task_suite,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing="none" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing,
+        compiled=compiles(settings.compile, config.run.device),
     )
 
 

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vla_rl.model.sampling import draw
+from vla_rl.model.sampling import draw_noise, pick
 from vla_rl.types import ACTION_DIM, ActionEvaluation, Episode, Observation, PolicyInputs, PolicyOutput
 
 CHUNK = 2
@@ -162,7 +162,11 @@ class FakePolicy:
         with torch.no_grad():
             logits, hidden = self.forward(inputs, self.adapter)
         logprobs = (logits / temperature).log_softmax(-1)
-        tokens = logits.argmax(-1) if greedy else draw(logprobs.exp(), generator)
+        tokens = (
+            logits.argmax(-1)
+            if greedy
+            else pick(logprobs.exp(), draw_noise(logprobs.shape[1:], generator, len(logprobs)))
+        )
         actions = (tokens.float() - (BINS - 1) / 2) / (BINS / 2)  # -0.75 .. 0.75
         return PolicyOutput(
             action_tokens=tokens,

@@ -23,6 +23,7 @@ import torch
 from vla_rl.learning.demonstration_file import Demonstration, find_files, read_demonstrations
 from vla_rl.learning.samples import data_statistics, make_samples, split
 from vla_rl.learning.supervised_fine_tuning import SupervisedFineTuning
+from vla_rl.model.execution import compiles
 from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
 from vla_rl.run.checkpoint import locked
 from vla_rl.run.failures import report
@@ -47,7 +48,7 @@ log = logging.getLogger("vla_rl.sft")
 # the same base and the same data, their fingerprints tell
 FIXED_ON_RESUME = ("run.", "policy.", "data.")
 FREE_ON_RESUME = (
-    *("policy.checkpoint", "policy.gradient_checkpointing", "policy.as_trained", "data.files"),
+    *("policy.checkpoint", "policy.gradient_checkpointing", "policy.compile", "policy.as_trained", "data.files"),
     *("run.device", "run.torch_threads"),
 )
 
@@ -116,6 +117,9 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     for instruction in dict.fromkeys(d.instruction for d in demonstrations):
         log.info("instruction: %s", instruction)
 
+    checkpointing = settings.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = "full" if config.run.device == "cuda" else "none"
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
     policy = OpenVLAPolicy.from_checkpoint(
         settings.checkpoint,
@@ -127,7 +131,8 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         dtype=getattr(torch, settings.dtype),
         chunk_size=settings.chunk_size,
         center_crop=settings.center_crop,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
+        compiled=compiles(settings.compile, config.run.device),
         unnorm_key=config.data.name,
         statistics=data_statistics(training),
     )

@@ -135,12 +135,29 @@ class PolicyConfig(Section):
     center_crop: bool = Field(True, description="crop 90 % of the image's area, as after training with augmentation")
     unnorm_key: str | None = Field(None, description="entry of dataset_statistics.json; null takes the task suite's")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the frozen base weights")
-    gradient_checkpointing: bool = Field(False, description="recompute activations backward: less memory, slower")
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
+        description="what is recomputed backward, less memory and slower: none, selective (all but products and attention) or "
+        "full; auto: the first that fits, none on the CPU",
+    )
+    compile: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="torch.compile the transformer blocks, and replay forwards as CUDA graphs; auto: on a GPU where a C compiler is",
+    )
     as_trained: bool = Field(
         True,
         description="settings that differ from how the checkpoint was trained are an error; false: a warning",
     )
     lora: LoraConfig = Field(default_factory=LoraConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_booleans(cls, values: Any) -> Any:
+        """YAML reads true and false as booleans; gradient_checkpointing was one until November 2026."""
+        if not isinstance(values, dict):
+            return values
+        words = {"gradient_checkpointing": ("none", "full"), "compile": ("false", "true")}
+        return values | {k: words[k][values[k]] for k in words if isinstance(values.get(k), bool)}
 
 
 class ValueHeadConfig(Section):
