@@ -2,7 +2,7 @@
 
     W x + (alpha / rank) B A x
 
-Not here: which layers there are (vla_rl.model.prismatic), how the adapter is trained.
+Not here: which layers there are (vla_rl.model.prismatic), what one computes (lora_linear), how the adapter is trained.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from vla_rl.model.checkpoint_folder import open_tensors
+from vla_rl.model.lora_linear import add_adapters
 from vla_rl.model.prismatic import Prismatic
 from vla_rl.model.prismatic_config import read_json
 from vla_rl.run.checkpoint import save_tensors
@@ -44,7 +45,7 @@ class Adapter:
         config = peft.LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=names
         )
-        self.peft_model = peft.get_peft_model(network, config)  # casts to float32 (autocast_adapter_dtype)
+        self.peft_model = add_adapters(network, config)
         network.eval()
         wrong = [n for n, p in network.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         assert not wrong, f"adapters are not float32: {wrong[:3]}"
