@@ -24,18 +24,17 @@ from torch import Tensor
 from vla_rl.model.action_tokenizer import ActionTokenizer, to_environment, unnormalize
 from vla_rl.model.adapter import Adapter, digest_base
 from vla_rl.model.checkpoint_folder import (
-    check_folder,
     check_statistics,
-    find_folder,
     read_statistics,
     save_checkpoint,
 )
 from vla_rl.model.execution import Blocks, CudaGraphs, can_compile, fill_rows, row_size
-from vla_rl.model.prismatic import Prismatic, Prompt, arrange_prompt, build_network, load_network
+from vla_rl.model.find_checkpoint import TINY_RANDOM, find_and_check
+from vla_rl.model.prismatic import Prismatic, Prompt, arrange_prompt, load_network
 from vla_rl.model.processor import Processor
+from vla_rl.model.quantization import check_quantization, dense_parameters
 from vla_rl.model.sampling import check_finite, check_temperature, draw_noise, gather, pick
-from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla
-from vla_rl.model.trained_as import read_trained_as, warn_of_other_use
+from vla_rl.model.trained_as import warn_of_other_use
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import (
     ACTION_DIM,
@@ -48,8 +47,6 @@ from vla_rl.types import (
 
 logger = logging.getLogger(__name__)
 
-TINY = "tiny-openvla"  # the checkpoint in the repository, fine-tuned on libero_spatial
-TINY_RANDOM = "tiny-openvla-random"  # what it was before: made on first use
 DECODERS = {"autoregressive": 1, "parallel": 8}  # decoder -> actions a decision, as OpenVLA and OpenVLA-OFT train them
 
 
@@ -132,6 +129,7 @@ class OpenVLAPolicy:
         gradient_checkpointing: str = "none",
         statistics: dict | None = None,
         compiled: bool = False,
+        quantization: str = "none",
     ) -> OpenVLAPolicy:
         """Loads a checkpoint.
 
@@ -150,6 +148,7 @@ class OpenVLAPolicy:
             statistics: of new data, {"action": ..., "proprio": ...}, instead of an entry of the checkpoint's; unnorm_key is
                 their name.
             compiled: torch.compile the transformer blocks, and on CUDA replay forwards without gradients as CUDA graphs.
+            quantization: "none", or "nf4": the language model's frozen linear layers in 4 bit, computed in dtype.
 
         Raises:
             ConfigError: the checkpoint is not there, not whole or not of OpenVLA, or does not go with the arguments.
@@ -171,6 +170,7 @@ class OpenVLAPolicy:
             )
         if compiled and (problem := can_compile(torch.device(device))):
             raise ConfigError(f"compiled=true, but {problem}; or compile nothing")
+        check_quantization(quantization, device)
         folder, names = find_and_check(path, use_proprio)
         if statistics is None:
             read_statistics(folder, unnorm_key, use_proprio)  # before anything heavy loads
@@ -180,7 +180,7 @@ class OpenVLAPolicy:
         settings |= {"policy.chunk_size": chunk_size, "policy.center_crop": center_crop}
         if path != TINY_RANDOM:  # which was not trained
             warn_of_other_use(str(path), folder, names, settings)
-        network = load_network(folder, use_proprio, device, dtype)
+        network = load_network(folder, use_proprio, device, dtype, quantization)
         options = (chunk_size, center_crop, unnorm_key, gradient_checkpointing, statistics, compiled)
         return cls(network, folder, decoder, num_images, lora, *options)
 
@@ -442,10 +442,10 @@ class OpenVLAPolicy:
 
     def merged_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The network's names and weights, with the adapter merged into them if there is one."""
-        return self.network.named_parameters() if self.adapter is None else self.adapter.merged_tensors()
+        return dense_parameters(self.network) if self.adapter is None else self.adapter.merged_tensors()
 
     def save_merged(self, folder: Path) -> None:
-        """Writes a checkpoint in the official layout with the adapters merged into the weights."""
+        """Writes a checkpoint in the official layout with the adapters merged into the weights, 4-bit ones unpacked."""
         new = {self.unnorm_key: self.statistics} if self.new_statistics else None
         save_checkpoint(folder, self.merged_tensors(), self.folder, self.network.proprio_file, statistics=new)
 
@@ -467,32 +467,3 @@ class OpenVLAPolicy:
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.dtype != torch.int64 or tensor.shape != shape:
         raise ValueError(f"{name}: expected int64 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-
-
-# ---------------------------------------------------------------------- checkpoints
-
-
-def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
-    """The folder of a checkpoint, after checking that what the policy needs is in it; loads no weights.
-
-    Args:
-        path: a folder, a Hugging Face id (downloaded if it is not in the cache), "tiny-openvla", or "tiny-openvla-random"
-            (made if needed).
-
-    Raises:
-        ConfigError: says where it looked and how to get the checkpoint, or what is missing or torn in it.
-    """
-    return find_and_check(path, use_proprio)[0]
-
-
-def find_and_check(path: str | Path, use_proprio: bool) -> tuple[Path, list[str]]:
-    """`check_checkpoint`, and the names of the files beside the model, also of those that are not downloaded."""
-    made_here = {TINY: lambda: TRAINED, TINY_RANDOM: ensure_tiny_openvla}
-    try:
-        folder, names = find_folder(str(made_here[path]() if path in made_here else path))
-        check_folder(folder, use_proprio)
-        read_trained_as(folder)
-        build_network(folder, use_proprio)
-    except OSError as error:  # a folder that may not be entered, a disk that fails
-        raise ConfigError(f"checkpoint {path} cannot be read ({error}); give a folder that you may read") from error
-    return folder, names
