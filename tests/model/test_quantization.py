@@ -14,7 +14,7 @@ import start_gae_ppo_training as start
 from tests.model.policies import DECODERS, make_obs, make_policy, move_adapters
 from vla_rl import sft
 from vla_rl.model import policy as policy_module
-from vla_rl.model import prismatic, quantization
+from vla_rl.model import find_checkpoint, prismatic, quantization
 from vla_rl.model.adapter import digest_base
 from vla_rl.model.prismatic import load_network
 from vla_rl.model.quantization import (
@@ -68,7 +68,7 @@ def test_missing_bitsandbytes_is_told_before_anything_heavy(missing, monkeypatch
     message = (
         r"policy\.quantization=nf4 needs bitsandbytes, .*pip install -r requirements-4bit\.txt .*quantization=none"
     )
-    for module, name in ((policy_module, "load_network"), (policy_module, "check_checkpoint"), (sft, "read_data")):
+    for module, name in ((policy_module, "load_network"), (find_checkpoint, "check_checkpoint"), (sft, "read_data")):
         monkeypatch.setattr(module, name, lambda *args: pytest.fail("too late"))
     with pytest.raises(ConfigError, match=message):
         make_policy(quantization="nf4")
