@@ -212,10 +212,12 @@ def check_start(config: Config, resumed: bool) -> None:
 
     from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer
     from vla_rl.model.policy import check_checkpoint
+    from vla_rl.model.quantization import check_quantization
     from vla_rl.run.metrics import check_wandb
 
     check_wandb(config)
     settings = config.policy
+    check_quantization(settings.quantization)
     try:
         model = check_checkpoint(settings.checkpoint, settings.use_proprio)
     except ConfigError as error:
@@ -301,6 +303,7 @@ def build_policy(config: Config):
         center_crop=settings.center_crop,
         unnorm_key=settings.unnorm_key or config.env.task_suite,
         gradient_checkpointing=settings.gradient_checkpointing,
+        quantization=settings.quantization,
     )
 
 
@@ -317,8 +320,10 @@ def build_value_head(config: Config, hidden_size: int):
 
 
 def log_sizes(policy, value_head) -> None:
+    from vla_rl.model.quantization import count_weights
+
     millions = {
-        "policy": sum(p.numel() for p in policy.network.parameters()),
+        "policy": count_weights(policy.network),
         "trained (LoRA)": sum(p.numel() for p in policy.trainable_parameters()),
         "value head": sum(p.numel() for p in value_head.parameters()) if value_head is not None else 0,
     }

@@ -26,6 +26,7 @@ HOMES = {
     "transformers": {"model/prismatic"},
     "timm": {"model/prismatic"},
     "peft": {"model/adapter", "model/lora_linear"},
+    "bitsandbytes": {"model/quantization"},
     "huggingface_hub": {"model/checkpoint_folder"},
     "libero": {"simulation/suites", "simulation/simulator"},
     "robosuite": {"simulation/simulator", "simulation/arm_control", "simulation/rendering"},

@@ -24,6 +24,7 @@ from vla_rl.learning.demonstration_file import Demonstration, find_files, read_d
 from vla_rl.learning.samples import data_statistics, make_samples, split
 from vla_rl.learning.supervised_fine_tuning import SupervisedFineTuning
 from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
+from vla_rl.model.quantization import check_quantization
 from vla_rl.run.checkpoint import locked
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand, load_config, settings_help
@@ -105,6 +106,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         check_run_folder(config)
     with where_moved("policy.checkpoint", checkpoint):
         check_checkpoint(settings.checkpoint, settings.use_proprio)
+    check_quantization(settings.quantization, config.run.device)
     check_wandb(config)
     with where_moved("data.files", checkpoint):
         demonstrations = read_data(config)
@@ -128,6 +130,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         chunk_size=settings.chunk_size,
         center_crop=settings.center_crop,
         gradient_checkpointing=settings.gradient_checkpointing,
+        quantization=settings.quantization,
         unnorm_key=config.data.name,
         statistics=data_statistics(training),
     )

@@ -32,6 +32,7 @@ from vla_rl.model.checkpoint_folder import (
 )
 from vla_rl.model.prismatic import Prismatic, Prompt, build_network, load_network
 from vla_rl.model.processor import Processor
+from vla_rl.model.quantization import check_quantization, dense_parameters
 from vla_rl.model.sampling import check_finite, check_temperature, draw, gather
 from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla
 from vla_rl.model.trained_as import read_trained_as, warn_of_other_use
@@ -125,6 +126,7 @@ class OpenVLAPolicy:
         unnorm_key: str | None = None,
         gradient_checkpointing: bool = False,
         statistics: dict | None = None,
+        quantization: str = "none",
     ) -> OpenVLAPolicy:
         """Loads a checkpoint.
 
@@ -141,6 +143,7 @@ class OpenVLAPolicy:
             gradient_checkpointing: recompute activations in the backward pass.
             statistics: of new data, {"action": ..., "proprio": ...}, instead of an entry of the checkpoint's; unnorm_key is
                 their name.
+            quantization: "none", or "nf4": the language model's frozen linear layers in 4 bit, computed in dtype.
 
         Raises:
             ConfigError: the checkpoint is not there, not whole or not of OpenVLA, or does not go with the arguments.
@@ -160,6 +163,7 @@ class OpenVLAPolicy:
             raise ConfigError(
                 "device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch"
             )
+        check_quantization(quantization, device)
         folder, names = find_and_check(path, use_proprio)
         if statistics is None:
             read_statistics(folder, unnorm_key, use_proprio)  # before anything heavy loads
@@ -169,7 +173,7 @@ class OpenVLAPolicy:
         settings |= {"policy.chunk_size": chunk_size, "policy.center_crop": center_crop}
         if path != TINY_RANDOM:  # which was not trained
             warn_of_other_use(str(path), folder, names, settings)
-        network = load_network(folder, use_proprio, device, dtype)
+        network = load_network(folder, use_proprio, device, dtype, quantization)
         options = (chunk_size, center_crop, unnorm_key, gradient_checkpointing, statistics)
         return cls(network, folder, decoder, num_images, lora, *options)
 
@@ -381,10 +385,10 @@ class OpenVLAPolicy:
 
     def merged_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The network's names and weights, with the adapter merged into them if there is one."""
-        return self.network.named_parameters() if self.adapter is None else self.adapter.merged_tensors()
+        return dense_parameters(self.network) if self.adapter is None else self.adapter.merged_tensors()
 
     def save_merged(self, folder: Path) -> None:
-        """Writes a checkpoint in the official layout with the adapters merged into the weights."""
+        """Writes a checkpoint in the official layout with the adapters merged into the weights, 4-bit ones unpacked."""
         new = {self.unnorm_key: self.statistics} if self.new_statistics else None
         save_checkpoint(folder, self.merged_tensors(), self.folder, self.network.proprio_file, statistics=new)
 

@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vla_rl.model.checkpoint_folder import find_proprio_file, official_name, read_tensors, tensor_shapes
 from vla_rl.model.prismatic_config import PrismaticConfig, read_config
+from vla_rl.model.quantization import Linear4bit
 from vla_rl.run.failures import one_line
 from vla_rl.run.settings import ConfigError
 
@@ -277,11 +278,18 @@ def full_mask(valid: Tensor) -> Tensor:
 
 
 def load_network(
-    folder: Path, use_proprio: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    use_proprio: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "none",
 ) -> Prismatic:
     """The network of a checkpoint folder, in eval mode, no parameter requiring a gradient.
 
     It is built without memory and filled one tensor at a time, so that there is never a second copy.
+
+    Args:
+        quantization: "nf4" keeps the language model's linear layers, but for the LM head, in 4 bit.
 
     Raises:
         ConfigError: as `build_network`.
@@ -290,10 +298,14 @@ def load_network(
     network = build_network(folder, use_proprio)
     proprio_file = find_proprio_file(folder) if use_proprio else None
     ours = {official_name(name): name for name, _ in network.named_parameters()}
+    packed = set() if quantization == "none" else set(network.adaptable_linears(language_model_only=True))
     for name, tensor in read_tensors(folder, use_proprio, device):
         module_name, _, leaf = ours[name].rpartition(".")
-        parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-        setattr(network.get_submodule(module_name), leaf, parameter)
+        module, tensor = network.get_submodule(module_name), tensor.to(device, dtype)
+        if module_name in packed and leaf == "weight":
+            network.set_submodule(module_name, Linear4bit(module, tensor))
+        else:
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     network.proprio_file = proprio_file.name if proprio_file else None
     # the only tensors that no checkpoint holds: rotary frequencies, always float32
     network.language_model.model.rotary_emb = LlamaRotaryEmbedding(config=network.llama).to(device)

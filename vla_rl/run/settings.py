@@ -135,6 +135,11 @@ class PolicyConfig(Section):
     center_crop: bool = Field(True, description="crop 90 % of the image's area, as after training with augmentation")
     unnorm_key: str | None = Field(None, description="entry of dataset_statistics.json; null takes the task suite's")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the frozen base weights")
+    quantization: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: the language model's frozen linear layers in 4 bit, a quarter of their memory, slower "
+        "(pip install -r requirements-4bit.txt)",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations backward: less memory, slower")
     as_trained: bool = Field(
         True,
