@@ -52,13 +52,14 @@ def test_a_row_of_345_tokens_takes_the_flops_that_were_counted_before(shapes_7b)
     assert 16 * flops / 0.223 == pytest.approx(354e12, rel=0.005)
 
 
-def test_flops_of_a_second_image_and_of_a_token_are_those_of_their_weights(shapes_7b):
-    """Llama-2 7B: 32 layers of 4 x 4096^2 + 3 x 4096 x 11008 weights; attention 4 x tokens^2 x 4096 a layer."""
-    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    one, two = (forward_flops(shapes_7b, tokens) for tokens in (345, 346))
-    assert two - one == 2 * weights + 4 * 32 * 4096 * (346**2 - 345**2)
-    text_only = 2 * weights * 345 + 4 * 32 * 4096 * 345**2
-    assert forward_flops(shapes_7b, 345, images=2) - text_only == 2 * (one - text_only)
+def test_flops_are_those_of_the_published_sizes(shapes_7b):
+    """Llama-2 7B: 32 layers; DINOv2 ViT-L/14 with 4 registers: 24; SigLIP SO400M/14: 27; of both the last one is not read."""
+    llama = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 345 + 4 * 32 * 4096 * 345**2
+    dino = 2 * 23 * (4 * 1024**2 + 2 * 1024 * 4096) * 261 + 4 * 23 * 1024 * 261**2  # 256 patches, class, registers
+    siglip = 2 * 26 * (4 * 1152**2 + 2 * 1152 * 4304) * 256 + 4 * 26 * 1152 * 256**2
+    projector = 2 * (2176 * 8704 + 8704 * 4096 + 4096 * 4096) * 256
+    assert forward_flops(shapes_7b, 345) == llama + dino + siglip + projector
+    assert forward_flops(shapes_7b, 345, images=2) == llama + 2 * (dino + siglip + projector)
 
 
 def test_hours_of_a_million_timesteps_by_hand():
@@ -71,6 +72,7 @@ def test_hours_of_a_million_timesteps_by_hand():
 
 def test_busy_shares_count_overlapping_kernels_once():
     assert union([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
+    assert union([(0, 10), (1, 2), (9, 11)]) == [(0, 11)]
     assert busy_share([(0, 2), (1, 3), (5, 6)], 0, 10) == pytest.approx(0.4)
     assert busy_share([(0, 2), (8, 20)], 1, 10) == pytest.approx(3 / 9)
     assert busy_share([], 0, 1) == busy_share([(0, 1)], 1, 1) == 0

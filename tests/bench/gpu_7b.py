@@ -298,10 +298,10 @@ def trace(bench: Bench, work: Callable[[], object], host: bool = True, title: st
 def annotated(trainer: OpenVLAPPO) -> Iterator[None]:
     """Spans of the parts of a round, for the profiler."""
     policy, network, envs = trainer.policy, trainer.policy.network, trainer.envs
-    spans = [(trainer, ("decide", "bootstrap", "minibatch_gradients", "optimizer_steps"))]
+    spans = [(trainer, ("decide", "bootstrap", "values_of", "minibatch_gradients", "optimizer_steps"))]
     spans += [(policy, ("prepare", "tensors", "generate", "evaluate_actions", "compute_hidden"))]
     spans += [(network, ("embed_images", "run_llama")), (envs, ("step_async", "step_wait", "reset"))]
-    wrapped = [(owner, name, getattr(owner, name)) for owner, names in spans for name in names]
+    wrapped = [(owner, name, getattr(owner, name)) for owner, names in spans for name in names if hasattr(owner, name)]
     for owner, name, method in wrapped:
 
         def span(*args, method=method, name=name, **kwargs):

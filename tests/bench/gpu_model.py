@@ -294,7 +294,7 @@ def held_gib(device: torch.device) -> float:
 def use(trainer: OpenVLAPPO, mode: str, micro_batch: int) -> None:
     """Sets gradient checkpointing and micro-batch of the update."""
     if hasattr(trainer, "micro_batches"):
-        from vla_rl.learning.memory import Choice
+        from vla_rl.learning.micro_batches import Choice
 
         trainer.micro_batches.use(Choice(mode, micro_batch))
     elif mode == "selective":
