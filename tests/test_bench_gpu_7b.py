@@ -84,6 +84,7 @@ def test_the_time_line_shows_spans_in_order_and_when_the_gpu_worked():
 
     events = [
         event("user_annotation", "step_wait", 60, 40),
+        event("user_annotation", "generate", 10, 40),
         event("user_annotation", "decide", 0, 60),
         event("user_annotation", "Optimizer.step#AdamW.step", 1, 1),
         event("cpu_op", "aten::mm", 1, 1),
@@ -91,12 +92,13 @@ def test_the_time_line_shows_spans_in_order_and_when_the_gpu_worked():
         event("gpu_memcpy", "copy", 50, 10),
         {"ph": "M", "name": "process_name"},
     ]
-    _, decide, wait, gpu = timeline(events, width=10).splitlines()
+    _, decide, generate, wait, gpu = timeline(events, width=10).splitlines()
+    assert generate.startswith("  generate ") and not wait.startswith(" ")  # it is a part of decide
     assert decide.split() == ["decide", "0.0", "60.0", "50%", "|======", "|"]
     assert wait.split() == ["step_wait", "60.0", "40.0", "0%", "|", "====|"]
     assert gpu.split() == ["GPU", "0.0", "100.0", "30%", "|", "###", "|"]
     without = timeline([e for e in events if e.get("cat") == "user_annotation"], width=10).splitlines()
-    assert len(without) == 3 and "%" not in "".join(without)
+    assert len(without) == 4 and "%" not in "".join(without)
 
 
 def test_the_table_says_whether_a_target_is_met_only_on_the_card_that_it_is_of():

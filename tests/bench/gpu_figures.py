@@ -142,13 +142,16 @@ def timeline(events: list[dict], width: int = 60) -> str:
     start = spans[0]["ts"]
     end = max([e["ts"] + e["dur"] for e in spans] + [b for _, b in gpu])
     cell = (end - start) / width
-    lines = [f"{'span':<28} {'start':>8} {'ms':>8}  GPU busy"]
+    lines, open_until = [f"{'span':<28} {'start':>8} {'ms':>8}  GPU busy"], []
     for span in spans:
+        open_until = [until for until in open_until if until > span["ts"]]  # of the spans that it is in
+        name = "  " * len(open_until) + span["name"]
+        open_until.append(span["ts"] + span["dur"])
         first = min(width - 1, int((span["ts"] - start) / cell))
         length = max(1, round(span["dur"] / cell))
         bar = (" " * first + "=" * length)[:width].ljust(width)
         busy = f"{busy_share(gpu, span['ts'], span['ts'] + span['dur']):>7.0%}" if gpu else "      -"
-        lines.append(f"{span['name']:<28} {(span['ts'] - start) / 1e3:8.1f} {span['dur'] / 1e3:8.1f} {busy}  |{bar}|")
+        lines.append(f"{name:<28} {(span['ts'] - start) / 1e3:8.1f} {span['dur'] / 1e3:8.1f} {busy}  |{bar}|")
     if gpu:
         shares = [busy_share(gpu, start + i * cell, start + (i + 1) * cell) for i in range(width)]
         bar = "".join(" .:#"[min(3, math.ceil(3 * share))] for share in shares)
