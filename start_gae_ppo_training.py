@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import ctypes.util
 import logging
+import math
 import os
 import re
 import shutil
@@ -225,9 +226,23 @@ def check_start(config: Config, resumed: bool) -> None:
         model = check_checkpoint(settings.checkpoint, settings.use_proprio)
     except ConfigError as error:
         raise (if_moved(error, "policy.checkpoint") if resumed else error) from None
+    check_card(config, model)
     read_statistics(model, settings.unnorm_key or config.env.task_suite, settings.use_proprio)
     read_tokenizer(model)
     check_trained_as(config, model, resumed)
+
+
+def check_card(config: Config, model: Path) -> None:
+    """Raises ConfigError if the weights alone are more than the GPU has free."""
+    import torch
+
+    from vla_rl.learning.memory import check_weights
+    from vla_rl.model.checkpoint_folder import tensor_shapes
+
+    if config.run.device == "cuda" and config.policy.quantization == "none":
+        dtype = config.policy.dtype
+        numbers = sum(math.prod(shape) for _, shape in tensor_shapes(model, config.policy.use_proprio))
+        check_weights(numbers * getattr(torch, dtype).itemsize, *torch.cuda.mem_get_info(), dtype)
 
 
 def train(config: Config, checkpoint: Path | None) -> None:
@@ -254,7 +269,9 @@ def is_untouched(folder: Path) -> bool:
 
 def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:
     from OpenVLA_PPO import OpenVLAPPO
+    from vla_rl.learning.memory import fit_to_card
     from vla_rl.run.metrics import MetricsLogger
+    from vla_rl.simulation.suites import task_languages
     from vla_rl.simulation.vector_env import make_vector_env
 
     with ExitStack() as cleanup:
@@ -279,6 +296,8 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
             *(envs.num_envs, envs.num_workers, config.env.render),
             *(eval_envs.num_envs, eval_envs.num_workers, config.eval.render),
         )
+        languages = task_languages(config.env.task_suite)
+        fit_to_card(trainer, [languages[task_id] for task_id in config.env.task_ids])
         stop_on_signals(trainer)
         trainer.train()
     log.info("run folder %s", folder)

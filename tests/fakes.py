@@ -137,6 +137,7 @@ class FakePolicy:
 
     hidden_size = 16
     chunk_size = CHUNK
+    gradient_checkpointing = "none"
 
     def __init__(self, seed: int = 0, gives_hidden: bool = True):
         generator = torch.Generator().manual_seed(seed)
@@ -195,6 +196,9 @@ class FakePolicy:
         with torch.no_grad():
             return self.score(inputs, action_tokens, temperature, torch.zeros_like(self.adapter)).logprobs
 
+    def set_gradient_checkpointing(self, mode: str) -> None:
+        self.gradient_checkpointing = mode
+
     def trainable_parameters(self):
         return [self.adapter]
 
@@ -208,3 +212,28 @@ class FakePolicy:
 
     def fingerprint(self) -> str:
         return f"fake-{self.hidden_size}"
+
+
+CUDA_SAID = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.20 GiB is free. "
+    "Including non-PyTorch memory, this process has 77.90 GiB memory in use. Of the allocated memory 76.00 GiB is allocated by "
+    "PyTorch, and 1.00 GiB is reserved by PyTorch but unallocated."
+)
+
+
+class WatchedPolicy(FakePolicy):
+    """Notes its scorings: the mode, the rows, and whether the adapter had a gradient; runs out of memory as it is told."""
+
+    def __init__(self, fits=lambda policy, rows: True, **kwargs):
+        super().__init__(**kwargs)
+        self.scored, self.fits, self.acted = [], fits, []
+
+    def evaluate_actions(self, inputs, action_tokens, *, temperature):
+        self.scored.append((self.gradient_checkpointing, len(inputs), self.adapter.grad is not None))
+        if not self.fits(self, len(inputs)):
+            raise torch.OutOfMemoryError(CUDA_SAID)
+        return super().evaluate_actions(inputs, action_tokens, temperature=temperature)
+
+    def act(self, obs, **kwargs):
+        self.acted.append(obs)
+        return super().act(obs, **kwargs)

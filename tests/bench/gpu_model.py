@@ -26,10 +26,10 @@ from OpenVLA_PPO import OpenVLAPPO
 from start_gae_ppo_training import ROOT, build_value_head
 from tests.bench.gpu_figures import Row, forward_flops
 from tests.fakes import FakeEnv, FakeVectorEnv
-from vla_rl.model.policy import TRAINED, OpenVLAPolicy
+from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import LlamaRotaryEmbedding, Prismatic
 from vla_rl.model.prismatic_config import read_config
-from vla_rl.model.tiny_openvla import initialize, make_config
+from vla_rl.model.tiny_openvla import TRAINED, initialize, make_config
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.progress import peak_memory_gib

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import start_gae_ppo_training as start
 from tests.model.policies import DECODERS, make_obs, make_policy, move_adapters
 from vla_rl import sft
-from vla_rl.model import policy as policy_module
 from vla_rl.model import find_checkpoint, prismatic, quantization
+from vla_rl.model import policy as policy_module
 from vla_rl.model.adapter import digest_base
 from vla_rl.model.prismatic import load_network
 from vla_rl.model.quantization import (

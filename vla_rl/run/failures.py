@@ -19,7 +19,7 @@ def explain(error: Exception) -> str | None:
     """What happened and the way out; None if it may be a bug."""
     import torch
 
-    from vla_rl.types import InvariantError, NonFiniteError, RenderingError, SimulatorDied
+    from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, RenderingError, SimulatorDied
 
     if isinstance(error, torch.OutOfMemoryError):
         return (
@@ -32,7 +32,7 @@ def explain(error: Exception) -> str | None:
         return f"{error}: the place that is written to must be writable."
     if isinstance(error, ImportError) and not (error.name or "").startswith("vla_rl"):
         return str(error)  # of a package that is missing or broken
-    if isinstance(error, (NonFiniteError, InvariantError, RenderingError, SimulatorDied)):
+    if isinstance(error, (NonFiniteError, InvariantError, OutOfMemory, RenderingError, SimulatorDied)):
         return str(error)
     return None
 

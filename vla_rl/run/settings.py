@@ -262,7 +262,11 @@ class AlgorithmConfig(Section):
     )
     n_epochs: int = Field(1, ge=1, description="passes over the rollout")
     minibatch_size: int = Field(64, ge=1, description="decisions per optimizer step")
-    micro_batch_size: int = Field(8, ge=1, description="decisions per forward; gradients add up to the minibatch's")
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="decisions per forward; gradients add up to the minibatch's; auto: what fits the GPU, measured at the start, "
+        "and on the CPU a minibatch of at most 64",
+    )
     critic_warmup_iterations: int = Field(0, ge=0, description="first iterations that train only the value head (gae)")
     critic_epochs: int = Field(
         0, ge=0, description="further passes of the value head alone, on cached hidden states (gae)"
@@ -362,7 +366,7 @@ class Config(Section):
             if twice:
                 raise ValueError(f"{key} has {twice} twice; name each once")
         check_decoder(policy)
-        if algorithm.micro_batch_size > algorithm.minibatch_size:
+        if algorithm.micro_batch_size != "auto" and algorithm.micro_batch_size > algorithm.minibatch_size:
             raise ValueError(
                 f"algorithm.micro_batch_size={algorithm.micro_batch_size} is larger than "
                 f"algorithm.minibatch_size={algorithm.minibatch_size}; make it at most that"
