@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import json
 import shutil
 import statistics
@@ -26,6 +25,8 @@ from OpenVLA_PPO import OpenVLAPPO
 from start_gae_ppo_training import ROOT, build_value_head
 from tests.bench.gpu_figures import Row, forward_flops
 from tests.fakes import FakeEnv, FakeVectorEnv
+from vla_rl.learning.micro_batches import Choice
+from vla_rl.model.execution import compiles
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import LlamaRotaryEmbedding, Prismatic
 from vla_rl.model.prismatic_config import read_config
@@ -33,7 +34,7 @@ from vla_rl.model.tiny_openvla import TRAINED, initialize, make_config
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.progress import peak_memory_gib
-from vla_rl.run.settings import AlgorithmConfig, Config
+from vla_rl.run.settings import Config
 from vla_rl.simulation.vector_env import make_vector_env
 from vla_rl.types import ACTION_DIM, Observation
 
@@ -179,8 +180,7 @@ class Bench:
         given += [f"rollout.num_envs={num_envs}", f"rollout.n_steps={self.scale.n_steps}", "logging.progress=false"]
         given += [f"algorithm.minibatch_size={min(128, rows)}", f"algorithm.micro_batch_size={self.fastest[1]}"]
         given += ["algorithm.critic_warmup_iterations=0"]
-        if "wait_for_reward" in AlgorithmConfig.model_fields:
-            given += ["algorithm.wait_for_reward=false"]
+        given += ["algorithm.wait_for_reward=false"]
         return load_config(ROOT / "configs/gae_ppo_config.yaml", given)
 
     def policy(self, decoder: str = "parallel") -> OpenVLAPolicy:
@@ -196,12 +196,7 @@ class Bench:
         torch.backends.cudnn.allow_tf32 = False
         network, settings = random_network(self.folder, self.device, self.dtype), self.config(decoder).policy
         options = {"chunk_size": settings.chunk_size, "center_crop": True, "unnorm_key": "libero_spatial"}
-        if "compiled" in inspect.signature(OpenVLAPolicy.__init__).parameters:
-            from vla_rl.model.execution import compiles
-
-            options["compiled"] = compiles(self.compile, self.device)
-        else:
-            options["gradient_checkpointing"] = True
+        options["compiled"] = compiles(self.compile, self.device)
         policy = OpenVLAPolicy(network, self.folder, decoder, settings.num_images, settings.lora, **options)
         generator = torch.Generator(self.device).manual_seed(1)
         with torch.no_grad():
@@ -293,12 +288,4 @@ def held_gib(device: torch.device) -> float:
 
 def use(trainer: OpenVLAPPO, mode: str, micro_batch: int) -> None:
     """Sets gradient checkpointing and micro-batch of the update."""
-    if hasattr(trainer, "micro_batches"):
-        from vla_rl.learning.micro_batches import Choice
-
-        trainer.micro_batches.use(Choice(mode, micro_batch))
-    elif mode == "selective":
-        raise NotImplementedError("this version of the code checkpoints each block or none")
-    else:
-        trainer.policy.gradient_checkpointing = mode == "full"
-        trainer.config = with_settings(trainer.config, "algorithm", micro_batch_size=micro_batch)
+    trainer.micro_batches.use(Choice(mode, micro_batch))
