@@ -54,6 +54,12 @@ def make_trainer(
     )
 
 
+def with_values(trainer: OpenVLAPPO) -> OpenVLAPPO:
+    """The trainer with a value head that says something, as after some training; it starts at 0."""
+    torch.nn.init.normal_(trainer.value_head.mlp[-1].weight, std=0.1, generator=torch.Generator().manual_seed(9))
+    return trainer
+
+
 def training_lines(folder: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock or on the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
