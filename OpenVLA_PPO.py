@@ -492,11 +492,12 @@ class OpenVLAPPO:
             loss = loss + algorithm.kl_coef * reference_kl
             metrics["actor/reference_kl"] = reference_kl.item()
         with torch.no_grad():
-            ratio_error = (losses.log_ratio(evaluation.logprobs, old_token_logprobs, tokens).exp() - 1).abs().max()
+            ratio_error = (losses.log_ratio(evaluation.logprobs, old_token_logprobs, tokens).exp() - 1).abs()  # [B, A]
             metrics |= {
                 "actor/approx_kl": losses.approx_kl(old_logprobs, logprobs, mask, ratio_count).item(),
                 "actor/clip_fraction": losses.clip_fraction(logprobs, old_logprobs, mask, *clip, ratio_count).item(),
-                "actor/ratio_error": ratio_error.item(),
+                "actor/ratio_error": ratio_error.max().item(),
+                "actor/ratio_error_mean": losses.masked_mean(ratio_error, trained, token_count).item(),
             }
         hidden = evaluation.hidden
         if hidden is None and self.value_head is not None:
