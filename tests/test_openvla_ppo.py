@@ -61,7 +61,7 @@ def test_learning_rates_are_those_of_actor_and_critic(tmp_path):
 
 def test_the_actors_learning_rate_falls_linearly_with_the_timesteps(tmp_path):
     """From the whole rate in the first iteration to more than 0 in the last: of the timesteps before each."""
-    actor = {"learning_rate": 0.01, "anneal_learning_rate": True}
+    actor = {"learning_rate": 0.01, "schedule": "linear"}
     trainer = make_trainer(tmp_path, actor=actor, run={"timesteps": 400})
     rates, expected = [], []
     while trainer.timesteps < 400:
@@ -278,6 +278,7 @@ def adapter_after_update(folder, **changes):
         {"algorithm": {"freeze_vla_for_critic": True}},
         {"algorithm": {"critic_gae_lambda": 0.0}},
         {"actor": {"learning_rate": 0.02}},
+        {"actor": {"schedule": "kl", "kl_target": 1e-4}},
         {"actor": {"weight_decay": 0.5}},
         {"actor": {"beta1": 0.5}},
         {"actor": {"eps": 1e-2}},

@@ -18,7 +18,8 @@ SETTINGS = {
     "policy": {"dtype": "float32", "chunk_size": CHUNK},
     "value_head": {"hidden_sizes": [32]},
     "rollout": {"num_envs": 4, "n_steps": 8, "group_size": 4, "n_episodes": 8},
-    "algorithm": {"n_epochs": 2, "minibatch_size": 16, "micro_batch_size": 8, "target_kl": None},
+    # whether a rollout this small has a success is chance
+    "algorithm": {"n_epochs": 2, "minibatch_size": 16, "micro_batch_size": 8, "wait_for_reward": False},
     "actor": {"learning_rate": 0.01},
     "critic": {"learning_rate": 0.003},
     "eval": {"interval": 0, "states": "0-3", "num_envs": 2, "video": False},
