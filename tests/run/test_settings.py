@@ -219,3 +219,23 @@ def test_shipped_ppo_and_grpo_differ_only_in_what_the_estimator_needs(ppo, grpo)
     assert "algorithm.estimator" in different
     estimator = {key for key in first if key.startswith("algorithm.")}
     assert different <= estimator | {"rollout.group_size", "rollout.n_episodes", "rollout.n_steps"}
+
+
+def test_the_settings_for_a_smaller_card_train_the_same():
+    folder = Path(__file__).parents[2] / "configs"
+    first, second = (load_config(folder / f"{name}.yaml") for name in ("gae_ppo_config", "gae_ppo_24gb"))
+    rows = [config.rollout.num_envs * config.rollout.n_steps for config in (first, second)]
+    assert rows == [1024, 1024]
+    first, second = flat(first.model_dump()), flat(second.model_dump())
+    memory = {"policy.gradient_checkpointing", "algorithm.micro_batch_size", "eval.num_envs"}
+    assert {key for key in first if first[key] != second[key]} <= memory | {"rollout.num_envs", "rollout.n_steps"}
+
+
+def test_vanilla_discounts_as_much_a_simulator_step_as_a_chunk_s_decision_does():
+    folder = Path(__file__).parents[2] / "configs"
+    chunk, step = (load_config(folder / f"{name}.yaml") for name in ("gae_ppo_config", "openvla_gae_ppo"))
+    for name in ("gamma", "gae_lambda"):
+        expected, per_step = getattr(chunk.algorithm, name), getattr(step.algorithm, name)
+        assert per_step**chunk.policy.chunk_size == pytest.approx(expected, abs=1e-3)
+    steps = [c.rollout.num_envs * c.rollout.n_steps * c.policy.chunk_size for c in (chunk, step)]
+    assert steps == [8192, 8192]
