@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from vla_rl.model.prismatic import Prismatic, Prompt
+from vla_rl.model.prismatic_config import read_config
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from vla_rl.model.prismatic import Prismatic, Prompt  # noqa: E402
-from vla_rl.model.prismatic_config import read_config  # noqa: E402
-
 WIDTH, HEADS, ROWS, PROMPT, TOKENS = 512, 8, 4, 290, 7
 
 
