@@ -9,10 +9,12 @@ import time
 import numpy as np
 import pytest
 
+from tests.model.policies import make_policy
+from vla_rl.model.image_transform import OpenVLAImageTransform
 from vla_rl.run.load_settings import config_from_dict
-from vla_rl.simulation.libero_env import LiberoEnv
+from vla_rl.simulation.libero_env import LiberoEnv, Simulators
 from vla_rl.simulation.suites import task_languages
-from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
+from vla_rl.simulation.vector_env import LiberoVectorEnv, Shown, Worker, make_vector_env
 from vla_rl.types import ACTION_DIM, Episode, Observation
 
 libero = pytest.mark.libero
@@ -112,6 +114,52 @@ def test_a_step_of_some_environments_leaves_the_others_as_they_are(alone):
 
 
 @libero
+def test_workers_prepare_the_policys_images_bit_for_bit_and_keep_frames_for_videos(alone):
+    policy = make_policy(num_images=2, lora=None)
+    envs = LiberoVectorEnv(SETTINGS, 3, 2, image_transform=policy.processor.image_transform, keep_frames=True)
+    obs, _ = envs.reset(options={"episodes": EPISODES})
+    shown = [obs, envs.step(random_actions(0))[0]]
+    shown.append(envs.restore_episodes(envs.episode_states()))
+    assert envs.single_observation_space["images"].shape == obs["images"].shape[1:] == (2, 112, 112, 3)
+    for process in envs.processes:
+        with open(f"/proc/{process.pid}/maps") as maps:
+            assert "libtorch" not in maps.read()
+    envs.close()
+    for obs, chunk in zip(shown, (0, 1, 1), strict=True):
+        rows = [alone[i][chunk] for i in EPISODES]
+        raw = {name: np.stack([row[name] for row in rows]) for name in ("images", "proprio")}
+        raw = Observation.from_vector_env(raw | {"instruction": [row["instruction"] for row in rows]})
+        prepared = Observation.from_vector_env(obs)
+        ours, expected = policy.prepare(prepared), policy.prepare(raw)
+        assert ours.images.equal(expected.images) and ours.proprio.equal(expected.proprio)
+        assert ours.instructions == expected.instructions
+        np.testing.assert_array_equal(prepared.agent_view, raw.images[:, 0])
+
+
+class CountingTransform:
+    size, calls = 4, 0
+
+    def __call__(self, image):
+        self.calls += 1
+        return image[:4, :4]
+
+
+def test_an_image_that_nobody_reads_is_not_prepared():
+    """One a camera for each environment that steps or is reset; none for those that wait."""
+    transform = CountingTransform()
+    worker = Worker(SETTINGS, [0, 2], 2, Simulators(), Shown(transform))
+    obs = {"images": np.ones((2, SIZE, SIZE, 3), np.uint8), "proprio": np.zeros(8), "instruction": ""}
+    for env in worker.envs.values():
+        env.reset = lambda **kwargs: (obs, {})
+        env.step = lambda actions: (obs, 0.0, False, False, {"steps": CHUNK, "success": False})
+    worker.reset(options={"starts": {2: {}}})
+    assert transform.calls == 2 and worker.observations["images"].shape == (2, 2, 4, 4, 3)
+    assert worker.observations["images"].any((1, 2, 3, 4)).tolist() == [False, True]
+    worker.step({"actions": random_actions(0, 2), "active": np.array([True, False])})
+    assert transform.calls == 4
+
+
+@libero
 def test_seeds_without_episodes_are_one_an_environment():
     envs = LiberoVectorEnv(SETTINGS | {"settle_steps": 0}, num_envs=2, num_workers=1)
     obs, _ = envs.reset(seed=5)
@@ -180,8 +228,13 @@ def test_settings_reach_the_environments():
         assert envs.single_action_space.shape == (5, 7)
         assert (env.task_suite, env.default_task_id, env.settle_steps) == ("libero_goal", 3, 4)
         assert (env.max_steps, env.gamma, env.bootstrap_truncated) == (max_steps, 0.9, False)
-        assert env.render_quality == render
+        assert env.render_quality == render and envs.shown == Shown(None, keep_frames=evaluation)
         envs.close()
+    transform = OpenVLAImageTransform(56, center_crop=False)
+    envs = make_vector_env(config, 2, image_transform=transform)
+    assert envs.workers.env_fns[0]().shown == envs.shown == Shown(transform, keep_frames=False)  # videos: evaluation's
+    assert envs.single_observation_space["images"].shape == (2, 56, 56, 3)
+    envs.close()
 
 
 @pytest.mark.parametrize(

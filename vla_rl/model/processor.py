@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vla_rl.model.action_tokenizer import normalize_proprio
 from vla_rl.model.checkpoint_folder import SPACE, read_pixel_statistics, read_tokenizer
-from vla_rl.model.image_transform import preprocess
+from vla_rl.model.image_transform import OpenVLAImageTransform
 from vla_rl.model.prompt import append_space, prompt_text
 from vla_rl.types import PROPRIO_DIM, Observation, PolicyInputs
 
@@ -46,7 +46,8 @@ class Processor:
         dtype: torch.dtype,
     ):
         self.folder = folder
-        self.num_images, self.image_size, self.center_crop = num_images, image_size, center_crop
+        self.num_images, self.image_size = num_images, image_size
+        self.image_transform = OpenVLAImageTransform(image_size, center_crop)  # for make_vector_env
         self.bos_id, self.pad_id = special_ids
         self.room = room
         self.proprio_statistics = proprio_statistics
@@ -61,8 +62,10 @@ class Processor:
     def prepare(self, obs: Observation) -> PolicyInputs:
         """What the buffer keeps of an observation: preprocessed images, raw proprio, instructions.
 
+        Images that the environments have put through `image_transform` pass as they are: the result is the same bit for bit.
+
         Raises:
-            ValueError: images are not uint8 [N, K, H, W, 3] or proprio is not [N, 8].
+            ValueError: images are not uint8 [N, K, H, W, 3], have been through another transform, or proprio is not [N, 8].
         """
         images, proprio = obs.images, obs.proprio
         if images.dtype != np.uint8 or images.ndim != 5 or images.shape[-1] != 3:
@@ -74,10 +77,18 @@ class Processor:
             )
         if proprio.shape != (len(obs), PROPRIO_DIM):
             raise ValueError(f"proprio: expected [{len(obs)}, {PROPRIO_DIM}], got {list(proprio.shape)}")
-        flat = images.reshape(-1, *images.shape[2:])
-        flat = np.stack([preprocess(image, self.center_crop, self.image_size) for image in flat])  # JPEG: one at a time
+        if obs.image_transform is None:
+            flat = images.reshape(-1, *images.shape[2:])
+            prepared = np.stack([self.image_transform(image) for image in flat])  # JPEG: one at a time
+        elif obs.image_transform == self.image_transform:
+            prepared = np.array(images)
+        else:
+            raise ValueError(
+                f"images: the environments put them through {obs.image_transform}, this policy reads {self.image_transform}; "
+                "make them with image_transform=policy.processor.image_transform"
+            )
         return PolicyInputs(
-            torch.from_numpy(flat.reshape(*images.shape[:2], self.image_size, self.image_size, 3)),
+            torch.from_numpy(prepared.reshape(*images.shape[:2], self.image_size, self.image_size, 3)),
             torch.from_numpy(np.array(proprio, dtype=np.float32)),
             tuple(obs.instructions),
         )

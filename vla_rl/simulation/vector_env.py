@@ -4,7 +4,8 @@ A worker steps its environments one after the other, so more workers than CPU co
 task share a simulator: 0.6 GB for all of them. gymnasium's AsyncVectorEnv has the processes, pipes and shared memory;
 what is an environment to it is a worker here.
 
-N environments, W workers, M = ceil(N / W) places in each (the last may be empty), C steps in a chunk.
+N environments, W workers, M = ceil(N / W) places in each (the last may be empty), C steps in a chunk, K images, S side of
+the model's image.
 Environment i is in place i // W of worker i % W, so that tasks that alternate over the environments meet in few workers.
 """
 
@@ -27,17 +28,47 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, MultiBinary
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, create_empty_array
 
 from vla_rl.run.settings import Config
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators, check_actions
 from vla_rl.simulation.worker_errors import WorkerError
-from vla_rl.types import SimulatorDied
+from vla_rl.types import ImageTransform, SimulatorDied
 
 WORKER_GB = 0.4  # resident, of a worker without a simulator (docs/performance.md)
 SIMULATOR_GB = 0.6  # of each simulator in it
 TELL_TIMEOUT_S = 30  # for the error of a worker that has said that there is one
-ARRAYS = ("images", "proprio")  # of an observation; the instruction is a text
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What of a LiberoEnv's observation a worker passes on, done there and once an image.
+
+    Args:
+        image_transform: gives the policy's images in place of the rendered ones.
+        keep_frames: with a transform, the agent view as rendered too (for videos).
+    """
+
+    image_transform: ImageTransform | None = None
+    keep_frames: bool = False
+
+    def space(self, space: Dict) -> Dict:
+        """Of LiberoEnv's observation space: the arrays, without the instruction, which is a text."""
+        rendered, size = space["images"], getattr(self.image_transform, "size", None)
+        shown = {"images": rendered, "proprio": space["proprio"]}
+        if self.image_transform is not None:
+            shown["images"] = Box(0, 255, (rendered.shape[0], size, size, 3), np.uint8)
+            if self.keep_frames:
+                shown["frames"] = Box(0, 255, rendered.shape[1:], np.uint8)
+        return Dict(shown)
+
+    def __call__(self, obs: dict[str, Any]) -> dict[str, np.ndarray]:
+        shown = {"images": obs["images"], "proprio": obs["proprio"]}
+        if self.image_transform is not None:
+            shown["images"] = np.stack([self.image_transform(image) for image in obs["images"]])
+            if self.keep_frames:
+                shown["frames"] = obs["images"][0]
+        return shown
 
 
 class LiberoVectorEnv(VectorEnv):
@@ -45,11 +76,15 @@ class LiberoVectorEnv(VectorEnv):
 
     The caller resets environments that have ended: `reset(options={"reset_mask": bool [N], "episodes": {i: Episode}})`.
 
+    Observations are LiberoEnv's, stacked. With an image_transform, images are uint8 [N, K, S, S, 3], and the dict also has
+    "image_transform" (not in the space), by which a policy knows them, and with keep_frames "frames" uint8 [N, H, W, 3].
+
     Args:
         env_kwargs: of each LiberoEnv.
         num_workers: W, processes.
         simulators_per_worker: tasks that a worker keeps in memory; None: as many as it has environments.
         cache_gb: see vla_rl.simulation.libero_env.Simulators.
+        image_transform, keep_frames: see Shown.
     """
 
     def __init__(
@@ -59,12 +94,17 @@ class LiberoVectorEnv(VectorEnv):
         num_workers: int,
         simulators_per_worker: int | None = None,
         cache_gb: float = 0,
+        image_transform: ImageTransform | None = None,
+        keep_frames: bool = False,
     ):
+        self.shown = Shown(image_transform, keep_frames)
         self.num_envs, self.num_workers = num_envs, min(num_workers, num_envs)
         single = LiberoEnv(**env_kwargs)
         self.metadata = single.metadata | {"autoreset_mode": AutoresetMode.DISABLED}
-        self.single_observation_space, self.single_action_space = single.observation_space, single.action_space
-        self.observation_space = batch_space(single.observation_space, num_envs)
+        arrays, text = self.shown.space(single.observation_space), single.observation_space["instruction"]
+        self.single_observation_space = Dict({**arrays.spaces, "instruction": text})
+        self.single_action_space = single.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(single.action_space, num_envs)
         self.places = -(-num_envs // self.num_workers)  # M
         self._instructions = [""] * num_envs
@@ -72,7 +112,8 @@ class LiberoVectorEnv(VectorEnv):
         self.workers = WorkerProcesses(
             [
                 MakeWorker(
-                    env_kwargs, list(part), self.places, simulators_per_worker or self.places, cache_gb, os.getpid()
+                    *(env_kwargs, list(part), self.places, simulators_per_worker or self.places, cache_gb),
+                    *(self.shown, os.getpid()),
                 )
                 for part in indices
             ],
@@ -142,9 +183,12 @@ class LiberoVectorEnv(VectorEnv):
                 self._instructions[i] = text
 
     def _in_order(self, value: Any) -> Any:
-        """[W, M, ...] of the workers -> a copy [N, ...]; observations get their instructions."""
+        """[W, M, ...] of the workers -> a copy [N, ...]; observations get their instructions and the transform."""
         if isinstance(value, dict):
-            return {name: self._in_order(value[name]) for name in ARRAYS} | {"instruction": tuple(self._instructions)}
+            obs = {name: self._in_order(array) for name, array in value.items()}
+            obs["instruction"] = tuple(self._instructions)
+            mark = self.shown.image_transform
+            return obs if mark is None else obs | {"image_transform": mark}
         return np.array(value.swapaxes(0, 1), order="C").reshape(-1, *value.shape[2:])[: self.num_envs]
 
     def _by_worker(self, value: np.ndarray) -> np.ndarray:
@@ -157,15 +201,17 @@ class LiberoVectorEnv(VectorEnv):
 class Worker(gymnasium.Env):
     """The environments of one process, as one with arrays [M, ...] for everything."""
 
-    def __init__(self, env_kwargs: dict[str, Any], indices: list[int], places: int, simulators: Simulators):
+    def __init__(
+        self, env_kwargs: dict[str, Any], indices: list[int], places: int, simulators: Simulators, shown: Shown
+    ):
         self.envs = {i: LiberoEnv(**env_kwargs, index=i, simulators=simulators) for i in indices}
         single = LiberoEnv(**env_kwargs)
-        spaces = {name: batch_space(single.observation_space[name], places) for name in ARRAYS}
-        self.observation_space = Dict(spaces)
+        arrays = shown.space(single.observation_space)
+        self.observation_space = batch_space(arrays, places)
         actions: Box = batch_space(single.action_space, places)
         self.action_space = Dict(actions=actions, active=MultiBinary(places))
-        self.observations = {name: np.zeros(space.shape, space.dtype) for name, space in spaces.items()}
-        self.simulators = simulators
+        self.observations = create_empty_array(arrays, places)
+        self.simulators, self.shown = simulators, shown
         self.places = places
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any]) -> tuple[dict, dict]:
@@ -192,8 +238,8 @@ class Worker(gymnasium.Env):
         return self.observations, rewards, terminated, truncated, infos
 
     def keep(self, place: int, obs: dict[str, Any]) -> None:
-        for name in ARRAYS:
-            self.observations[name][place] = obs[name]
+        for name, array in self.shown(obs).items():
+            self.observations[name][place] = array
 
     def episode_states(self) -> dict[int, dict[str, Any] | None]:
         return {i: env.episode_state() for i, env in self.envs.items()}
@@ -211,13 +257,14 @@ class MakeWorker:
     places: int
     simulators_per_worker: int
     cache_gb: float
+    shown: Shown
     parent_pid: int
 
     def __call__(self) -> Worker:
         if os.getpid() != self.parent_pid:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
         simulators = Simulators(self.simulators_per_worker, self.cache_gb)
-        return Worker(self.env_kwargs, self.indices, self.places, simulators)
+        return Worker(self.env_kwargs, self.indices, self.places, simulators, self.shown)
 
 
 class WorkerProcesses(AsyncVectorEnv):
@@ -371,13 +418,20 @@ def lean_workers(draw_in_one_thread: bool) -> Iterator[None]:
 
 
 def make_vector_env(
-    config: Config, num_envs: int, *, evaluation: bool = False, overlap: bool = False
+    config: Config,
+    num_envs: int,
+    *,
+    evaluation: bool = False,
+    overlap: bool = False,
+    image_transform: ImageTransform | None = None,
 ) -> LiberoVectorEnv:
     """The configured suite in `num_envs` environments.
 
     Args:
         evaluation: images and length of an episode are eval's, not env's.
         overlap: halves of the environments will step in turns; each should fill the workers.
+        image_transform: the policy's (`policy.processor.image_transform`), done in the workers; None: images as rendered.
+            Evaluation keeps the rendered agent view beside it if eval.video.
     """
     env = config.env
     kwargs = {
@@ -394,4 +448,6 @@ def make_vector_env(
         "bootstrap_truncated": config.algorithm.bootstrap_truncated,
     }
     num_workers = env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
-    return LiberoVectorEnv(kwargs, num_envs, num_workers, env.simulators_per_worker, env.model_cache_gb)
+    keep_frames = evaluation and config.eval.video
+    options = (env.simulators_per_worker, env.model_cache_gb, image_transform, keep_frames)
+    return LiberoVectorEnv(kwargs, num_envs, num_workers, *options)
