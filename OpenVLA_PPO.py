@@ -41,7 +41,7 @@ from vla_rl.model.value_head import ValueHead
 from vla_rl.run import progress
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.settings import Config
-from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyOutput, SimulatorDied
+from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyInputs, PolicyOutput, SimulatorDied
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,9 @@ class OpenVLAPPO:
                         finish_step()
                 rounds += 1
             finish_step()
-        return RolloutBuffer.join(buffers), progress.rollout_metrics(finished_episodes, self.timesteps - first_timestep)
+        rollout = RolloutBuffer.join(buffers)
+        rollout.bootstrap(self.values_of, num_envs)
+        return rollout, progress.rollout_metrics(finished_episodes, self.timesteps - first_timestep)
 
     def decide(self, playing: list[int]) -> Decision:
         """One forward of the policy for the environments that play, and the values of what they see."""
@@ -253,9 +255,10 @@ class OpenVLAPPO:
         steps = torch.as_tensor(info["steps"])[playing]  # [N]
         done = terminated | truncated
 
-        # V of the state that was reached, where no next row will tell it
+        # states that were reached whose value no next row will tell
         ended = terminated if self.config.algorithm.bootstrap_truncated else done
-        bootstrap_values = self.bootstrap(next_obs.rows(playing), ~ended & (truncated | last))
+        wanted = ~ended & (truncated | last) & self.uses_critic  # [N]
+        reached = next_obs.rows([playing[row] for row in wanted.nonzero().flatten()])
         buffer.add(
             Transition(
                 inputs=output.inputs,
@@ -269,7 +272,8 @@ class OpenVLAPPO:
                 steps=steps,
                 episode=torch.tensor([queue.playing[i] if queue is not None else -1 for i in playing]),
             ),
-            bootstrap_values,
+            wanted,
+            self.policy.prepare(reached) if len(reached) else None,
         )
 
         self.timesteps += int(steps.sum())
@@ -309,13 +313,10 @@ class OpenVLAPPO:
             return torch.zeros(len(hidden))
         return self.value_head(hidden.to(self.device)).cpu()
 
-    def bootstrap(self, obs: Observation, wanted: Tensor) -> Tensor:
-        """V(obs) [N] where wanted, 0 elsewhere: the only states that cost a forward of their own."""
-        values = torch.zeros(len(obs))
-        if self.uses_critic and wanted.any():
-            inputs = self.policy.prepare(obs.rows(wanted.nonzero().flatten().tolist()))
-            values[wanted] = self.predict_values(self.policy.compute_hidden(inputs))
-            self.check_finite("values of the observations reached", values)
+    def values_of(self, inputs: PolicyInputs) -> Tensor:
+        """V [B] of states that were reached but not acted in."""
+        values = self.predict_values(self.policy.compute_hidden(inputs))
+        self.check_finite("values of the observations reached", values)
         return values
 
     # ----------------------------------------------------------------------------------------------------- advantages

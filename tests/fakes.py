@@ -146,13 +146,17 @@ class FakePolicy:
             0.1 * torch.randn(self.hidden_size, CHUNK * ACTION_DIM * BINS, generator=generator), requires_grad=False
         )
         self.adapter = nn.Parameter(torch.zeros(self.hidden_size, self.hidden_size))
-        self.forwards = 0  # of the network
+        self.rows: list[int] = []  # of each forward of the network
 
     def forward(self, inputs: PolicyInputs, adapter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.forwards += 1
+        self.rows.append(len(inputs))
         features = torch.tanh(inputs.images.float().div(255).mean(dim=(1, 2, 3)) @ self.base)  # [N, D]
         hidden = features + features @ adapter
         return (hidden @ self.head).unflatten(-1, (-1, BINS)), hidden  # [N, A, V], [N, D]
+
+    @property
+    def forwards(self) -> int:
+        return len(self.rows)
 
     def prepare(self, obs: Observation) -> PolicyInputs:
         return PolicyInputs(torch.from_numpy(obs.images), torch.from_numpy(obs.proprio), obs.instructions)

@@ -9,14 +9,32 @@ import torch
 
 from tests.fakes import CHUNK, FakePolicy, make_envs
 from tests.trainers import make_trainer
+from vla_rl.types import NonFiniteError
 
 
 def test_values_of_a_rollout_cost_no_second_forward(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=100 * CHUNK)  # no episode ends: one bootstrap at the end
     rollout, _ = trainer.collect_rollout()
     assert trainer.policy.forwards == len(rollout) + 1
+    assert trainer.policy.rows[-1] == 4  # of all environments together
     expected = trainer.value_head(trainer.policy.compute_hidden(rollout.transitions[3].inputs))
     torch.testing.assert_close(rollout.transitions[3].values, expected.detach())
+
+
+def test_bootstraps_wait_for_the_end_of_the_rollout_and_share_forwards(tmp_path):
+    trainer = make_trainer(tmp_path, rollout={"n_steps": 20})
+    rollout, _ = trainer.collect_rollout()
+    wanted = sum(int(wanted.sum()) for wanted, _ in rollout.reached)
+    ends = rollout.stack("truncated")[:-1].sum() + (~rollout.stack("terminated")[-1]).sum()
+    assert wanted == ends > 8 and trainer.policy.rows[:20] == [4] * 20
+    assert trainer.policy.rows[20:] == [4] * (wanted // 4) + [wanted % 4] * (wanted % 4 > 0)
+
+
+def test_a_value_of_a_state_reached_that_is_not_finite_ends_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.policy.compute_hidden = lambda inputs: torch.full((len(inputs), 16), torch.nan)
+    with pytest.raises(NonFiniteError, match="values of the observations reached is not finite in iteration 1"):
+        trainer.collect_rollout()
 
 
 def test_missing_hidden_state_is_computed_from_scratch_with_one_warning(tmp_path, caplog):
