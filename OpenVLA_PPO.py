@@ -27,6 +27,7 @@ from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, nor
 from vla_rl.learning.episodes import (
     EpisodeQueue,
     EpisodeSampler,
+    EpisodeSource,
     EpisodeStreams,
     RunningEpisodes,
     group_episodes,
@@ -35,7 +36,7 @@ from vla_rl.learning.episodes import (
 from vla_rl.learning.evaluation import evaluate_modes
 from vla_rl.learning.guards import check_finite, check_first_minibatch
 from vla_rl.learning.optimizer import adamw, clip_gradient
-from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
+from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, minibatches, shuffled_rows
 from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
 from vla_rl.run import progress
@@ -179,41 +180,41 @@ class OpenVLAPPO:
         PPO: n_steps decisions of every environment; episodes go on across iterations. GRPO: whole episodes from a queue
         of groups; an environment without an episode is idle and adds no rows.
 
-        With rollout.overlap two halves of the environments take turns: the policy decides for one while the other steps.
-        Each environment decides, steps and is reset in the same order either way, and samples from its own generator.
+        With rollout.overlap two halves of the environments take turns: the policy decides for one while the other steps,
+        and begins the next episodes where one ends (PPO; GRPO's are known once the step is over, and reset then). Each
+        environment decides, steps and is reset in the same order either way, and samples from its own generator.
 
         Returns:
             The rows and rollout/* metrics.
         """
         num_envs, n_steps = self.envs.num_envs, self.config.rollout.n_steps
-        queue = None if self.uses_critic else EpisodeQueue(self.draw_groups())
-        if queue is not None or self.obs is None:
-            self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), queue or self.streams)
+        source = self.streams if self.uses_critic else EpisodeQueue(self.draw_groups())
+        if not self.uses_critic or self.obs is None:
+            self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), source)
         halves = np.array_split(np.arange(num_envs), 2 if self.config.rollout.overlap else 1)
         buffers = [RolloutBuffer() for _ in halves]
         finished_episodes: list[progress.FinishedEpisode] = []
         first_timestep, rounds = self.timesteps, 0
         waiting: list[tuple[RolloutBuffer, Decision]] = []  # at most one step is under way
-        bar = progress.progress_bar(
-            "rollout", n_steps * num_envs if queue is None else None, "dec", self.config.logging.progress
-        )
+        total = n_steps * num_envs if self.uses_critic else None
+        bar = progress.progress_bar("rollout", total, "dec", self.config.logging.progress)
 
         def finish_step() -> None:
             while waiting:
                 buffer, decision = waiting.pop()
-                last = queue is None and len(buffer) == n_steps - 1
-                finished_episodes.extend(self.finish_step(buffer, decision, queue, last))
+                last = self.uses_critic and len(buffer) == n_steps - 1
+                finished_episodes.extend(self.finish_step(buffer, decision, source, last))
                 bar.update(len(decision.envs))
                 bar.set_postfix_str(progress.episodes_text(finished_episodes))
 
         with bar:
-            while queue.playing if queue is not None else rounds < n_steps:
+            while rounds < n_steps if self.uses_critic else source.playing:
                 for half, buffer in zip(halves, buffers, strict=True):
-                    playing = [int(i) for i in half if queue is None or i in queue.playing]
+                    playing = [int(i) for i in half if i in source.playing]
                     decision = self.decide(playing) if playing else None
                     finish_step()  # of the other half, which was under way meanwhile
                     if decision is not None:
-                        self.envs.step_async(*decision.step(self.envs.action_space.shape))
+                        self.envs.step_async(*decision.step(self.envs.action_space.shape), source.coming(playing))
                         waiting.append((buffer, decision))
                     if len(halves) == 1:
                         finish_step()
@@ -238,7 +239,7 @@ class OpenVLAPPO:
         return Decision(playing, output, hidden, values)
 
     def finish_step(
-        self, buffer: RolloutBuffer, decision: Decision, queue: EpisodeQueue | None, last: bool
+        self, buffer: RolloutBuffer, decision: Decision, source: EpisodeSource, last: bool
     ) -> list[progress.FinishedEpisode]:
         """Waits for the step of a decision, keeps its row, and starts the next episode where one has ended.
 
@@ -248,39 +249,24 @@ class OpenVLAPPO:
         Returns:
             The episodes that ended.
         """
-        playing, output = decision.envs, decision.output
-        raw_obs, rewards, terminated, truncated, info = self.envs.step_wait()
-        next_obs = Observation.from_vector_env(raw_obs)
-        rewards, terminated, truncated = (torch.as_tensor(x)[playing] for x in (rewards, terminated, truncated))
-        steps = torch.as_tensor(info["steps"])[playing]  # [N]
+        playing = decision.envs
+        raw_obs, *flags, info = self.envs.step_wait()
+        next_obs, reached = (Observation.from_vector_env(obs) for obs in (raw_obs, info.get("truncated_obs", raw_obs)))
+        rewards, terminated, truncated, steps = (torch.as_tensor(x)[playing] for x in (*flags, info["steps"]))  # [N]
         done = terminated | truncated
 
         # states that were reached whose value no next row will tell
         ended = terminated if self.config.algorithm.bootstrap_truncated else done
         wanted = ~ended & (truncated | last) & self.uses_critic  # [N]
-        reached = next_obs.rows([playing[row] for row in wanted.nonzero().flatten()])
-        buffer.add(
-            Transition(
-                inputs=output.inputs,
-                action_tokens=output.action_tokens,
-                logprobs=output.logprobs,
-                hidden=decision.hidden,
-                values=decision.values,
-                rewards=rewards.float(),
-                terminated=terminated,
-                truncated=truncated,
-                steps=steps,
-                episode=torch.tensor([queue.playing[i] if queue is not None else -1 for i in playing]),
-            ),
-            wanted,
-            self.policy.prepare(reached) if len(reached) else None,
-        )
+        reached = reached.rows([playing[row] for row in wanted.nonzero().flatten()])
+        transition = decision.transition(rewards, terminated, truncated, steps, [source.playing[i] for i in playing])
+        buffer.add(transition, wanted, self.policy.prepare(reached) if len(reached) else None)
 
         self.timesteps += int(steps.sum())
         finished_episodes = self.running.add(playing, *(x.numpy() for x in (rewards, steps, terminated, done)))
         finished = np.zeros(self.envs.num_envs, dtype=bool)
         finished[playing] = done.numpy()
-        self.obs = reset_finished(self.envs, finished, queue or self.streams) or next_obs
+        self.obs = reset_finished(self.envs, finished, source, info["begun"]) or next_obs
         return finished_episodes
 
     def draw_groups(self) -> list:

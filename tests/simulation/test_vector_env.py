@@ -12,9 +12,10 @@ import pytest
 from tests.model.policies import make_policy
 from vla_rl.model.image_transform import OpenVLAImageTransform
 from vla_rl.run.load_settings import config_from_dict
-from vla_rl.simulation.libero_env import LiberoEnv, Simulators
+from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.simulation.suites import task_languages
-from vla_rl.simulation.vector_env import LiberoVectorEnv, Shown, Worker, make_vector_env
+from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
+from vla_rl.simulation.worker import Shown
 from vla_rl.types import ACTION_DIM, Episode, Observation
 
 libero = pytest.mark.libero
@@ -114,6 +115,35 @@ def test_a_step_of_some_environments_leaves_the_others_as_they_are(alone):
 
 
 @libero
+def test_the_next_episode_begins_in_the_step_that_ends_one(alone):
+    """As a reset after the step, which shows the same: observations, what ended, states, and how episodes go on."""
+    envs = LiberoVectorEnv(SETTINGS, num_envs=3, num_workers=2)
+    envs.reset(options={"episodes": EPISODES})
+    both, following = np.array([True, True, False]), {0: EPISODES[1], 2: EPISODES[0]}
+    envs.step_async(random_actions(0), both, following)
+    obs, _, _, _, infos = envs.step_wait()
+    assert not infos["begun"].any() and "truncated_obs" not in infos  # nothing has ended
+    envs.step_async(random_actions(1), both, following)
+    obs, _, _, truncated, infos = envs.step_wait()
+    assert infos["begun"].tolist() == [True, False, False] and infos["steps"].tolist() == [4, 4, 0]
+    assert truncated.tolist() == [True, True, False]
+    for i, shown in enumerate(
+        [alone[1][0], alone[1][2], alone[2][0]]
+    ):  # another task, nothing named for 1, 2 has waited
+        assert_shows(obs, i, shown)
+    for i, shown in enumerate([alone[0][2], alone[1][2], alone[2][0]]):
+        assert_shows(infos["truncated_obs"], i, shown)
+    states = envs.episode_states()
+    assert [len(state["actions"]) for state in states] == [0, 12, 0] and Episode(**states[0]["episode"]) == EPISODES[1]
+    actions = random_actions(0)
+    actions[0] = actions[1]
+    obs, *_ = envs.step(actions)
+    assert_shows(obs, 0, alone[1][1])
+    assert_shows(obs, 2, alone[2][1])
+    envs.close()
+
+
+@libero
 def test_workers_prepare_the_policys_images_bit_for_bit_and_keep_frames_for_videos(alone):
     policy = make_policy(num_images=2, lora=None)
     envs = LiberoVectorEnv(SETTINGS, 3, 2, image_transform=policy.processor.image_transform, keep_frames=True)
@@ -134,29 +164,6 @@ def test_workers_prepare_the_policys_images_bit_for_bit_and_keep_frames_for_vide
         assert ours.images.equal(expected.images) and ours.proprio.equal(expected.proprio)
         assert ours.instructions == expected.instructions
         np.testing.assert_array_equal(prepared.agent_view, raw.images[:, 0])
-
-
-class CountingTransform:
-    size, calls = 4, 0
-
-    def __call__(self, image):
-        self.calls += 1
-        return image[:4, :4]
-
-
-def test_an_image_that_nobody_reads_is_not_prepared():
-    """One a camera for each environment that steps or is reset; none for those that wait."""
-    transform = CountingTransform()
-    worker = Worker(SETTINGS, [0, 2], 2, Simulators(), Shown(transform))
-    obs = {"images": np.ones((2, SIZE, SIZE, 3), np.uint8), "proprio": np.zeros(8), "instruction": ""}
-    for env in worker.envs.values():
-        env.reset = lambda **kwargs: (obs, {})
-        env.step = lambda actions: (obs, 0.0, False, False, {"steps": CHUNK, "success": False})
-    worker.reset(options={"starts": {2: {}}})
-    assert transform.calls == 2 and worker.observations["images"].shape == (2, 2, 4, 4, 3)
-    assert worker.observations["images"].any((1, 2, 3, 4)).tolist() == [False, True]
-    worker.step({"actions": random_actions(0, 2), "active": np.array([True, False])})
-    assert transform.calls == 4
 
 
 @libero

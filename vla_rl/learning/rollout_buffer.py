@@ -33,6 +33,23 @@ class Decision:
         actions[self.envs], active[self.envs] = self.output.actions, True
         return actions, active
 
+    def transition(
+        self, rewards: Tensor, terminated: Tensor, truncated: Tensor, steps: Tensor, episode: Sequence[int]
+    ) -> Transition:
+        """With what came of it, each [N] in the order of `envs`."""
+        return Transition(
+            inputs=self.output.inputs,
+            action_tokens=self.output.action_tokens,
+            logprobs=self.output.logprobs,
+            hidden=self.hidden,
+            values=self.values,
+            rewards=rewards.float(),
+            terminated=terminated,
+            truncated=truncated,
+            steps=steps,
+            episode=torch.tensor(episode),
+        )
+
 
 @dataclass(frozen=True)
 class Transition:
