@@ -361,6 +361,7 @@ class OpenVLAPPO:
         with bar:
             for minibatch in minibatches(batch, algorithm.minibatch_size, self.order_generator, algorithm.n_epochs):
                 self.check_stop()
+                minibatch = minibatch.to(self.device)  # once: its micro-batches are parts of it
                 metrics = self.minibatch_gradients(minibatch, train_actor, score_actor=train_actor or not history)
                 history.append(metrics)
                 if len(history) == 1:
@@ -426,7 +427,7 @@ class OpenVLAPPO:
         totals: dict[str, float] = {}
         for micro in minibatch.split(algorithm.micro_batch_size):
             loss = torch.zeros((), device=self.device)
-            hidden = micro.hidden.to(self.device)
+            hidden = micro.hidden
             if score_actor:
                 with nullcontext() if train_actor else torch.no_grad():
                     actor_loss, metrics, fresh_hidden = self.actor_losses(micro, trained.sum(), ratios.sum())
@@ -437,7 +438,7 @@ class OpenVLAPPO:
             if self.value_head is not None:
                 if algorithm.freeze_vla_for_critic:
                     hidden = hidden.detach()
-                critic_loss = losses.value_loss(self.value_head(hidden), micro.returns.to(self.device), len(minibatch))
+                critic_loss = losses.value_loss(self.value_head(hidden), micro.returns, len(minibatch))
                 progress.accumulate(totals, {"critic/value_loss": critic_loss.item()})
                 loss = loss + algorithm.value_coef * critic_loss
             for name, value in totals.items():
@@ -461,25 +462,22 @@ class OpenVLAPPO:
         evaluation = self.policy.evaluate_actions(
             micro.inputs, micro.action_tokens, temperature=self.config.rollout.temperature
         )
-        tokens = losses.token_mask(micro.steps, self.policy.chunk_size, ACTION_DIM).to(self.device)
-        old_token_logprobs = micro.old_logprobs.to(self.device)
+        tokens = losses.token_mask(micro.steps, self.policy.chunk_size, ACTION_DIM)
         trained = losses.of_dims(tokens, algorithm.action_dims, ACTION_DIM)
         logprobs, mask = losses.sum_to_level(evaluation.logprobs, trained, algorithm.logprob_level, ACTION_DIM)
-        old_logprobs, _ = losses.sum_to_level(old_token_logprobs, trained, algorithm.logprob_level, ACTION_DIM)
+        old_logprobs, _ = losses.sum_to_level(micro.old_logprobs, trained, algorithm.logprob_level, ACTION_DIM)
         clip = (algorithm.clip_ratio_low, algorithm.clip_ratio_high)
 
-        advantages = micro.advantages.to(self.device)
-        policy_loss = losses.ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *clip, count=ratio_count)
+        policy_loss = losses.ppo_policy_loss(logprobs, old_logprobs, micro.advantages, mask, *clip, count=ratio_count)
         entropy = losses.masked_mean(evaluation.entropy, trained, token_count)
         loss = policy_loss - algorithm.entropy_coef * entropy
         metrics = {"actor/policy_loss": policy_loss.item(), "actor/entropy": entropy.item()}
         if micro.reference_logprobs is not None:
-            reference = micro.reference_logprobs.to(self.device)
-            reference_kl = losses.approx_kl(evaluation.logprobs, reference, trained, token_count)
+            reference_kl = losses.approx_kl(evaluation.logprobs, micro.reference_logprobs, trained, token_count)
             loss = loss + algorithm.kl_coef * reference_kl
             metrics["actor/reference_kl"] = reference_kl.item()
         with torch.no_grad():
-            ratio_error = (losses.log_ratio(evaluation.logprobs, old_token_logprobs, tokens).exp() - 1).abs().max()
+            ratio_error = (losses.log_ratio(evaluation.logprobs, micro.old_logprobs, tokens).exp() - 1).abs().max()
             metrics |= {
                 "actor/approx_kl": losses.approx_kl(old_logprobs, logprobs, mask, ratio_count).item(),
                 "actor/clip_fraction": losses.clip_fraction(logprobs, old_logprobs, mask, *clip, ratio_count).item(),

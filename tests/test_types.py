@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_rl.types import Observation, PolicyInputs
+from vla_rl.types import Observation, PolicyInputs, to_device
 
 
 def observation(n: int) -> Observation:
@@ -51,3 +51,32 @@ def test_concatenated_inputs_give_back_their_rows():
     assert len(whole) == 5 and whole.images.dtype == torch.uint8
     assert picked.instructions == ("4", "2")
     assert picked.images[:, 0, 0, 0, 0].tolist() == [4, 2] and picked.proprio[:, 0].tolist() == [4, 2]
+    part = whole.rows(slice(3, 9))
+    assert part.instructions == ("3", "4") and part.images[:, 0, 0, 0, 0].tolist() == [3, 4]
+    assert part.proprio[:, 7].tolist() == [3, 4] and part.images.data_ptr() == whole.images[3:].data_ptr()
+
+
+def test_a_copy_to_a_gpu_goes_through_pinned_memory_without_waiting():
+    class Recorded:
+        """A tensor that notes what is asked of it."""
+
+        def __init__(self, kind):
+            self.device, self.asked = torch.device(kind), []
+
+        def pin_memory(self):
+            self.asked.append("pin")
+            return self
+
+        def to(self, device, non_blocking=False):
+            self.asked.append((device.type, non_blocking))
+
+    asked = {}
+    for source, target in (("cpu", "cuda"), ("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cpu")):
+        tensor = Recorded(source)
+        to_device(tensor, torch.device(target))
+        asked[source, target] = tensor.asked
+    assert asked["cpu", "cuda"] == ["pin", ("cuda", True)] and asked["cuda", "cuda"] == [("cuda", False)]
+    assert asked["cuda", "cpu"] == [("cpu", False)]  # else its values might be read before they have come
+    assert asked["cpu", "cpu"] == [("cpu", False)]
+    here = torch.zeros(2)
+    assert to_device(here, torch.device("cpu")) is here

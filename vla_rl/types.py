@@ -6,7 +6,7 @@ N environments or rows, K images, C steps in a chunk, A = 7C action tokens, D hi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -99,20 +99,33 @@ class Observation:
         )
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; to a GPU through pinned memory, so that the copy waits for nothing that runs."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class PolicyInputs:
     """A preprocessed observation: what the buffer keeps and the network reads."""
 
-    images: Tensor  # uint8 [N, K, S, S, 3], CPU
+    images: Tensor  # uint8 [N, K, S, S, 3], CPU or the policy's device
     proprio: Tensor  # float32 [N, 8], CPU, environment units
     instructions: tuple[str, ...]  # N
 
     def __len__(self) -> int:
         return len(self.instructions)
 
-    def rows(self, indices: Sequence[int]) -> PolicyInputs:
+    def rows(self, indices: Sequence[int] | slice) -> PolicyInputs:
+        if isinstance(indices, slice):
+            return PolicyInputs(self.images[indices], self.proprio[indices], self.instructions[indices])
         indices = list(indices)
         return PolicyInputs(self.images[indices], self.proprio[indices], tuple(self.instructions[i] for i in indices))
+
+    def to(self, device: torch.device) -> PolicyInputs:
+        """With the images on a device; proprio stays on the CPU, where the policy normalises it in float64."""
+        return replace(self, images=to_device(self.images, device))
 
     @staticmethod
     def concatenate(parts: Sequence[PolicyInputs]) -> PolicyInputs:

@@ -174,6 +174,22 @@ def test_no_usable_row_gives_an_empty_batch():
     assert len(buffer_of([0, 1]).flatten(torch.zeros(2), None, torch.zeros(2).bool())) == 0
 
 
+def test_a_minibatch_goes_to_a_device_but_for_what_is_read_on_the_cpu():
+    batch = batch_of(3)
+    there = batch.to(torch.device("meta"))
+    devices = {name: value.device.type for name, value in vars(there).items() if isinstance(value, torch.Tensor)}
+    moved = ["advantages", "hidden", "old_logprobs", "returns", "steps"]
+    assert devices == {"action_tokens": "cpu"} | dict.fromkeys(moved, "meta") and there.reference_logprobs is None
+    assert there.inputs.images.device.type == "meta" and there.inputs.proprio.device.type == "cpu"
+    assert numbers_of(batch.to(torch.device("cpu"))) == [0, 1, 2]
+
+
+def test_micro_batches_are_parts_of_the_minibatch_and_no_copies():
+    batch = batch_of(5)
+    parts = list(batch.split(2))
+    assert [part.returns.data_ptr() for part in parts] == [batch.returns[start:].data_ptr() for start in (0, 2, 4)]
+
+
 def test_picked_rows_keep_the_optional_fields():
     batch = batch_of(4)
     with_reference = Minibatch(**{**vars(batch), "reference_logprobs": torch.arange(4.0).view(4, 1).expand(4, A)})

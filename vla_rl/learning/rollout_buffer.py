@@ -2,20 +2,20 @@
 
 T decisions, N playing environments (all of them under PPO; under GRPO fewer once the queue of episodes is empty),
 A action tokens, D hidden size, R rows of the rollout, B rows of a minibatch. Row (t, n) of every field belongs to decision
-t of environment n. Tensors stay on the CPU; images as uint8.
+t of environment n. Tensors stay on the CPU, images as uint8; a minibatch is copied to the GPU when its turn comes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vla_rl.types import PolicyInputs, PolicyOutput
+from vla_rl.types import PolicyInputs, PolicyOutput, to_device
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,28 @@ class Minibatch:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def rows(self, indices: Tensor) -> Minibatch:
+    def rows(self, indices: Tensor | slice) -> Minibatch:
+        """Some rows; a slice's share their memory with these."""
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in picked.items():
             if isinstance(value, PolicyInputs):
-                picked[name] = value.rows(indices.tolist())
+                picked[name] = value.rows(indices if isinstance(indices, slice) else indices.tolist())
             elif value is not None:
                 picked[name] = value[indices]
         return Minibatch(**picked)
 
     def split(self, size: int) -> Iterator[Minibatch]:
         """Micro-batches of at most `size` rows, in order."""
-        for part in torch.arange(len(self)).split(size):
-            yield self.rows(part)
+        for start in range(0, len(self), size):
+            yield self.rows(slice(start, start + size))
+
+    def to(self, device: torch.device) -> Minibatch:
+        """On a device; action_tokens stay where they are, since the policy checks their range without waiting for a GPU."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "action_tokens"}
+        for name, value in moved.items():
+            if value is not None:
+                moved[name] = value.to(device) if isinstance(value, PolicyInputs) else to_device(value, device)
+        return replace(self, **moved)
 
 
 class RolloutBuffer:

@@ -17,7 +17,7 @@ from vla_rl.model.action_tokenizer import normalize_proprio
 from vla_rl.model.checkpoint_folder import SPACE, read_pixel_statistics, read_tokenizer
 from vla_rl.model.image_transform import OpenVLAImageTransform
 from vla_rl.model.prompt import append_space, prompt_text
-from vla_rl.types import PROPRIO_DIM, Observation, PolicyInputs
+from vla_rl.types import PROPRIO_DIM, Observation, PolicyInputs, to_device
 
 
 class Processor:
@@ -94,7 +94,8 @@ class Processor:
         )
 
     def tensors(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio [B, 8]."""
+        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio float32 [B, 8]; all on
+        the model's device. Images may be there already."""
         expected = (len(inputs), self.num_images, self.image_size, self.image_size, 3)
         if inputs.images.dtype != torch.uint8 or inputs.images.shape != expected:
             got = f"{inputs.images.dtype} {list(inputs.images.shape)}"
@@ -102,11 +103,13 @@ class Processor:
         proprio = None
         if self.proprio_statistics is not None:
             proprio = torch.from_numpy(normalize_proprio(inputs.proprio.numpy(), self.proprio_statistics))
-        return *self.tokenize(inputs.instructions), self.pixel_values(inputs.images), proprio
+            proprio = to_device(proprio, self.device)
+        input_ids, attention_mask = (to_device(ids, self.device) for ids in self.tokenize(inputs.instructions))
+        return input_ids, attention_mask, self.pixel_values(inputs.images), proprio
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """uint8 [B, K, S, S, 3] -> [B, 6K, S, S] in the model's precision, on its device."""
-        images = images.to(self.device).permute(0, 1, 4, 2, 3).float() / 255  # [B, K, 3, S, S]
+        images = to_device(images, self.device).permute(0, 1, 4, 2, 3).float() / 255  # [B, K, 3, S, S]
         # [B, K, 2, 3, S, S]: DINO's normalisation, then SigLIP's
         normalized = (images[:, :, None] - self.pixel_mean) / self.pixel_std
         return normalized.flatten(1, 3).to(self.dtype)
