@@ -283,10 +283,11 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
         log_sizes(policy, value_head)
 
         num_evaluations = len(config.env.task_ids) * len(config.eval.states)
+        kind = {"image_transform": policy.processor.image_transform}
         overlap = config.rollout.overlap
-        envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs, overlap=overlap)))
+        envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs, overlap=overlap, **kind)))
         num_eval_envs = min(config.eval.num_envs, num_evaluations)
-        eval_envs = cleanup.enter_context(closing(make_vector_env(config, num_eval_envs, evaluation=True)))
+        eval_envs = cleanup.enter_context(closing(make_vector_env(config, num_eval_envs, evaluation=True, **kind)))
         trainer = OpenVLAPPO(config, policy, value_head, envs, eval_envs, logger)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)

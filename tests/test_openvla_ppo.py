@@ -8,6 +8,7 @@ import torch
 
 from tests.fakes import CHUNK
 from tests.trainers import make_trainer, training_lines, with_values
+from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.run.metrics import read_metrics
 from vla_rl.run.settings import LoraConfig
@@ -94,6 +95,21 @@ def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(tmp_path, level):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
     for name, value in gradients[0][1].items():
         assert gradients[1][1][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def test_a_minibatch_is_copied_to_the_device_once_and_its_parts_are_read_there(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, algorithm={"micro_batch_size": 4})
+    copied, scored, to, score = [], [], Minibatch.to, trainer.policy.evaluate_actions
+    monkeypatch.setattr(Minibatch, "to", lambda self, device: copied.append(to(self, device)) or copied[-1])
+
+    def watched(inputs, *args, **kwargs):
+        scored.append(inputs.images.untyped_storage().data_ptr())
+        return score(inputs, *args, **kwargs)
+
+    trainer.policy.evaluate_actions = watched
+    trainer.update(trainer.compute_advantages(trainer.collect_rollout()[0])[0])
+    assert len(copied) == 2 * 2 and len(scored) == 16  # 32 rows in minibatches of 16 and micro-batches of 4, 2 epochs
+    assert scored == [batch.inputs.images.untyped_storage().data_ptr() for batch in copied for _ in range(4)]
 
 
 @pytest.mark.parametrize("dims", [[0, 1, 2, 3, 4, 5, 6], [0, 2]])

@@ -99,7 +99,8 @@ def measure_training(config: Config, rollouts: int, wait: float) -> dict[str, fl
         return output
 
     policy.act = timed_act
-    envs = make_vector_env(config, config.rollout.num_envs, overlap=config.rollout.overlap)
+    overlap, image_transform = config.rollout.overlap, policy.processor.image_transform
+    envs = make_vector_env(config, config.rollout.num_envs, overlap=overlap, image_transform=image_transform)
     seconds_in_simulator = time_waiting(envs)
     with tempfile.TemporaryDirectory() as folder:
         head = build_value_head(config, policy.hidden_size)

@@ -188,6 +188,7 @@ def test_tokens_of_steps_that_were_not_executed_are_masked():
 
 def test_a_whole_chunk_has_56_tokens():
     assert token_mask(torch.tensor([8]), chunk_size=8, action_dim=7).sum() == 56
+    assert token_mask(torch.tensor([8], device="meta"), chunk_size=8, action_dim=7).device.type == "meta"
 
 
 # row 0: both actions executed; row 1: the first only, so its last two tokens are masked

@@ -62,6 +62,6 @@ def check_finite(name: str, value: Tensor, iteration: int, folder: Path, minibat
     if minibatch is not None:
         dump = folder / f"nonfinite_iteration_{iteration:06d}.pt"
         with suppress(OSError):  # a full disk must not hide what went wrong
-            save_torch(asdict(minibatch), dump)
+            save_torch(asdict(minibatch.to(torch.device("cpu"))), dump)
             where = f"; its minibatch is in {dump}"
     raise NonFiniteError(f"{name} is not finite in iteration {iteration}{where}. Resume with a lower learning rate.")

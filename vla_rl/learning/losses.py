@@ -24,7 +24,7 @@ def token_mask(steps: Tensor, chunk_size: int, action_dim: int) -> Tensor:
     Returns:
         [B, A] bool with A = chunk_size * action_dim; token k belongs to sub-step k // action_dim.
     """
-    executed = torch.arange(chunk_size) < steps.unsqueeze(-1)  # [B, C]
+    executed = torch.arange(chunk_size, device=steps.device) < steps.unsqueeze(-1)  # [B, C]
     return executed.repeat_interleave(action_dim, dim=-1)
 
 

@@ -43,6 +43,7 @@ from vla_rl.types import (
     Observation,
     PolicyInputs,
     PolicyOutput,
+    to_device,
 )
 
 logger = logging.getLogger(__name__)
@@ -360,7 +361,7 @@ class OpenVLAPolicy:
         if ((index < 0) | (index >= self.action_tokenizer.n_bins)).any():
             first, end = self.action_tokenizer.first_id, self.action_tokenizer.vocab_size
             raise ValueError(f"action_tokens outside the action ids {first}..{end - 1}; greedy tokens cannot be scored")
-        return index.to(self.device)
+        return to_device(index, self.device)
 
     # ------------------------------------------------------------------ inputs
 
