@@ -22,6 +22,7 @@ from tests.bench.gpu_figures import (
     union,
 )
 from tests.bench.gpu_model import TASK, Bench, InstantEnvs, random_network, write_small_files
+from vla_rl.model import quantization
 from vla_rl.model.checkpoint_folder import official_name
 from vla_rl.model.prismatic import Prismatic
 from vla_rl.model.prismatic_config import read_config
@@ -203,6 +204,14 @@ def test_random_weights_are_frozen_finite_and_the_same_each_time(tmp_path):
     for (name, ours), other in zip(first.named_parameters(), second.parameters(), strict=True):
         assert not ours.requires_grad and ours.dtype == torch.bfloat16, name
         assert torch.isfinite(ours).all() and ours.equal(other), name
+
+
+def test_in_4_bit_the_language_models_layers_are_packed_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "pack", lambda weight: (weight.flatten()[::2, None].to(torch.uint8), None))
+    write_small_files(tmp_path, "tiny")
+    network = random_network(tmp_path, torch.device("cpu"), torch.bfloat16, "nf4")
+    packed = [name for name, p in network.named_parameters() if p.dtype == torch.uint8]
+    assert len(packed) == 3 * 7 and all(".layers." in name and "_proj." in name for name in packed)
 
 
 def test_environments_that_take_no_time_end_spread_over_time_half_of_them_in_success(tmp_path):
