@@ -234,6 +234,11 @@ def test_environments_that_take_no_time_end_spread_over_time_half_of_them_in_suc
             ends[index].append((decision, bool(terminated[index])))
         if done.any():
             envs.reset(options={"reset_mask": done, "episodes": episodes})
+    # what a truncated episode ended in is prepared, too
+    envs.step_async(np.zeros(envs.action_space.shape, np.float32), np.ones(4, bool), episodes)
+    while "truncated_obs" not in (info := envs.step_wait()[-1]):
+        envs.step_async(np.zeros(envs.action_space.shape, np.float32), np.ones(4, bool), episodes)
+    assert info["truncated_obs"]["image_transform"] == policy.processor.image_transform
     # 220 steps in chunks of 8: 28 decisions an episode, the first ones cut
     assert [end[:2] for end in ends] == [
         [(0, True), (28, True)],

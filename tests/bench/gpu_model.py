@@ -150,16 +150,18 @@ class InstantEnvs(FakeVectorEnv):
         return obs | self.extra, info
 
     def step_wait(self):
-        obs, *rest = super().step_wait()
-        return obs | self.extra, *rest
+        obs, *flags, info = super().step_wait()
+        if "truncated_obs" in info:
+            info["truncated_obs"] |= self.extra
+        return obs | self.extra, *flags, info
 
 
 def shown_images(policy: OpenVLAPolicy) -> tuple[np.ndarray, dict[str, Any]]:
     """A picture of the simulator's size, uint8 [1, H, W, 3], through the transform that the workers do, and its mark."""
     with np.load(ROOT / "tests/data/images.npz") as images:
         image = images["scene_raw256"]
-    transform = getattr(policy.processor, "image_transform", None)
-    return (image[None], {}) if transform is None else (transform(image)[None], {"image_transform": transform})
+    transform = policy.processor.image_transform
+    return transform(image)[None], {"image_transform": transform}
 
 
 class Bench:
