@@ -329,6 +329,13 @@ def test_what_is_given_stays_and_what_is_auto_is_chosen(tmp_path, caplog, mode, 
     assert record.getMessage().startswith(f"{expected}: ") and "\n" not in record.getMessage()
 
 
+def test_five_percent_of_the_card_are_left_free(tmp_path):
+    """16 rows of 100 MiB are within 1650 MiB, but not within 1567; two forwards of 8 are."""
+    trainer = automatic(make_trainer(tmp_path, algorithm=AUTO))
+    fit_to_card(trainer, [], FakeMeter(trainer, lambda mode, rows: 100 * rows * MIB, room=1650 * MIB))
+    assert trainer.micro_batches.choice == Choice("none", 8)
+
+
 def test_settings_that_fit_without_the_margin_only_are_accepted(tmp_path):
     trainer = automatic(make_trainer(tmp_path, algorithm={"micro_batch_size": 8}), "none")
     reserved = moment_bytes(trainer)
