@@ -27,6 +27,7 @@ from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, nor
 from vla_rl.learning.episodes import (
     EpisodeQueue,
     EpisodeSampler,
+    EpisodeSource,
     EpisodeStreams,
     RunningEpisodes,
     group_episodes,
@@ -36,13 +37,14 @@ from vla_rl.learning.evaluation import evaluate_modes
 from vla_rl.learning.guards import check_finite, check_first_minibatch
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
 from vla_rl.learning.optimizer import adamw, clip_gradient
-from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, Transition, minibatches, shuffled_rows
+from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, minibatches, shuffled_rows
+from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
 from vla_rl.run import progress
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.settings import Config
-from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyOutput, SimulatorDied
+from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyInputs, PolicyOutput, SimulatorDied
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,9 @@ class OpenVLAPPO:
         self.actor_optimizer = adamw(self.actor_parameters, config.actor)
         self.critic_optimizer = adamw(self.critic_parameters, config.critic) if self.uses_critic else None
         self.micro_batches = MicroBatches(config, policy)
+        level, dims = config.algorithm.logprob_level, config.algorithm.action_dims
+        self.tokens_per_ratio = losses.tokens_per_ratio(level, len(dims), policy.chunk_size)
+        self.schedule = ActorSchedule(self.actor_optimizer, config, self.tokens_per_ratio)
 
         # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
         # each environment: which ones decide together does not either.
@@ -183,47 +188,49 @@ class OpenVLAPPO:
         PPO: n_steps decisions of every environment; episodes go on across iterations. GRPO: whole episodes from a queue
         of groups; an environment without an episode is idle and adds no rows.
 
-        With rollout.overlap two halves of the environments take turns: the policy decides for one while the other steps.
-        Each environment decides, steps and is reset in the same order either way, and samples from its own generator.
+        With rollout.overlap two halves of the environments take turns: the policy decides for one while the other steps,
+        and begins the next episodes where one ends (PPO; GRPO's are known once the step is over, and reset then). Each
+        environment decides, steps and is reset in the same order either way, and samples from its own generator.
 
         Returns:
             The rows and rollout/* metrics.
         """
         num_envs, n_steps = self.envs.num_envs, self.config.rollout.n_steps
-        queue = None if self.uses_critic else EpisodeQueue(self.draw_groups())
-        if queue is not None or self.obs is None:
-            self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), queue or self.streams)
+        source = self.streams if self.uses_critic else EpisodeQueue(self.draw_groups())
+        if not self.uses_critic or self.obs is None:
+            self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), source)
         halves = np.array_split(np.arange(num_envs), 2 if self.config.rollout.overlap else 1)
         buffers = [RolloutBuffer() for _ in halves]
         finished_episodes: list[progress.FinishedEpisode] = []
         first_timestep, rounds = self.timesteps, 0
         waiting: list[tuple[RolloutBuffer, Decision]] = []  # at most one step is under way
-        bar = progress.progress_bar(
-            "rollout", n_steps * num_envs if queue is None else None, "dec", self.config.logging.progress
-        )
+        total = n_steps * num_envs if self.uses_critic else None
+        bar = progress.progress_bar("rollout", total, "dec", self.config.logging.progress)
 
         def finish_step() -> None:
             while waiting:
                 buffer, decision = waiting.pop()
-                last = queue is None and len(buffer) == n_steps - 1
-                finished_episodes.extend(self.finish_step(buffer, decision, queue, last))
+                last = self.uses_critic and len(buffer) == n_steps - 1
+                finished_episodes.extend(self.finish_step(buffer, decision, source, last))
                 bar.update(len(decision.envs))
                 bar.set_postfix_str(progress.episodes_text(finished_episodes))
 
         with bar:
-            while queue.playing if queue is not None else rounds < n_steps:
+            while rounds < n_steps if self.uses_critic else source.playing:
                 for half, buffer in zip(halves, buffers, strict=True):
-                    playing = [int(i) for i in half if queue is None or i in queue.playing]
+                    playing = [int(i) for i in half if i in source.playing]
                     decision = self.decide(playing) if playing else None
                     finish_step()  # of the other half, which was under way meanwhile
                     if decision is not None:
-                        self.envs.step_async(*decision.step(self.envs.action_space.shape))
+                        self.envs.step_async(*decision.step(self.envs.action_space.shape), source.coming(playing))
                         waiting.append((buffer, decision))
                     if len(halves) == 1:
                         finish_step()
                 rounds += 1
             finish_step()
-        return RolloutBuffer.join(buffers), progress.rollout_metrics(finished_episodes, self.timesteps - first_timestep)
+        rollout = RolloutBuffer.join(buffers)
+        rollout.bootstrap(self.values_of, num_envs)
+        return rollout, progress.rollout_metrics(finished_episodes, self.timesteps - first_timestep)
 
     def decide(self, playing: list[int]) -> Decision:
         """One forward of the policy for the environments that play, and the values of what they see."""
@@ -240,7 +247,7 @@ class OpenVLAPPO:
         return Decision(playing, output, hidden, values)
 
     def finish_step(
-        self, buffer: RolloutBuffer, decision: Decision, queue: EpisodeQueue | None, last: bool
+        self, buffer: RolloutBuffer, decision: Decision, source: EpisodeSource, last: bool
     ) -> list[progress.FinishedEpisode]:
         """Waits for the step of a decision, keeps its row, and starts the next episode where one has ended.
 
@@ -250,37 +257,24 @@ class OpenVLAPPO:
         Returns:
             The episodes that ended.
         """
-        playing, output = decision.envs, decision.output
-        raw_obs, rewards, terminated, truncated, info = self.envs.step_wait()
-        next_obs = Observation.from_vector_env(raw_obs)
-        rewards, terminated, truncated = (torch.as_tensor(x)[playing] for x in (rewards, terminated, truncated))
-        steps = torch.as_tensor(info["steps"])[playing]  # [N]
+        playing = decision.envs
+        raw_obs, *flags, info = self.envs.step_wait()
+        next_obs, reached = (Observation.from_vector_env(obs) for obs in (raw_obs, info.get("truncated_obs", raw_obs)))
+        rewards, terminated, truncated, steps = (torch.as_tensor(x)[playing] for x in (*flags, info["steps"]))  # [N]
         done = terminated | truncated
 
-        # V of the state that was reached, where no next row will tell it
+        # states that were reached whose value no next row will tell
         ended = terminated if self.config.algorithm.bootstrap_truncated else done
-        bootstrap_values = self.bootstrap(next_obs.rows(playing), ~ended & (truncated | last))
-        buffer.add(
-            Transition(
-                inputs=output.inputs,
-                action_tokens=output.action_tokens,
-                logprobs=output.logprobs,
-                hidden=decision.hidden,
-                values=decision.values,
-                rewards=rewards.float(),
-                terminated=terminated,
-                truncated=truncated,
-                steps=steps,
-                episode=torch.tensor([queue.playing[i] if queue is not None else -1 for i in playing]),
-            ),
-            bootstrap_values,
-        )
+        wanted = ~ended & (truncated | last) & self.uses_critic  # [N]
+        reached = reached.rows([playing[row] for row in wanted.nonzero().flatten()])
+        transition = decision.transition(rewards, terminated, truncated, steps, [source.playing[i] for i in playing])
+        buffer.add(transition, wanted, self.policy.prepare(reached) if len(reached) else None)
 
         self.timesteps += int(steps.sum())
         finished_episodes = self.running.add(playing, *(x.numpy() for x in (rewards, steps, terminated, done)))
         finished = np.zeros(self.envs.num_envs, dtype=bool)
         finished[playing] = done.numpy()
-        self.obs = reset_finished(self.envs, finished, queue or self.streams) or next_obs
+        self.obs = reset_finished(self.envs, finished, source, info["begun"]) or next_obs
         return finished_episodes
 
     def draw_groups(self) -> list:
@@ -313,13 +307,10 @@ class OpenVLAPPO:
             return torch.zeros(len(hidden))
         return self.value_head(hidden.to(self.device)).cpu()
 
-    def bootstrap(self, obs: Observation, wanted: Tensor) -> Tensor:
-        """V(obs) [N] where wanted, 0 elsewhere: the only states that cost a forward of their own."""
-        values = torch.zeros(len(obs))
-        if self.uses_critic and wanted.any():
-            inputs = self.policy.prepare(obs.rows(wanted.nonzero().flatten().tolist()))
-            values[wanted] = self.predict_values(self.policy.compute_hidden(inputs))
-            self.check_finite("values of the observations reached", values)
+    def values_of(self, inputs: PolicyInputs) -> Tensor:
+        """V [B] of states that were reached but not acted in."""
+        values = self.predict_values(self.policy.compute_hidden(inputs))
+        self.check_finite("values of the observations reached", values)
         return values
 
     # ----------------------------------------------------------------------------------------------------- advantages
@@ -339,8 +330,7 @@ class OpenVLAPPO:
                 "critic/value_mean": values.mean().item(),
                 "critic/return_mean": returns.mean().item(),
             }
-            if not arguments[0].any():
-                log.warning("no reward in this rollout: its advantages are the value head's errors alone")
+            self.schedule.see_rewards(arguments[0], self.iteration)
             if algorithm.normalize_advantages:
                 advantages = normalize(advantages)
             return rollout.flatten(advantages.flatten(), returns.flatten()), metrics
@@ -362,13 +352,11 @@ class OpenVLAPPO:
             actor/* and critic/* metrics: means over the minibatches, but for the first minibatch's invariants.
         """
         algorithm = self.config.algorithm
-        learning_rate = self.actor_learning_rate()
-        for group in self.actor_optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.schedule.begin_update(self.boundary.timesteps)
         if len(batch) == 0:
             log.warning("every group's returns are equal: no signal, no update in this iteration")
             return {}
-        train_actor = not self.uses_critic or self.iteration >= algorithm.critic_warmup_iterations
+        train_actor = self.schedule.steps_in(self.iteration)
         if algorithm.kl_coef > 0 and train_actor:
             batch = replace(batch, reference_logprobs=self.micro_batches.run(self.reference_logprobs, batch))
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
@@ -378,33 +366,25 @@ class OpenVLAPPO:
         with bar:
             for minibatch in minibatches(batch, algorithm.minibatch_size, self.order_generator, algorithm.n_epochs):
                 self.check_stop()
+                minibatch = minibatch.to(self.device)  # once: its micro-batches are parts of it
                 score_actor = train_actor or not history
                 metrics = self.micro_batches.run(self.minibatch_gradients, minibatch, train_actor, score_actor)
                 history.append(metrics)
                 if len(history) == 1:
-                    check_first_minibatch(
-                        metrics, algorithm.logprob_level, self.policy.chunk_size, self.config.policy.dtype
-                    )
-                elif algorithm.target_kl is not None and metrics.get("actor/approx_kl", 0) > algorithm.target_kl:
-                    stopped_by_kl = True
-                    break
+                    check_first_minibatch(metrics, self.tokens_per_ratio, self.config.policy.dtype)
+                else:
+                    kl = metrics.get("actor/approx_kl", 0.0)
+                    self.schedule.before_step(kl)
+                    if algorithm.target_kl is not None and kl > algorithm.target_kl:
+                        stopped_by_kl = True
+                        break
                 metrics |= self.optimizer_steps(minibatch, train_actor)
                 bar.update()
                 bar.set_postfix_str(progress.update_text(metrics))
         actor_steps = len(history) - stopped_by_kl if train_actor else 0
         passes = list(self.critic_passes(batch))
-        return progress.update_metrics(history, passes) | {
-            "actor/optimizer_steps": actor_steps,
-            "actor/learning_rate": learning_rate,
-            "actor/stopped_by_kl": float(stopped_by_kl),
-        }
-
-    def actor_learning_rate(self) -> float:
-        """Of this iteration. With annealing linear in the timesteps before it, so the last one's is above 0."""
-        settings = self.config.actor
-        if not settings.anneal_learning_rate:
-            return settings.learning_rate
-        return settings.learning_rate * (1 - self.boundary.timesteps / self.config.run.timesteps)
+        steps = {"actor/optimizer_steps": actor_steps, "actor/stopped_by_kl": float(stopped_by_kl)}
+        return progress.update_metrics(history, passes) | self.schedule.metrics() | steps
 
     def critic_passes(self, batch: Minibatch) -> Iterator[dict[str, float]]:
         """critic_epochs more passes of the value head over the cached hidden states: nearly free next to the policy's.
@@ -444,7 +424,7 @@ class OpenVLAPPO:
         totals: dict[str, float] = {}
         for micro in minibatch.split(self.micro_batches.rows):
             loss = torch.zeros((), device=self.device)
-            hidden = micro.hidden.to(self.device)
+            hidden = micro.hidden
             if score_actor:
                 with nullcontext() if train_actor else torch.no_grad():
                     actor_loss, metrics, fresh_hidden = self.actor_losses(micro, trained.sum(), ratios.sum())
@@ -455,7 +435,7 @@ class OpenVLAPPO:
             if self.value_head is not None:
                 if algorithm.freeze_vla_for_critic:
                     hidden = hidden.detach()
-                critic_loss = losses.value_loss(self.value_head(hidden), micro.returns.to(self.device), len(minibatch))
+                critic_loss = losses.value_loss(self.value_head(hidden), micro.returns, len(minibatch))
                 progress.accumulate(totals, {"critic/value_loss": critic_loss.item()})
                 loss = loss + algorithm.value_coef * critic_loss
             for name, value in totals.items():
@@ -479,29 +459,27 @@ class OpenVLAPPO:
         evaluation = self.policy.evaluate_actions(
             micro.inputs, micro.action_tokens, temperature=self.config.rollout.temperature
         )
-        tokens = losses.token_mask(micro.steps, self.policy.chunk_size, ACTION_DIM).to(self.device)
-        old_token_logprobs = micro.old_logprobs.to(self.device)
+        tokens = losses.token_mask(micro.steps, self.policy.chunk_size, ACTION_DIM)
         trained = losses.of_dims(tokens, algorithm.action_dims, ACTION_DIM)
         logprobs, mask = losses.sum_to_level(evaluation.logprobs, trained, algorithm.logprob_level, ACTION_DIM)
-        old_logprobs, _ = losses.sum_to_level(old_token_logprobs, trained, algorithm.logprob_level, ACTION_DIM)
+        old_logprobs, _ = losses.sum_to_level(micro.old_logprobs, trained, algorithm.logprob_level, ACTION_DIM)
         clip = (algorithm.clip_ratio_low, algorithm.clip_ratio_high)
 
-        advantages = micro.advantages.to(self.device)
-        policy_loss = losses.ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *clip, count=ratio_count)
+        policy_loss = losses.ppo_policy_loss(logprobs, old_logprobs, micro.advantages, mask, *clip, count=ratio_count)
         entropy = losses.masked_mean(evaluation.entropy, trained, token_count)
         loss = policy_loss - algorithm.entropy_coef * entropy
         metrics = {"actor/policy_loss": policy_loss.item(), "actor/entropy": entropy.item()}
         if micro.reference_logprobs is not None:
-            reference = micro.reference_logprobs.to(self.device)
-            reference_kl = losses.approx_kl(evaluation.logprobs, reference, trained, token_count)
+            reference_kl = losses.approx_kl(evaluation.logprobs, micro.reference_logprobs, trained, token_count)
             loss = loss + algorithm.kl_coef * reference_kl
             metrics["actor/reference_kl"] = reference_kl.item()
         with torch.no_grad():
-            ratio_error = (losses.log_ratio(evaluation.logprobs, old_token_logprobs, tokens).exp() - 1).abs().max()
+            ratio_error = (losses.log_ratio(evaluation.logprobs, micro.old_logprobs, tokens).exp() - 1).abs()  # [B, A]
             metrics |= {
                 "actor/approx_kl": losses.approx_kl(old_logprobs, logprobs, mask, ratio_count).item(),
                 "actor/clip_fraction": losses.clip_fraction(logprobs, old_logprobs, mask, *clip, ratio_count).item(),
-                "actor/ratio_error": ratio_error.item(),
+                "actor/ratio_error": ratio_error.max().item(),
+                "actor/ratio_error_mean": losses.masked_mean(ratio_error, trained, token_count).item(),
             }
         hidden = evaluation.hidden
         if hidden is None and self.value_head is not None:

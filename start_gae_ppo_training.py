@@ -55,7 +55,7 @@ FIXED_ON_RESUME = (
 # but for what depends on the machine and changes no data; whether it is the same base model, its fingerprint tells
 FREE_ON_RESUME = (
     *("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb"),
-    *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing"),
+    *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing", "policy.compile"),
 )
 
 # MUJOCO_GL -> the library that it needs, and Debian's packages of it
@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="any setting, for example actor.learning_rate=1e-4")
-    add("--config", metavar="YAML", help=f"settings file (default {DEFAULT_CONFIG}, the 7B model on one 80 GB GPU)")
+    add("--config", metavar="YAML", help=f"settings file (default {DEFAULT_CONFIG}, the 7B model on one GPU)")
     add("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
     add("--task-suite", metavar="SUITE", help="libero_spatial, _object, _goal, _10 or _90 (env.task_suite)")
     tasks = parser.add_mutually_exclusive_group()
@@ -153,7 +153,7 @@ def check_device(config: Config) -> None:
         )
         raise ConfigError(
             f"run.device=cuda, but torch finds no CUDA GPU that it can use ({built}; nvidia-smi shows which CUDA the driver "
-            "supports: an older driver needs another build of torch). Use a machine with one (80 GB for the 7B model), or "
+            "supports: an older driver needs another build of torch). Use a machine with one (24 GB or more for the 7B model), or "
             f"train the small model on the CPU: --config {TINY_CONFIG}"
         )
 
@@ -212,11 +212,16 @@ def check_start(config: Config, resumed: bool) -> None:
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 
     from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer
-    from vla_rl.model.policy import check_checkpoint
+    from vla_rl.model.execution import compiles
+    from vla_rl.model.find_checkpoint import check_checkpoint
+    from vla_rl.model.quantization import check_quantization
     from vla_rl.run.metrics import check_wandb
 
     check_wandb(config)
     settings = config.policy
+    if settings.compile == "true":
+        compiles(settings.compile, config.run.device)
+    check_quantization(settings.quantization)
     try:
         model = check_checkpoint(settings.checkpoint, settings.use_proprio)
     except ConfigError as error:
@@ -234,7 +239,7 @@ def check_card(config: Config, model: Path) -> None:
     from vla_rl.learning.memory import check_weights
     from vla_rl.model.checkpoint_folder import tensor_shapes
 
-    if config.run.device == "cuda":
+    if config.run.device == "cuda" and config.policy.quantization == "none":
         dtype = config.policy.dtype
         numbers = sum(math.prod(shape) for _, shape in tensor_shapes(model, config.policy.use_proprio))
         check_weights(numbers * getattr(torch, dtype).itemsize, *torch.cuda.mem_get_info(), dtype)
@@ -278,10 +283,11 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
         log_sizes(policy, value_head)
 
         num_evaluations = len(config.env.task_ids) * len(config.eval.states)
+        kind = {"image_transform": policy.processor.image_transform}
         overlap = config.rollout.overlap
-        envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs, overlap=overlap)))
+        envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs, overlap=overlap, **kind)))
         num_eval_envs = min(config.eval.num_envs, num_evaluations)
-        eval_envs = cleanup.enter_context(closing(make_vector_env(config, num_eval_envs, evaluation=True)))
+        eval_envs = cleanup.enter_context(closing(make_vector_env(config, num_eval_envs, evaluation=True, **kind)))
         trainer = OpenVLAPPO(config, policy, value_head, envs, eval_envs, logger)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
@@ -301,6 +307,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
 def build_policy(config: Config):
     import torch
 
+    from vla_rl.model.execution import compiles
     from vla_rl.model.policy import OpenVLAPolicy
 
     if config.run.torch_threads is not None:
@@ -319,7 +326,9 @@ def build_policy(config: Config):
         chunk_size=settings.chunk_size,
         center_crop=settings.center_crop,
         unnorm_key=settings.unnorm_key or config.env.task_suite,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing="none" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing,
+        compiled=compiles(settings.compile, config.run.device),
+        quantization=settings.quantization,
     )
 
 
@@ -336,8 +345,10 @@ def build_value_head(config: Config, hidden_size: int):
 
 
 def log_sizes(policy, value_head) -> None:
+    from vla_rl.model.quantization import count_weights
+
     millions = {
-        "policy": sum(p.numel() for p in policy.network.parameters()),
+        "policy": count_weights(policy.network),
         "trained (LoRA)": sum(p.numel() for p in policy.trainable_parameters()),
         "value head": sum(p.numel() for p in value_head.parameters()) if value_head is not None else 0,
     }

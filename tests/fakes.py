@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vla_rl.model.sampling import draw
+from vla_rl.model.sampling import draw_noise, pick
 from vla_rl.types import ACTION_DIM, ActionEvaluation, Episode, Observation, PolicyInputs, PolicyOutput
 
 CHUNK = 2
@@ -91,7 +91,7 @@ class Resting:
 
 
 class FakeVectorEnv(SyncVectorEnv):
-    """Lets an environment idle after its end, as AsyncVectorEnv does; SyncVectorEnv demands a reset."""
+    """Lets an environment idle after its end, or begin the next episode in the same step; SyncVectorEnv demands a reset."""
 
     under_way = None  # what step_wait will return
 
@@ -103,15 +103,26 @@ class FakeVectorEnv(SyncVectorEnv):
         self.step_async(actions, np.ones(self.num_envs, dtype=bool))
         return self.step_wait()
 
-    def step_async(self, actions, active):
+    def step_async(self, actions, active, episodes=None):
         assert self.under_way is None, "a second step while one is under way"
         before = self.envs
         self._autoreset_envs[:] = False
         self.envs = [env if playing else Resting(env) for env, playing in zip(before, active, strict=True)]
         try:
-            self.under_way = super().step(actions)
+            obs, rewards, terminated, truncated, info = super().step(actions)
         finally:
             self.envs = before
+        begun = [i for i in episodes or {} if terminated[i] or truncated[i]]
+        info["begun"] = np.isin(np.arange(self.num_envs), begun)
+        reached = obs | {"images": obs["images"].copy(), "proprio": obs["proprio"].copy()}
+        for i in begun:
+            first, _ = self.envs[i].reset(options={"episodes": episodes})
+            for name in ("images", "proprio"):
+                obs[name][i] = first[name]
+            obs["instruction"] = (*obs["instruction"][:i], first["instruction"], *obs["instruction"][i + 1 :])
+        if truncated[begun].any():
+            info["truncated_obs"] = reached
+        self.under_way = obs, rewards, terminated, truncated, info
 
     def step_wait(self):
         result, self.under_way = self.under_way, None
@@ -147,13 +158,17 @@ class FakePolicy:
             0.1 * torch.randn(self.hidden_size, CHUNK * ACTION_DIM * BINS, generator=generator), requires_grad=False
         )
         self.adapter = nn.Parameter(torch.zeros(self.hidden_size, self.hidden_size))
-        self.forwards = 0  # of the network
+        self.rows: list[int] = []  # of each forward of the network
 
     def forward(self, inputs: PolicyInputs, adapter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.forwards += 1
+        self.rows.append(len(inputs))
         features = torch.tanh(inputs.images.float().div(255).mean(dim=(1, 2, 3)) @ self.base)  # [N, D]
         hidden = features + features @ adapter
         return (hidden @ self.head).unflatten(-1, (-1, BINS)), hidden  # [N, A, V], [N, D]
+
+    @property
+    def forwards(self) -> int:
+        return len(self.rows)
 
     def prepare(self, obs: Observation) -> PolicyInputs:
         return PolicyInputs(torch.from_numpy(obs.images), torch.from_numpy(obs.proprio), obs.instructions)
@@ -163,7 +178,11 @@ class FakePolicy:
         with torch.no_grad():
             logits, hidden = self.forward(inputs, self.adapter)
         logprobs = (logits / temperature).log_softmax(-1)
-        tokens = logits.argmax(-1) if greedy else draw(logprobs.exp(), generator)
+        tokens = (
+            logits.argmax(-1)
+            if greedy
+            else pick(logprobs.exp(), draw_noise(logprobs.shape[1:], generator, len(logprobs)))
+        )
         actions = (tokens.float() - (BINS - 1) / 2) / (BINS / 2)  # -0.75 .. 0.75
         return PolicyOutput(
             action_tokens=tokens,

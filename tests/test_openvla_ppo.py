@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.fakes import CHUNK
-from tests.trainers import make_trainer, training_lines
+from tests.trainers import make_trainer, training_lines, with_values
+from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.run.metrics import read_metrics
 from vla_rl.run.settings import LoraConfig
@@ -35,7 +36,7 @@ def test_training_goes_from_chance_to_over_90_percent(tmp_path, estimator):
 
 
 def test_each_optimizer_changes_its_own_parameters_and_no_other(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = with_values(make_trainer(tmp_path))
     policy = trainer.policy
     base = [policy.base.clone(), policy.head.clone()]
     batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
@@ -61,7 +62,7 @@ def test_learning_rates_are_those_of_actor_and_critic(tmp_path):
 
 def test_the_actors_learning_rate_falls_linearly_with_the_timesteps(tmp_path):
     """From the whole rate in the first iteration to more than 0 in the last: of the timesteps before each."""
-    actor = {"learning_rate": 0.01, "anneal_learning_rate": True}
+    actor = {"learning_rate": 0.01, "schedule": "linear"}
     trainer = make_trainer(tmp_path, actor=actor, run={"timesteps": 400})
     rates, expected = [], []
     while trainer.timesteps < 400:
@@ -94,6 +95,21 @@ def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(tmp_path, level):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
     for name, value in gradients[0][1].items():
         assert gradients[1][1][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def test_a_minibatch_is_copied_to_the_device_once_and_its_parts_are_read_there(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, algorithm={"micro_batch_size": 4})
+    copied, scored, to, score = [], [], Minibatch.to, trainer.policy.evaluate_actions
+    monkeypatch.setattr(Minibatch, "to", lambda self, device: copied.append(to(self, device)) or copied[-1])
+
+    def watched(inputs, *args, **kwargs):
+        scored.append(inputs.images.untyped_storage().data_ptr())
+        return score(inputs, *args, **kwargs)
+
+    trainer.policy.evaluate_actions = watched
+    trainer.update(trainer.compute_advantages(trainer.collect_rollout()[0])[0])
+    assert len(copied) == 2 * 2 and len(scored) == 16  # 32 rows in minibatches of 16 and micro-batches of 4, 2 epochs
+    assert scored == [batch.inputs.images.untyped_storage().data_ptr() for batch in copied for _ in range(4)]
 
 
 @pytest.mark.parametrize("dims", [[0, 1, 2, 3, 4, 5, 6], [0, 2]])
@@ -140,7 +156,7 @@ def test_entropy_bonus_and_kl_penalty_are_of_the_dimensions_that_are_learned(tmp
 
 
 def adapter_gradient_of_value_loss(folder, **changes):
-    trainer = make_trainer(folder, **changes)
+    trainer = with_values(make_trainer(folder, **changes))
     batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
     batch = type(batch)(**vars(batch) | {"advantages": torch.zeros(len(batch))})  # the policy loss has no gradient
     trainer.minibatch_gradients(batch, train_actor=True, score_actor=True)
@@ -253,7 +269,7 @@ def test_target_kl_counts_the_minibatch_that_was_too_far_and_never_the_first(tmp
 
 
 def adapter_after_update(folder, **changes):
-    trainer = make_trainer(folder, **changes)
+    trainer = with_values(make_trainer(folder, **changes))
     batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
     trainer.update(batch)
     return trainer.policy.adapter.detach().clone()
@@ -278,6 +294,7 @@ def adapter_after_update(folder, **changes):
         {"algorithm": {"freeze_vla_for_critic": True}},
         {"algorithm": {"critic_gae_lambda": 0.0}},
         {"actor": {"learning_rate": 0.02}},
+        {"actor": {"schedule": "kl", "kl_target": 1e-4}},
         {"actor": {"weight_decay": 0.5}},
         {"actor": {"beta1": 0.5}},
         {"actor": {"eps": 1e-2}},

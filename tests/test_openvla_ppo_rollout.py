@@ -8,15 +8,33 @@ import pytest
 import torch
 
 from tests.fakes import CHUNK, FakePolicy, make_envs
-from tests.trainers import make_trainer
+from tests.trainers import make_trainer, with_values
+from vla_rl.types import NonFiniteError
 
 
 def test_values_of_a_rollout_cost_no_second_forward(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=100 * CHUNK)  # no episode ends: one bootstrap at the end
     rollout, _ = trainer.collect_rollout()
     assert trainer.policy.forwards == len(rollout) + 1
+    assert trainer.policy.rows[-1] == 4  # of all environments together
     expected = trainer.value_head(trainer.policy.compute_hidden(rollout.transitions[3].inputs))
     torch.testing.assert_close(rollout.transitions[3].values, expected.detach())
+
+
+def test_bootstraps_wait_for_the_end_of_the_rollout_and_share_forwards(tmp_path):
+    trainer = make_trainer(tmp_path, rollout={"n_steps": 20})
+    rollout, _ = trainer.collect_rollout()
+    wanted = sum(int(wanted.sum()) for wanted, _ in rollout.reached)
+    ends = rollout.stack("truncated")[:-1].sum() + (~rollout.stack("terminated")[-1]).sum()
+    assert wanted == ends > 8 and trainer.policy.rows[:20] == [4] * 20
+    assert trainer.policy.rows[20:] == [4] * (wanted // 4) + [wanted % 4] * (wanted % 4 > 0)
+
+
+def test_a_value_of_a_state_reached_that_is_not_finite_ends_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.policy.compute_hidden = lambda inputs: torch.full((len(inputs), 16), torch.nan)
+    with pytest.raises(NonFiniteError, match="values of the observations reached is not finite in iteration 1"):
+        trainer.collect_rollout()
 
 
 def test_missing_hidden_state_is_computed_from_scratch_with_one_warning(tmp_path, caplog):
@@ -54,7 +72,7 @@ def test_truncated_episode_bootstraps_from_the_observation_it_reached(tmp_path):
 
 def test_the_step_limit_is_worth_nothing_where_it_counts_as_failure(tmp_path):
     """No forward either; the rollout's own end is still bootstrapped."""
-    trainer = make_trainer(tmp_path, rollout={"n_steps": 7}, algorithm={"bootstrap_truncated": False})
+    trainer = with_values(make_trainer(tmp_path, rollout={"n_steps": 7}, algorithm={"bootstrap_truncated": False}))
     rollout, _ = trainer.collect_rollout()
     truncated, terminated = rollout.stack("truncated"), rollout.stack("terminated")
     assert truncated[:-1].any() and not (truncated | terminated)[-1].all()
@@ -106,6 +124,34 @@ def test_overlapping_halves_give_the_data_that_all_together_give(tmp_path, estim
             torch.testing.assert_close(together.next_values(), halves.next_values())
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_episodes_that_begin_in_the_step_give_the_data_of_resets_after_it(tmp_path, overlap):
+    changes = {"rollout": {"num_envs": 5, "n_steps": 12, "overlap": overlap}, "env": {"task_ids": list(range(7))}}
+    ours, other = (make_trainer(tmp_path / name, **changes) for name in ("ours", "other"))
+    step_async = other.envs.step_async
+    other.envs.step_async = lambda actions, active, episodes: step_async(actions, active)  # none begins by itself
+    resets = {trainer: watch_resets(trainer) for trainer in (ours, other)}
+    for _ in range(2):
+        (rollout, metrics), (expected, expected_metrics) = (trainer.collect_rollout() for trainer in (ours, other))
+        assert metrics == expected_metrics and metrics["rollout/episodes"] > 5
+        for name in ("action_tokens", "logprobs", "hidden", "values", "rewards", "terminated", "truncated", "steps"):
+            assert torch.equal(rollout.rows(name), expected.rows(name)), name
+        assert torch.equal(rollout.next_values(), expected.next_values())
+        for row, expected_row in zip(rollout.transitions, expected.transitions, strict=True):
+            assert row.inputs.images.equal(expected_row.inputs.images)
+            assert row.inputs.instructions == expected_row.inputs.instructions
+        assert ours.streams.played == other.streams.played
+        states, expected_states = (trainer.envs.episode_states() for trainer in (ours, other))
+        assert str(states) == str(expected_states) and str(ours.obs) == str(other.obs)
+    assert len(resets[ours]) == 1 and len(resets[other]) > 5
+
+
+def watch_resets(trainer) -> list:
+    resets, reset = [], trainer.envs.reset
+    trainer.envs.reset = lambda **kwargs: resets.append(kwargs) or reset(**kwargs)
+    return resets
+
+
 def test_overlap_decides_for_one_half_while_the_other_steps(tmp_path):
     sizes = {"minibatch_size": 8, "micro_batch_size": 8}
     trainer = make_trainer(tmp_path, rollout={"overlap": True, "num_envs": 4, "n_steps": 2}, algorithm=sizes)
@@ -133,6 +179,7 @@ def test_grpo_plays_whole_groups_from_equal_starts_and_idle_environments_add_no_
     trainer = make_trainer(tmp_path, algorithm={"estimator": "grpo"})
     rollout, metrics = trainer.collect_rollout()
     episode = rollout.rows("episode")
+    assert trainer.policy.forwards == len(rollout)  # no bootstraps
     assert metrics["rollout/episodes"] == 8
     assert sorted(set(episode.tolist())) == list(range(8))
     ends = rollout.rows("terminated") | rollout.rows("truncated")

@@ -488,9 +488,9 @@ def test_what_the_out_of_memory_hint_proposes_is_accepted_by_a_resume():
     from vla_rl import sft
 
     hint = explain(torch.OutOfMemoryError("CUDA out of memory."))
-    assert "micro_batch_size" in hint and "policy.gradient_checkpointing=true" in hint
+    assert "micro_batch_size" in hint and "policy.gradient_checkpointing=full" in hint
     before = config_of("--config", TINY)
-    after = config_of("--config", TINY, "policy.gradient_checkpointing=true", "algorithm.micro_batch_size=1")
+    after = config_of("--config", TINY, "policy.gradient_checkpointing=full", "algorithm.micro_batch_size=1")
     assert before != after and changed_settings(before, after, FIXED_ON_RESUME, FREE_ON_RESUME) == []
     assert "policy.gradient_checkpointing" in sft.FREE_ON_RESUME
     assert not "training.micro_batch_size".startswith(sft.FIXED_ON_RESUME)

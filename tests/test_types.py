@@ -1,9 +1,10 @@
 """What the parts hand to each other keeps its rows together."""
 
 import numpy as np
+import pytest
 import torch
 
-from vla_rl.types import Observation, PolicyInputs
+from vla_rl.types import Observation, PolicyInputs, to_device
 
 
 def observation(n: int) -> Observation:
@@ -15,6 +16,18 @@ def test_picked_rows_of_an_observation_belong_together():
     picked = observation(5).rows([3, 0])
     assert len(picked) == 2 and picked.instructions == ("3", "0")
     assert picked.images[:, 0, 0, 0, 0].tolist() == [3, 0] and picked.proprio[:, 7].tolist() == [3, 0]
+
+
+def test_what_images_have_been_through_goes_with_the_rows():
+    raw = observation(4)
+    assert raw.image_transform is None and raw.agent_view[2, 0, 0, 0] == 2
+    shown = {"images": raw.images, "proprio": raw.proprio, "instruction": raw.instructions}
+    frames = 9 + raw.images[:, 0]
+    transformed = Observation.from_vector_env(shown | {"image_transform": "crop", "frames": frames}).rows([3, 1])
+    assert transformed.image_transform == "crop" and transformed.agent_view[:, 0, 0, 0].tolist() == [12, 10]
+    assert transformed.images[:, 0, 0, 0, 0].tolist() == [3, 1]
+    with pytest.raises(ValueError, match=r"rendered images were not kept.*keep_frames=True"):
+        _ = Observation.from_vector_env(shown | {"image_transform": "crop"}).agent_view
 
 
 def test_an_observation_of_a_vector_environment_is_a_copy():
@@ -38,3 +51,32 @@ def test_concatenated_inputs_give_back_their_rows():
     assert len(whole) == 5 and whole.images.dtype == torch.uint8
     assert picked.instructions == ("4", "2")
     assert picked.images[:, 0, 0, 0, 0].tolist() == [4, 2] and picked.proprio[:, 0].tolist() == [4, 2]
+    part = whole.rows(slice(3, 9))
+    assert part.instructions == ("3", "4") and part.images[:, 0, 0, 0, 0].tolist() == [3, 4]
+    assert part.proprio[:, 7].tolist() == [3, 4] and part.images.data_ptr() == whole.images[3:].data_ptr()
+
+
+def test_a_copy_to_a_gpu_goes_through_pinned_memory_without_waiting():
+    class Recorded:
+        """A tensor that notes what is asked of it."""
+
+        def __init__(self, kind):
+            self.device, self.asked = torch.device(kind), []
+
+        def pin_memory(self):
+            self.asked.append("pin")
+            return self
+
+        def to(self, device, non_blocking=False):
+            self.asked.append((device.type, non_blocking))
+
+    asked = {}
+    for source, target in (("cpu", "cuda"), ("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cpu")):
+        tensor = Recorded(source)
+        to_device(tensor, torch.device(target))
+        asked[source, target] = tensor.asked
+    assert asked["cpu", "cuda"] == ["pin", ("cuda", True)] and asked["cuda", "cuda"] == [("cuda", False)]
+    assert asked["cuda", "cpu"] == [("cpu", False)]  # else its values might be read before they have come
+    assert asked["cpu", "cpu"] == [("cpu", False)]
+    here = torch.zeros(2)
+    assert to_device(here, torch.device("cpu")) is here

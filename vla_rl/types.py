@@ -6,7 +6,7 @@ N environments or rows, K images, C steps in a chunk, A = 7C action tokens, D hi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -50,41 +50,86 @@ class Episode:
     resets: int = 1  # placements drawn with that seed; the last one is played
 
 
+class ImageTransform(Protocol):
+    """What a policy's images go through first, in the simulators' processes: it can be pickled, and equal ones are equal."""
+
+    size: int  # S
+
+    def __call__(self, image_uint8: np.ndarray) -> np.ndarray: ...  # uint8 [H, W, 3] -> uint8 [S, S, 3]
+
+
 @dataclass(frozen=True)
 class Observation:
-    """What the environments show: right way up, before any preprocessing of the model's."""
+    """What the environments show, right way up.
 
-    images: np.ndarray  # uint8 [N, K, H, W, 3]
+    Images are as rendered, or what `image_transform` made of them: never told by their size, always by this field.
+    """
+
+    images: np.ndarray  # uint8 [N, K, H, W, 3], or [N, K, S, S, 3] with an image_transform
     proprio: np.ndarray  # float32 [N, 8], metres, radians (axis-angle), metres
     instructions: tuple[str, ...]  # N
+    image_transform: ImageTransform | None = None  # that the images have been through
+    frames: np.ndarray | None = None  # uint8 [N, H, W, 3], the agent view as rendered, where it was asked for
 
     @classmethod
     def from_vector_env(cls, obs: dict) -> Observation:
         """The dict that a gymnasium.vector.VectorEnv over LiberoEnv returns. Arrays are copied: they are reused."""
-        return cls(obs["images"].copy(), obs["proprio"].copy(), tuple(obs["instruction"]))
+        frames = obs["frames"].copy() if "frames" in obs else None
+        arrays = obs["images"].copy(), obs["proprio"].copy()
+        return cls(*arrays, tuple(obs["instruction"]), obs.get("image_transform"), frames)
 
     def __len__(self) -> int:
         return len(self.instructions)
 
+    @property
+    def agent_view(self) -> np.ndarray:
+        """uint8 [N, H, W, 3], as rendered.
+
+        Raises:
+            ValueError: there is only what a transform made of it.
+        """
+        if self.frames is None and self.image_transform is not None:
+            raise ValueError("the rendered images were not kept; make the environments with keep_frames=True")
+        return self.images[:, 0] if self.frames is None else self.frames
+
     def rows(self, indices: Sequence[int]) -> Observation:
         indices = list(indices)
-        return Observation(self.images[indices], self.proprio[indices], tuple(self.instructions[i] for i in indices))
+        return Observation(
+            self.images[indices],
+            self.proprio[indices],
+            tuple(self.instructions[i] for i in indices),
+            self.image_transform,
+            None if self.frames is None else self.frames[indices],
+        )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; to a GPU through pinned memory, so that the copy waits for nothing that runs."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)
 class PolicyInputs:
     """A preprocessed observation: what the buffer keeps and the network reads."""
 
-    images: Tensor  # uint8 [N, K, S, S, 3], CPU
+    images: Tensor  # uint8 [N, K, S, S, 3], CPU or the policy's device
     proprio: Tensor  # float32 [N, 8], CPU, environment units
     instructions: tuple[str, ...]  # N
 
     def __len__(self) -> int:
         return len(self.instructions)
 
-    def rows(self, indices: Sequence[int]) -> PolicyInputs:
+    def rows(self, indices: Sequence[int] | slice) -> PolicyInputs:
+        if isinstance(indices, slice):
+            return PolicyInputs(self.images[indices], self.proprio[indices], self.instructions[indices])
         indices = list(indices)
         return PolicyInputs(self.images[indices], self.proprio[indices], tuple(self.instructions[i] for i in indices))
+
+    def to(self, device: torch.device) -> PolicyInputs:
+        """With the images on a device; proprio stays on the CPU, where the policy normalises it in float64."""
+        return replace(self, images=to_device(self.images, device))
 
     @staticmethod
     def concatenate(parts: Sequence[PolicyInputs]) -> PolicyInputs:

@@ -88,7 +88,7 @@ def collect(config: Config) -> tuple:
     torch.manual_seed(config.run.seed)
     policy = build_policy(config)
     head = build_value_head(config, policy.hidden_size)
-    envs = make_vector_env(config, config.rollout.num_envs)
+    envs = make_vector_env(config, config.rollout.num_envs, image_transform=policy.processor.image_transform)
     with tempfile.TemporaryDirectory() as folder:
         trainer = OpenVLAPPO(config, policy, head, envs, None, MetricsLogger(Path(folder), config))
         rollout, metrics = trainer.collect_rollout()

@@ -43,7 +43,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_intermixed_args()
-    config = load_config(find_config(args.config), args.overrides, {"logging.progress": False})
+    flags = {"logging.progress": False, "algorithm.wait_for_reward": False}  # an update has all its steps
+    config = load_config(find_config(args.config), args.overrides, flags)
     figures = measure_simulator(config) | measure_training(config, args.rollouts, args.wait)
     waiting = figures.pop("simulator_share")
     physics = figures["physics_share_of_a_chunk"]
@@ -98,7 +99,8 @@ def measure_training(config: Config, rollouts: int, wait: float) -> dict[str, fl
         return output
 
     policy.act = timed_act
-    envs = make_vector_env(config, config.rollout.num_envs, overlap=config.rollout.overlap)
+    overlap, image_transform = config.rollout.overlap, policy.processor.image_transform
+    envs = make_vector_env(config, config.rollout.num_envs, overlap=overlap, image_transform=image_transform)
     seconds_in_simulator = time_waiting(envs)
     with tempfile.TemporaryDirectory() as folder:
         head = build_value_head(config, policy.hidden_size)

@@ -69,6 +69,16 @@ def test_with_more_tasks_than_environments_every_task_is_played_in_turn():
     assert [streams.next(1).task_id for _ in range(6)] == [1, 3, 0, 2, 4, 1]
 
 
+@pytest.mark.parametrize("tasks", [[3], [0, 1, 2, 3, 4]])
+def test_what_is_coming_is_what_comes_next_and_is_not_counted(tasks):
+    streams = EpisodeStreams(sampler(tasks), 2)
+    streams.next(1)
+    coming = streams.coming([1, 0])
+    assert coming == streams.coming([1, 0]) and streams.played == [0, 1]
+    assert coming == {i: streams.next(i) for i in (1, 0)} and streams.played == [1, 2]
+    assert coming.keys().isdisjoint(streams.coming([])) and EpisodeQueue([Episode(0, 0, 0)]).coming([0]) == {}
+
+
 def test_random_placements_have_no_fixed_state():
     assert sampler().draw(0, 0, 3).initial_state is None and sampler().draw(0, 0, 3).task_id == 3
 
@@ -144,6 +154,14 @@ def test_only_finished_environments_are_reset(envs):
     assert obs.instructions == ("do task 0", "do task 3", "do task 2")
     assert obs.proprio[:, 0].tolist() == [2, 0, 2]  # simulator steps so far, in chunks of 2
     assert queue.playing == {0: 0, 1: 3, 2: 2}
+
+
+def test_an_environment_that_has_begun_its_next_episode_is_counted_but_not_reset(envs):
+    streams = EpisodeStreams(sampler(), 3)
+    reset_finished(envs, np.ones(3, dtype=bool), streams)
+    envs.step(np.zeros(envs.action_space.shape, np.float32))
+    obs = reset_finished(envs, np.array([True, True, False]), streams, begun=np.array([True, False, False]))
+    assert obs.proprio[:, 0].tolist() == [2, 0, 2] and streams.played == [2, 2, 1]
 
 
 def test_an_environment_for_which_nothing_is_left_is_not_reset(envs):

@@ -49,11 +49,17 @@ class ScriptedVectorEnv:
             self.started.append((self.episodes[index].task_id, self.episodes[index].initial_state))
         return self.observe(), {}
 
-    def step(self, actions):
+    def step_async(self, actions, active):
+        self.under_way = actions, active
+
+    def step_wait(self):
+        actions, active = self.under_way
         done, success, steps = (np.zeros(self.num_envs, dtype=kind) for kind in (bool, bool, np.int64))
         for i, episode in enumerate(self.episodes):
             played = self.decisions[i] <= episode.task_id
-            assert played == (actions[i] == 1).all(), "an idle environment was played or a playing one was not"
+            assert played == active[i] == (actions[i] == 1).all(), (
+                "an idle environment was played or a playing one was not"
+            )
             self.decisions[i] += played
             done[i] = self.decisions[i] > episode.task_id
             success[i] = done[i] and episode.initial_state % 2 == 0

@@ -33,8 +33,15 @@ def transition(numbers, values=None, terminated=None, truncated=None) -> Transit
 def buffer_of(*rows: list[int]) -> RolloutBuffer:
     buffer = RolloutBuffer()
     for numbers in rows:
-        buffer.add(transition(numbers), torch.zeros(len(numbers)))
+        add(buffer, transition(numbers), [])
     return buffer
+
+
+def add(buffer: RolloutBuffer, row: Transition, wanted: list[int]) -> None:
+    """Environments `wanted` have reached states whose value is 10 times their number."""
+    mask = torch.zeros(len(row.steps), dtype=torch.bool)
+    mask[wanted] = True
+    buffer.add(row, mask, row.inputs.rows(wanted) if wanted else None)
 
 
 def batch_of(rows: int) -> Minibatch:
@@ -65,7 +72,7 @@ def test_joined_buffers_have_the_environments_of_all_parts_in_each_decision():
     assert [t.steps.tolist() for t in joined.transitions] == [[1, 2, 3], [5, 6, 7], [9]]
     numbers = joined.rows("steps")
     assert numbers_of(joined.flatten(numbers.float(), None)) == [1, 2, 3, 5, 6, 7, 9]
-    assert [len(values) for values in joined.bootstrap_values] == [3, 3, 1]
+    assert [len(wanted) for wanted, _ in joined.reached] == [3, 3, 1]
     assert RolloutBuffer.join([buffer_of([1, 2])]).rows("steps").tolist() == [1, 2]
 
 
@@ -93,13 +100,16 @@ def test_a_field_with_another_number_of_rows_is_refused_with_the_counts(field):
     good, bad = transition([1, 2]), transition([1])
     mixed = Transition(**{**vars(good), field: getattr(bad, field)})
     with pytest.raises(ValueError, match=f"one row per environment.*'{field}': 1"):
-        RolloutBuffer().add(mixed, torch.zeros(2))
+        RolloutBuffer().add(mixed, torch.zeros(2).bool(), None)
 
 
-def test_bootstrap_values_with_another_number_of_rows_are_refused():
-    buffer = RolloutBuffer()
-    with pytest.raises(ValueError, match="one row per environment"):
-        buffer.add(transition([1, 2]), torch.zeros(1))
+def test_states_reached_with_another_number_of_rows_are_refused():
+    buffer, row = RolloutBuffer(), transition([1, 2])
+    with pytest.raises(ValueError, match=r"one row per environment.*1 wanted"):
+        buffer.add(row, torch.zeros(1).bool(), None)
+    for inputs, came in ((None, "None"), (row.inputs, "2")):
+        with pytest.raises(ValueError, match=f"{came} states reached, but 1 are wanted"):
+            buffer.add(row, torch.tensor([False, True]), inputs)
     assert len(buffer) == 0
 
 
@@ -110,9 +120,10 @@ def test_next_values_are_the_next_rows_the_final_observations_or_the_last_bootst
     # env 0 is truncated at t = 1 (final observation worth 50); env 1 terminates at t = 0 (ignored by GAE); the rollout
     # ends after t = 2 in states worth 70 and 80
     buffer = RolloutBuffer()
-    buffer.add(transition([0, 0], values=[1.0, 2.0], terminated=[False, True]), torch.tensor([0.0, 0.0]))
-    buffer.add(transition([0, 0], values=[3.0, 4.0], truncated=[True, False]), torch.tensor([50.0, 0.0]))
-    buffer.add(transition([0, 0], values=[5.0, 6.0]), torch.tensor([70.0, 80.0]))
+    add(buffer, transition([0, 0], values=[1.0, 2.0], terminated=[False, True]), [])
+    add(buffer, transition([5, 0], values=[3.0, 4.0], truncated=[True, False]), [0])
+    add(buffer, transition([7, 8], values=[5.0, 6.0]), [0, 1])
+    buffer.bootstrap(ten_times_the_number, batch_size=2)
     next_values = buffer.next_values()
     assert next_values[:, 0].tolist() == [3, 50, 70]
     assert next_values[1:, 1].tolist() == [6, 80]
@@ -120,9 +131,34 @@ def test_next_values_are_the_next_rows_the_final_observations_or_the_last_bootst
 
 def test_an_episode_truncated_at_the_rollouts_end_bootstraps_from_its_own_final_observation():
     buffer = RolloutBuffer()
-    buffer.add(transition([0], values=[1.0]), torch.tensor([9.0]))  # not truncated: 9 is not used
-    buffer.add(transition([0], values=[2.0], truncated=[True]), torch.tensor([7.0]))
-    assert buffer.next_values().tolist() == [[2], [7]]
+    add(buffer, transition([9], values=[1.0]), [0])  # not truncated: 90 is not used
+    add(buffer, transition([7], values=[2.0], truncated=[True]), [0])
+    buffer.bootstrap(ten_times_the_number, batch_size=8)
+    assert buffer.next_values().tolist() == [[2], [70]]
+
+
+def ten_times_the_number(inputs: PolicyInputs) -> torch.Tensor:
+    return 10.0 * inputs.images.flatten()
+
+
+@pytest.mark.parametrize(("batch_size", "forwards"), [(1, 5), (2, 3), (5, 1), (9, 1)])
+def test_bootstraps_of_all_parts_are_computed_together_in_forwards_of_limited_size(batch_size, forwards):
+    halves = [RolloutBuffer(), RolloutBuffer()]
+    add(halves[0], transition([1, 2]), [1])
+    add(halves[0], transition([4, 5]), [])
+    add(halves[0], transition([7, 8]), [0, 1])
+    add(halves[1], transition([3]), [0])
+    add(halves[1], transition([6]), [0])
+    joined, calls = RolloutBuffer.join(halves), []
+    joined.bootstrap(lambda inputs: calls.append(len(inputs)) or ten_times_the_number(inputs), batch_size)
+    assert len(calls) == forwards and max(calls) <= batch_size
+    assert joined.bootstrap_values.tolist() == [0, 20, 30, 0, 0, 60, 70, 80]
+
+
+def test_nothing_wanted_costs_no_forward():
+    buffer = buffer_of([1, 2], [3])  # as GRPO's, whose number of rows changes
+    buffer.bootstrap(None, batch_size=1)
+    assert buffer.bootstrap_values.tolist() == [0, 0, 0]
 
 
 # flat batches
@@ -136,6 +172,22 @@ def test_unusable_rows_are_left_out_of_every_field():
 
 def test_no_usable_row_gives_an_empty_batch():
     assert len(buffer_of([0, 1]).flatten(torch.zeros(2), None, torch.zeros(2).bool())) == 0
+
+
+def test_a_minibatch_goes_to_a_device_but_for_what_is_read_on_the_cpu():
+    batch = batch_of(3)
+    there = batch.to(torch.device("meta"))
+    devices = {name: value.device.type for name, value in vars(there).items() if isinstance(value, torch.Tensor)}
+    moved = ["advantages", "hidden", "old_logprobs", "returns", "steps"]
+    assert devices == {"action_tokens": "cpu"} | dict.fromkeys(moved, "meta") and there.reference_logprobs is None
+    assert there.inputs.images.device.type == "meta" and there.inputs.proprio.device.type == "cpu"
+    assert numbers_of(batch.to(torch.device("cpu"))) == [0, 1, 2]
+
+
+def test_micro_batches_are_parts_of_the_minibatch_and_no_copies():
+    batch = batch_of(5)
+    parts = list(batch.split(2))
+    assert [part.returns.data_ptr() for part in parts] == [batch.returns[start:].data_ptr() for start in (0, 2, 4)]
 
 
 def test_picked_rows_keep_the_optional_fields():

@@ -107,7 +107,7 @@ def test_any_failure_saves_the_last_good_state(tmp_path):
     good = final_state(trainer)
     trainer.evaluated_iteration = 1
 
-    def dies(actions, active):
+    def dies(actions, active, episodes):
         with torch.no_grad():  # what lives on the device is lost, as after a CUDA error: only the copy is sound
             trainer.policy.adapter.fill_(torch.nan)
         trainer.actor_optimizer.state.clear()
@@ -125,7 +125,7 @@ def test_error_after_a_stop_was_asked_for_is_still_an_error_but_for_simulators_t
     for error, raised in ((ValueError("a bug"), True), (SimulatorDied("worker 0 died"), False)):
         trainer = make_trainer(tmp_path / type(error).__name__)
 
-        def dies(actions, active, trainer=trainer, error=error):
+        def dies(actions, active, episodes, trainer=trainer, error=error):
             trainer.request_stop()
             raise error
 
@@ -144,7 +144,7 @@ def test_failing_save_does_not_hide_what_went_wrong(tmp_path, caplog):
     def no_room(folder, values=None):
         raise OSError(28, "No space left on device")
 
-    def disk_and_simulator_fail(actions, active):
+    def disk_and_simulator_fail(actions, active, episodes):
         trainer.policy.save_adapter = no_room
         raise ZeroDivisionError
 

@@ -4,12 +4,21 @@
 the image AFTER the rotation by 180 degrees (a test below shows it).
 """
 
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vla_rl.model.image_transform import crop_center, jpeg_round_trip, lanczos3_weights, preprocess
+from vla_rl.model.image_transform import (
+    OpenVLAImageTransform,
+    crop_center,
+    jpeg_round_trip,
+    lanczos3_weights,
+    preprocess,
+)
 
 OFFICIAL = np.load(Path(__file__).parents[1] / "data" / "images.npz")
 
@@ -30,6 +39,17 @@ def test_cropped_image_equals_the_official_one(name):
 def test_uncropped_image_equals_the_official_one():
     image = preprocess(OFFICIAL["scene_raw256"], center_crop=False)
     assert_same_picture(image, OFFICIAL["scene_resize224"], different_share=1e-4)
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_the_transform_that_workers_are_given_is_preprocess_and_needs_no_torch(center_crop):
+    transform = OpenVLAImageTransform(112, center_crop)
+    image = OFFICIAL["scene_raw256"]
+    np.testing.assert_array_equal(transform(image), preprocess(image, center_crop, 112))
+    sent = pickle.dumps(transform)
+    assert pickle.loads(sent) == transform != OpenVLAImageTransform(112, not center_crop)
+    code = f"import pickle, sys; pickle.loads({sent!r}); print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 def test_jpeg_is_bit_equal_to_the_official_one():

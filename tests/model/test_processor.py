@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.model.policies import TASKS, make_obs, make_policy
-from vla_rl.model.image_transform import preprocess
+from vla_rl.model.image_transform import OpenVLAImageTransform, preprocess
 from vla_rl.model.processor import Processor
 from vla_rl.model.prompt import prompt_text
 from vla_rl.run.settings import ConfigError
@@ -51,3 +53,27 @@ def test_images_are_preprocessed_at_the_models_size_with_or_without_crop():
         images = make_policy(center_crop=center_crop, lora=None).prepare(obs).images
         assert images.shape == (2, 1, 112, 112, 3) and images.dtype == torch.uint8
         np.testing.assert_array_equal(images[1, 0], preprocess(obs.images[1, 0], center_crop, 112))
+
+
+def test_images_that_the_environments_prepared_pass_through_and_are_told_by_their_mark():
+    policy, obs = make_policy(num_images=2, lora=None), make_obs(2, num_images=2)
+    transform = policy.processor.image_transform
+    images = np.stack([[transform(image) for image in row] for row in obs.images])
+    prepared = replace(obs, images=images, image_transform=transform)
+    ours, expected = policy.prepare(prepared), policy.prepare(obs)
+    assert ours.images.equal(expected.images) and ours.proprio.equal(expected.proprio)
+    assert ours.instructions == expected.instructions
+    images[:] = 0  # an environment's array, which it may reuse
+    assert ours.images.equal(expected.images)
+    # rendered images that happen to have the model's size are not taken for prepared ones
+    small = replace(obs, images=obs.images[:, :, :112, :112])
+    np.testing.assert_array_equal(policy.prepare(small).images[1, 1], transform(small.images[1, 1]))
+
+
+def test_images_prepared_for_another_policy_are_refused():
+    policy, other = make_policy(lora=None), OpenVLAImageTransform(112, center_crop=False)
+    obs = replace(make_obs(1), image_transform=other)
+    with pytest.raises(
+        ValueError, match=r"center_crop=False.*this policy reads.*center_crop=True.*image_transform=policy"
+    ):
+        policy.prepare(obs)

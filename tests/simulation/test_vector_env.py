@@ -9,10 +9,13 @@ import time
 import numpy as np
 import pytest
 
+from tests.model.policies import make_policy
+from vla_rl.model.image_transform import OpenVLAImageTransform
 from vla_rl.run.load_settings import config_from_dict
 from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
+from vla_rl.simulation.worker import Shown
 from vla_rl.types import ACTION_DIM, Episode, Observation
 
 libero = pytest.mark.libero
@@ -112,6 +115,58 @@ def test_a_step_of_some_environments_leaves_the_others_as_they_are(alone):
 
 
 @libero
+def test_the_next_episode_begins_in_the_step_that_ends_one(alone):
+    """As a reset after the step, which shows the same: observations, what ended, states, and how episodes go on."""
+    envs = LiberoVectorEnv(SETTINGS, num_envs=3, num_workers=2)
+    envs.reset(options={"episodes": EPISODES})
+    both, following = np.array([True, True, False]), {0: EPISODES[1], 2: EPISODES[0]}
+    envs.step_async(random_actions(0), both, following)
+    obs, _, _, _, infos = envs.step_wait()
+    assert not infos["begun"].any() and "truncated_obs" not in infos  # nothing has ended
+    envs.step_async(random_actions(1), both, following)
+    obs, _, _, truncated, infos = envs.step_wait()
+    assert infos["begun"].tolist() == [True, False, False] and infos["steps"].tolist() == [4, 4, 0]
+    assert truncated.tolist() == [True, True, False]
+    for i, shown in enumerate(
+        [alone[1][0], alone[1][2], alone[2][0]]
+    ):  # another task, nothing named for 1, 2 has waited
+        assert_shows(obs, i, shown)
+    for i, shown in enumerate([alone[0][2], alone[1][2], alone[2][0]]):
+        assert_shows(infos["truncated_obs"], i, shown)
+    states = envs.episode_states()
+    assert [len(state["actions"]) for state in states] == [0, 12, 0] and Episode(**states[0]["episode"]) == EPISODES[1]
+    actions = random_actions(0)
+    actions[0] = actions[1]
+    obs, *_ = envs.step(actions)
+    assert_shows(obs, 0, alone[1][1])
+    assert_shows(obs, 2, alone[2][1])
+    envs.close()
+
+
+@libero
+def test_workers_prepare_the_policys_images_bit_for_bit_and_keep_frames_for_videos(alone):
+    policy = make_policy(num_images=2, lora=None)
+    envs = LiberoVectorEnv(SETTINGS, 3, 2, image_transform=policy.processor.image_transform, keep_frames=True)
+    obs, _ = envs.reset(options={"episodes": EPISODES})
+    shown = [obs, envs.step(random_actions(0))[0]]
+    shown.append(envs.restore_episodes(envs.episode_states()))
+    assert envs.single_observation_space["images"].shape == obs["images"].shape[1:] == (2, 112, 112, 3)
+    for process in envs.processes:
+        with open(f"/proc/{process.pid}/maps") as maps:
+            assert "libtorch" not in maps.read()
+    envs.close()
+    for obs, chunk in zip(shown, (0, 1, 1), strict=True):
+        rows = [alone[i][chunk] for i in EPISODES]
+        raw = {name: np.stack([row[name] for row in rows]) for name in ("images", "proprio")}
+        raw = Observation.from_vector_env(raw | {"instruction": [row["instruction"] for row in rows]})
+        prepared = Observation.from_vector_env(obs)
+        ours, expected = policy.prepare(prepared), policy.prepare(raw)
+        assert ours.images.equal(expected.images) and ours.proprio.equal(expected.proprio)
+        assert ours.instructions == expected.instructions
+        np.testing.assert_array_equal(prepared.agent_view, raw.images[:, 0])
+
+
+@libero
 def test_seeds_without_episodes_are_one_an_environment():
     envs = LiberoVectorEnv(SETTINGS | {"settle_steps": 0}, num_envs=2, num_workers=1)
     obs, _ = envs.reset(seed=5)
@@ -180,8 +235,13 @@ def test_settings_reach_the_environments():
         assert envs.single_action_space.shape == (5, 7)
         assert (env.task_suite, env.default_task_id, env.settle_steps) == ("libero_goal", 3, 4)
         assert (env.max_steps, env.gamma, env.bootstrap_truncated) == (max_steps, 0.9, False)
-        assert env.render_quality == render
+        assert env.render_quality == render and envs.shown == Shown(None, keep_frames=evaluation)
         envs.close()
+    transform = OpenVLAImageTransform(56, center_crop=False)
+    envs = make_vector_env(config, 2, image_transform=transform)
+    assert envs.workers.env_fns[0]().shown == envs.shown == Shown(transform, keep_frames=False)  # videos: evaluation's
+    assert envs.single_observation_space["images"].shape == (2, 56, 56, 3)
+    envs.close()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from vla_rl.demonstrations import Disturbance, record_task
 from vla_rl.run.failures import explain
 from vla_rl.run.settings import ConfigError
 from vla_rl.simulation import vector_env
-from vla_rl.simulation.vector_env import LiberoVectorEnv, Worker
+from vla_rl.simulation.libero_env import Simulators
+from vla_rl.simulation.vector_env import LiberoVectorEnv
+from vla_rl.simulation.worker import Worker
 from vla_rl.simulation.worker_errors import WorkerError
 from vla_rl.types import Episode, RenderingError
 
@@ -76,7 +78,8 @@ class FailingWorker(Worker):
 
     def step(self, action):
         flags = np.zeros((2, self.places), bool)
-        infos = {"steps": np.zeros(self.places, int), "success": flags[0]}
+        infos = {"steps": np.zeros(self.places, int), "success": flags[0], "begun": flags[0]}
+        infos |= {"instructions": (), "truncated": ()}
         return self.fail("step") or (self.observations, np.zeros(self.places), *flags, infos)
 
     def episode_states(self):
@@ -94,7 +97,7 @@ def make_envs(monkeypatch, name, where):
         def build():
             if where == "construction" and os.getpid() != pid:
                 raise ERRORS[name][0]()
-            return FailingWorker(name, where, env_kwargs, indices, places, vector_env.Simulators())
+            return FailingWorker(name, where, env_kwargs, indices, places, Simulators())
 
         return build
 

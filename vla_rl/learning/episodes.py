@@ -20,7 +20,11 @@ NOT_DEMONSTRATED = 1  # in the seeds: vla_rl.demonstrations draws without it, so
 
 
 class EpisodeSource(Protocol):
+    playing: dict[int, int]  # env index -> number of its episode, -1 where episodes are endless
+
     def next(self, env_index: int) -> Episode | None: ...  # None: nothing left to play
+
+    def coming(self, envs: Sequence[int]) -> dict[int, Episode]: ...  # what `next` will give them, where that is known
 
 
 class EpisodeSampler:
@@ -49,13 +53,20 @@ class EpisodeStreams:
     def __init__(self, sampler: EpisodeSampler, num_envs: int):
         self.sampler = sampler
         self.played = [0] * num_envs  # episodes handed out to each environment
+        self.playing = dict.fromkeys(range(num_envs), -1)
 
     def next(self, env_index: int) -> Episode:
-        number = self.played[env_index]
+        episode = self.coming([env_index])[env_index]
         self.played[env_index] += 1
-        tasks, num_envs = self.sampler.task_ids, len(self.played)
-        turn = env_index if len(tasks) <= num_envs else env_index + number * num_envs
-        return self.sampler.draw(env_index, number, tasks[turn % len(tasks)])
+        return episode
+
+    def coming(self, envs: Sequence[int]) -> dict[int, Episode]:
+        tasks, num_envs, episodes = self.sampler.task_ids, len(self.played), {}
+        for index in envs:
+            number = self.played[index]
+            turn = index if len(tasks) <= num_envs else index + number * num_envs
+            episodes[index] = self.sampler.draw(index, number, tasks[turn % len(tasks)])
+        return episodes
 
 
 class RunningEpisodes:
@@ -94,6 +105,9 @@ class EpisodeQueue:
         self.playing[env_index], episode = self.waiting.popleft()
         return episode
 
+    def coming(self, envs: Sequence[int]) -> dict[int, Episode]:
+        return {}  # who ends first takes the next one
+
 
 def group_episodes(sampler: EpisodeSampler, first_group: int, num_groups: int, group_size: int) -> list[Episode]:
     """Groups of episodes that share task, initial state and seed; groups take the tasks in turn (GRPO)."""
@@ -102,11 +116,14 @@ def group_episodes(sampler: EpisodeSampler, first_group: int, num_groups: int, g
     return [e for g in groups for e in [sampler.draw(0, g, tasks[g % len(tasks)])] * group_size]
 
 
-def reset_finished(envs: VectorEnv, finished: np.ndarray, source: EpisodeSource) -> Observation | None:
+def reset_finished(
+    envs: VectorEnv, finished: np.ndarray, source: EpisodeSource, begun: np.ndarray | None = None
+) -> Observation | None:
     """Gives each finished environment its next episode, as far as there are any.
 
     Args:
         finished: [N] bool.
+        begun: [N] bool, those that began what `source.coming` had told in the step that ended their last one; none if None.
 
     Returns:
         The observation of all environments after the resets; None when none was reset.
@@ -114,7 +131,7 @@ def reset_finished(envs: VectorEnv, finished: np.ndarray, source: EpisodeSource)
     started: dict[int, Episode] = {}
     for index in np.flatnonzero(finished):
         episode = source.next(int(index))
-        if episode is not None:
+        if episode is not None and not (begun is not None and begun[index]):
             started[int(index)] = episode
     if not started:
         return None

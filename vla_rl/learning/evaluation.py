@@ -100,12 +100,16 @@ def evaluate_policy(
                 greedy=greedy,
                 generator=[generators[queue.playing[index]] for index in playing],
             )
-            actions = np.zeros(envs.action_space.shape, dtype=np.float32)  # [N, C, 7]; idle environments ignore theirs
-            actions[playing] = output.actions
+            actions, active = (
+                np.zeros(envs.action_space.shape, np.float32),
+                np.zeros(envs.num_envs, bool),
+            )  # [N, C, 7], [N]
+            actions[playing], active[playing] = output.actions, True
             if record:
                 for index in playing:
-                    frames[index].append(obs.images[index, 0].copy())  # not a view that keeps all environments' images
-            raw_obs, _, terminated, truncated, info = envs.step(actions)
+                    frames[index].append(obs.agent_view[index].copy())  # not a view that keeps all environments' images
+            envs.step_async(actions, active)
+            raw_obs, _, terminated, truncated, info = envs.step_wait()
             obs = Observation.from_vector_env(raw_obs)
             lengths += info["steps"]
             finished = np.zeros(envs.num_envs, dtype=bool)
@@ -116,7 +120,7 @@ def evaluate_policy(
                 shown = None
                 if record and success not in recorded:
                     recorded.add(success)
-                    shown = [*frames[index], obs.images[index, 0].copy()]
+                    shown = [*frames[index], obs.agent_view[index].copy()]
                 results[number] = EpisodeResult(episodes[number], success, int(lengths[index]), shown)
                 lengths[index], frames[index] = 0, []
                 bar.update()

@@ -24,7 +24,7 @@ def token_mask(steps: Tensor, chunk_size: int, action_dim: int) -> Tensor:
     Returns:
         [B, A] bool with A = chunk_size * action_dim; token k belongs to sub-step k // action_dim.
     """
-    executed = torch.arange(chunk_size) < steps.unsqueeze(-1)  # [B, C]
+    executed = torch.arange(chunk_size, device=steps.device) < steps.unsqueeze(-1)  # [B, C]
     return executed.repeat_interleave(action_dim, dim=-1)
 
 
@@ -52,6 +52,15 @@ def sum_to_level(logprobs: Tensor, mask: Tensor, level: LogprobLevel, action_dim
     group = action_dim if level == "action" else logprobs.shape[-1]
     summed = torch.where(mask, logprobs, 0.0).unflatten(-1, (-1, group)).sum(-1)
     return summed, mask.unflatten(-1, (-1, group)).any(-1)
+
+
+def tokens_per_ratio(level: LogprobLevel, num_dims: int, chunk_size: int) -> int:
+    """Tokens that one ratio is of; a KL divided by it is one a token (a chunk that the episode's end cut has fewer).
+
+    Args:
+        num_dims: dimensions of an action whose tokens count, 1..7.
+    """
+    return {"token": 1, "action": num_dims, "chunk": num_dims * chunk_size}[level]
 
 
 def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:

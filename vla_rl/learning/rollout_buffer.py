@@ -2,20 +2,20 @@
 
 T decisions, N playing environments (all of them under PPO; under GRPO fewer once the queue of episodes is empty),
 A action tokens, D hidden size, R rows of the rollout, B rows of a minibatch. Row (t, n) of every field belongs to decision
-t of environment n. Tensors stay on the CPU; images as uint8.
+t of environment n. Tensors stay on the CPU, images as uint8; a minibatch is copied to the GPU when its turn comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vla_rl.types import PolicyInputs, PolicyOutput
+from vla_rl.types import PolicyInputs, PolicyOutput, to_device
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,23 @@ class Decision:
         actions, active = np.zeros(shape, dtype=np.float32), np.zeros(shape[0], dtype=bool)
         actions[self.envs], active[self.envs] = self.output.actions, True
         return actions, active
+
+    def transition(
+        self, rewards: Tensor, terminated: Tensor, truncated: Tensor, steps: Tensor, episode: Sequence[int]
+    ) -> Transition:
+        """With what came of it, each [N] in the order of `envs`."""
+        return Transition(
+            inputs=self.output.inputs,
+            action_tokens=self.output.action_tokens,
+            logprobs=self.output.logprobs,
+            hidden=self.hidden,
+            values=self.values,
+            rewards=rewards.float(),
+            terminated=terminated,
+            truncated=truncated,
+            steps=steps,
+            episode=torch.tensor(episode),
+        )
 
 
 @dataclass(frozen=True)
@@ -75,19 +92,28 @@ class Minibatch:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def rows(self, indices: Tensor) -> Minibatch:
+    def rows(self, indices: Tensor | slice) -> Minibatch:
+        """Some rows; a slice's share their memory with these."""
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in picked.items():
             if isinstance(value, PolicyInputs):
-                picked[name] = value.rows(indices.tolist())
+                picked[name] = value.rows(indices if isinstance(indices, slice) else indices.tolist())
             elif value is not None:
                 picked[name] = value[indices]
         return Minibatch(**picked)
 
     def split(self, size: int) -> Iterator[Minibatch]:
         """Micro-batches of at most `size` rows, in order."""
-        for part in torch.arange(len(self)).split(size):
-            yield self.rows(part)
+        for start in range(0, len(self), size):
+            yield self.rows(slice(start, start + size))
+
+    def to(self, device: torch.device) -> Minibatch:
+        """On a device; action_tokens stay where they are, since the policy checks their range without waiting for a GPU."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "action_tokens"}
+        for name, value in moved.items():
+            if value is not None:
+                moved[name] = value.to(device) if isinstance(value, PolicyInputs) else to_device(value, device)
+        return replace(self, **moved)
 
 
 class RolloutBuffer:
@@ -95,35 +121,62 @@ class RolloutBuffer:
 
     def __init__(self) -> None:
         self.transitions: list[Transition] = []
-        self.bootstrap_values: list[Tensor] = []  # T of float32 [N], see next_values
+        self.reached: list[tuple[Tensor, PolicyInputs | None]] = []  # T of (wanted, inputs), see add
+        self.bootstrap_values: Tensor | None = None  # float32 [R], see bootstrap
 
     def __len__(self) -> int:
         return len(self.transitions)
 
-    def add(self, transition: Transition, bootstrap_values: Tensor) -> None:
+    def add(self, transition: Transition, wanted: Tensor, reached: PolicyInputs | None) -> None:
         """Appends decision t.
 
         Args:
-            bootstrap_values: [N], V of the state that the decision reached where no next row tells it (truncated, or the
-                rollout's last decision); anything finite elsewhere.
+            wanted: bool [N], where no next row will tell V of the state that the decision reached (truncated, or the rollout's
+                last decision).
+            reached: those states, a row for each True of `wanted`; None where there is none.
 
         Raises:
-            ValueError: a field has another number of rows than the rest.
+            ValueError: a field has another number of rows than the rest, or `reached` than `wanted` has Trues.
         """
         rows = {field.name: len(getattr(transition, field.name)) for field in fields(transition)}
-        if len({*rows.values(), len(bootstrap_values)}) > 1:
-            raise ValueError(f"a transition needs one row per environment in every field, got {rows}")
+        if len({*rows.values(), len(wanted)}) > 1:
+            raise ValueError(
+                f"a transition needs one row per environment in every field, got {rows}, {len(wanted)} wanted"
+            )
+        if int(wanted.sum()) != (0 if reached is None else len(reached)):
+            raise ValueError(f"{reached and len(reached)} states reached, but {int(wanted.sum())} are wanted")
         self.transitions.append(transition)
-        self.bootstrap_values.append(bootstrap_values)
+        self.reached.append((wanted, reached))
 
     @staticmethod
     def join(buffers: Sequence[RolloutBuffer]) -> RolloutBuffer:
         """One buffer of parts of the environments, decision by decision, in the order of the parts."""
         joined = RolloutBuffer()
-        for parts in zip_longest(*(zip(b.transitions, b.bootstrap_values, strict=True) for b in buffers)):
-            transitions, bootstrap_values = zip(*filter(None, parts), strict=True)
-            joined.add(Transition.join(transitions), torch.cat(bootstrap_values))
+        for parts in zip_longest(*(zip(b.transitions, b.reached, strict=True) for b in buffers)):
+            transitions, reached = zip(*filter(None, parts), strict=True)
+            wanted, inputs = zip(*reached, strict=True)
+            inputs = [rows for rows in inputs if rows is not None]
+            joined.add(
+                Transition.join(transitions), torch.cat(wanted), PolicyInputs.concatenate(inputs) if inputs else None
+            )
         return joined
+
+    def bootstrap(self, value_of: Callable[[PolicyInputs], Tensor], batch_size: int) -> None:
+        """V of the states that `add` was told of, all together: the only ones that cost forwards of their own.
+
+        Policy and value head are the same during the whole rollout, so this gives what a forward after each decision would
+        give, but for the rounding of other batch sizes.
+
+        Args:
+            value_of: [B] of B rows, float32 on the CPU.
+            batch_size: most rows of a forward.
+        """
+        wanted = torch.cat([wanted for wanted, _ in self.reached])  # [R]
+        self.bootstrap_values = torch.zeros(len(wanted))
+        if wanted.any():
+            inputs = PolicyInputs.concatenate([inputs for _, inputs in self.reached if inputs is not None])
+            parts = torch.arange(len(inputs)).split(batch_size)
+            self.bootstrap_values[wanted] = torch.cat([value_of(inputs.rows(part.tolist())) for part in parts])
 
     def stack(self, name: str) -> Tensor:
         """A field over time, [T, N, ...]; needs every environment to play at every decision."""
@@ -134,9 +187,10 @@ class RolloutBuffer:
         return torch.cat([getattr(transition, name) for transition in self.transitions])
 
     def next_values(self) -> Tensor:
-        """V(s'_t) [T, N]: the next row's value inside an episode, the bootstrap value at its truncated end and at the
-        rollout's last decision."""
-        values, bootstrap = self.stack("values"), torch.stack(self.bootstrap_values)
+        """V(s'_t) [T, N]: the next row's value inside an episode, the bootstrap value (0 where it was not wanted) at its
+        truncated end and at the rollout's last decision."""
+        values = self.stack("values")
+        bootstrap = self.bootstrap_values.view_as(values)
         following = torch.cat([values[1:], bootstrap[-1:]])  # [T, N]
         return torch.where(self.stack("truncated"), bootstrap, following)
 

@@ -11,6 +11,7 @@ H, W: sides of the input in pixels; S: side of the model's image.
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -21,6 +22,17 @@ from scipy import sparse
 JPEG_QUALITY = 95  # TensorFlow's tf.image.encode_jpeg default, which the official evaluation uses
 CROP_AREA = 0.9  # share of the image's area that random-crop augmentation kept in training (openvla finetune.py)
 LANCZOS_RADIUS = np.float32(3)  # lanczos3
+
+
+@dataclass(frozen=True)
+class OpenVLAImageTransform:
+    """`preprocess` with its settings; can be pickled, so that the simulators' processes do it (a vla_rl.types.ImageTransform)."""
+
+    size: int  # S
+    center_crop: bool
+
+    def __call__(self, image_uint8: np.ndarray) -> np.ndarray:
+        return preprocess(image_uint8, self.center_crop, self.size)
 
 
 def preprocess(image_uint8: np.ndarray, center_crop: bool, size: int = 224) -> np.ndarray:

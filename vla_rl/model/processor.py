@@ -15,9 +15,9 @@ from torch import Tensor
 
 from vla_rl.model.action_tokenizer import normalize_proprio
 from vla_rl.model.checkpoint_folder import SPACE, read_pixel_statistics, read_tokenizer
-from vla_rl.model.image_transform import preprocess
+from vla_rl.model.image_transform import OpenVLAImageTransform
 from vla_rl.model.prompt import append_space, prompt_text
-from vla_rl.types import PROPRIO_DIM, Observation, PolicyInputs
+from vla_rl.types import PROPRIO_DIM, Observation, PolicyInputs, to_device
 
 
 class Processor:
@@ -31,6 +31,7 @@ class Processor:
         room: the most tokens that a prompt may have.
         proprio_statistics: of dataset_statistics.json; None where the network reads no proprioception.
         device, dtype: of pixel_values.
+        fixed_lengths: pad prompts to few lengths, for a network that is compiled for each.
     """
 
     def __init__(
@@ -44,13 +45,16 @@ class Processor:
         proprio_statistics: dict | None,
         device: torch.device,
         dtype: torch.dtype,
+        fixed_lengths: bool = False,
     ):
         self.folder = folder
-        self.num_images, self.image_size, self.center_crop = num_images, image_size, center_crop
+        self.num_images, self.image_size = num_images, image_size
+        self.image_transform = OpenVLAImageTransform(image_size, center_crop)  # for make_vector_env
         self.bos_id, self.pad_id = special_ids
         self.room = room
         self.proprio_statistics = proprio_statistics
         self.device, self.dtype = device, dtype
+        self.fixed_lengths = fixed_lengths
         # DINO's and SigLIP's normalisation, float32 [1, 1, 2, 3, 1, 1]
         self.pixel_mean, self.pixel_std = (
             torch.tensor(values, dtype=torch.float32, device=device).view(1, 1, 2, 3, 1, 1)
@@ -61,8 +65,10 @@ class Processor:
     def prepare(self, obs: Observation) -> PolicyInputs:
         """What the buffer keeps of an observation: preprocessed images, raw proprio, instructions.
 
+        Images that the environments have put through `image_transform` pass as they are: the result is the same bit for bit.
+
         Raises:
-            ValueError: images are not uint8 [N, K, H, W, 3] or proprio is not [N, 8].
+            ValueError: images are not uint8 [N, K, H, W, 3], have been through another transform, or proprio is not [N, 8].
         """
         images, proprio = obs.images, obs.proprio
         if images.dtype != np.uint8 or images.ndim != 5 or images.shape[-1] != 3:
@@ -74,16 +80,25 @@ class Processor:
             )
         if proprio.shape != (len(obs), PROPRIO_DIM):
             raise ValueError(f"proprio: expected [{len(obs)}, {PROPRIO_DIM}], got {list(proprio.shape)}")
-        flat = images.reshape(-1, *images.shape[2:])
-        flat = np.stack([preprocess(image, self.center_crop, self.image_size) for image in flat])  # JPEG: one at a time
+        if obs.image_transform is None:
+            flat = images.reshape(-1, *images.shape[2:])
+            prepared = np.stack([self.image_transform(image) for image in flat])  # JPEG: one at a time
+        elif obs.image_transform == self.image_transform:
+            prepared = np.array(images)
+        else:
+            raise ValueError(
+                f"images: the environments put them through {obs.image_transform}, this policy reads {self.image_transform}; "
+                "make them with image_transform=policy.processor.image_transform"
+            )
         return PolicyInputs(
-            torch.from_numpy(flat.reshape(*images.shape[:2], self.image_size, self.image_size, 3)),
+            torch.from_numpy(prepared.reshape(*images.shape[:2], self.image_size, self.image_size, 3)),
             torch.from_numpy(np.array(proprio, dtype=np.float32)),
             tuple(obs.instructions),
         )
 
     def tensors(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio [B, 8]."""
+        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio float32 [B, 8]; all on
+        the model's device. Images may be there already."""
         expected = (len(inputs), self.num_images, self.image_size, self.image_size, 3)
         if inputs.images.dtype != torch.uint8 or inputs.images.shape != expected:
             got = f"{inputs.images.dtype} {list(inputs.images.shape)}"
@@ -91,22 +106,29 @@ class Processor:
         proprio = None
         if self.proprio_statistics is not None:
             proprio = torch.from_numpy(normalize_proprio(inputs.proprio.numpy(), self.proprio_statistics))
-        return *self.tokenize(inputs.instructions), self.pixel_values(inputs.images), proprio
+            proprio = to_device(proprio, self.device)
+        input_ids, attention_mask = (to_device(ids, self.device) for ids in self.tokenize(inputs.instructions))
+        return input_ids, attention_mask, self.pixel_values(inputs.images), proprio
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """uint8 [B, K, S, S, 3] -> [B, 6K, S, S] in the model's precision, on its device."""
-        images = images.to(self.device).permute(0, 1, 4, 2, 3).float() / 255  # [B, K, 3, S, S]
+        images = to_device(images, self.device).permute(0, 1, 4, 2, 3).float() / 255  # [B, K, 3, S, S]
         # [B, K, 2, 3, S, S]: DINO's normalisation, then SigLIP's
         normalized = (images[:, :, None] - self.pixel_mean) / self.pixel_std
         return normalized.flatten(1, 3).to(self.dtype)
 
     def tokenize(self, instructions: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """input_ids and attention_mask, int64 [B, L], padded on the left to the longest prompt."""
+        """input_ids and attention_mask, int64 [B, L], padded on the left to the longest prompt.
+
+        With fixed_lengths, once two lengths have been met, to a multiple of 8; while there is but one, nothing is padded.
+        """
         for text in instructions:
             if text not in self.prompt_ids:
                 self.prompt_ids[text] = self.encode_prompt(text)
         rows = [self.prompt_ids[text] for text in instructions]
         length = max(map(len, rows))
+        if self.fixed_lengths and len({len(ids) for ids in self.prompt_ids.values()}) > 1:
+            length = min(-(-length // 8) * 8, self.room)
         pad = self.pad_id
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])

@@ -24,7 +24,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{str(error).splitlines()[0]} Lower the micro_batch_size (the result is the same), or set "
-            "policy.gradient_checkpointing=true."
+            "policy.gradient_checkpointing=full."
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error}). Make room, then --resume the run if it has begun, or start it again."

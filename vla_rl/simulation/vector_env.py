@@ -4,7 +4,8 @@ A worker steps its environments one after the other, so more workers than CPU co
 task share a simulator: 0.6 GB for all of them. gymnasium's AsyncVectorEnv has the processes, pipes and shared memory;
 what is an environment to it is a worker here.
 
-N environments, W workers, M = ceil(N / W) places in each (the last may be empty), C steps in a chunk.
+N environments, W workers, M = ceil(N / W) places in each (the last may be empty), C steps in a chunk, K images, S side of
+the model's image.
 Environment i is in place i // W of worker i % W, so that tasks that alternate over the environments meet in few workers.
 """
 
@@ -17,39 +18,43 @@ import queue
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
 from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.spaces import Dict
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 from gymnasium.vector.utils import batch_space
 
 from vla_rl.run.settings import Config
-from vla_rl.simulation.libero_env import LiberoEnv, Simulators, check_actions
+from vla_rl.simulation.libero_env import LiberoEnv, check_actions
+from vla_rl.simulation.worker import EPISODE_ROW, MakeWorker, Shown, episode_row
 from vla_rl.simulation.worker_errors import WorkerError
-from vla_rl.types import SimulatorDied
+from vla_rl.types import Episode, ImageTransform, SimulatorDied
 
 WORKER_GB = 0.4  # resident, of a worker without a simulator (docs/performance.md)
 SIMULATOR_GB = 0.6  # of each simulator in it
 TELL_TIMEOUT_S = 30  # for the error of a worker that has said that there is one
-ARRAYS = ("images", "proprio")  # of an observation; the instruction is a text
 
 
 class LiberoVectorEnv(VectorEnv):
     """N LiberoEnvs behind one step.
 
-    The caller resets environments that have ended: `reset(options={"reset_mask": bool [N], "episodes": {i: Episode}})`.
+    The caller resets environments that have ended: `reset(options={"reset_mask": bool [N], "episodes": {i: Episode}})`, or
+    names their next episodes with the step, whose workers then begin them where one ends, without another round.
+
+    Observations are LiberoEnv's, stacked. With an image_transform, images are uint8 [N, K, S, S, 3], and the dict also has
+    "image_transform" (not in the space), by which a policy knows them, and with keep_frames "frames" uint8 [N, H, W, 3].
 
     Args:
         env_kwargs: of each LiberoEnv.
         num_workers: W, processes.
         simulators_per_worker: tasks that a worker keeps in memory; None: as many as it has environments.
         cache_gb: see vla_rl.simulation.libero_env.Simulators.
+        image_transform, keep_frames: see Shown.
     """
 
     def __init__(
@@ -59,12 +64,17 @@ class LiberoVectorEnv(VectorEnv):
         num_workers: int,
         simulators_per_worker: int | None = None,
         cache_gb: float = 0,
+        image_transform: ImageTransform | None = None,
+        keep_frames: bool = False,
     ):
+        self.shown = Shown(image_transform, keep_frames)
         self.num_envs, self.num_workers = num_envs, min(num_workers, num_envs)
         single = LiberoEnv(**env_kwargs)
         self.metadata = single.metadata | {"autoreset_mode": AutoresetMode.DISABLED}
-        self.single_observation_space, self.single_action_space = single.observation_space, single.action_space
-        self.observation_space = batch_space(single.observation_space, num_envs)
+        arrays, text = self.shown.space(single.observation_space), single.observation_space["instruction"]
+        self.single_observation_space = Dict({**arrays.spaces, "instruction": text})
+        self.single_action_space = single.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(single.action_space, num_envs)
         self.places = -(-num_envs // self.num_workers)  # M
         self._instructions = [""] * num_envs
@@ -72,7 +82,8 @@ class LiberoVectorEnv(VectorEnv):
         self.workers = WorkerProcesses(
             [
                 MakeWorker(
-                    env_kwargs, list(part), self.places, simulators_per_worker or self.places, cache_gb, os.getpid()
+                    *(env_kwargs, list(part), self.places, simulators_per_worker or self.places, cache_gb),
+                    *(self.shown, os.getpid()),
                 )
                 for part in indices
             ],
@@ -104,19 +115,43 @@ class LiberoVectorEnv(VectorEnv):
         self.step_async(actions)
         return self.step_wait()
 
-    def step_async(self, actions: np.ndarray, active: np.ndarray | None = None) -> None:
+    def step_async(
+        self,
+        actions: np.ndarray,
+        active: np.ndarray | None = None,
+        episodes: Mapping[int, Episode] | None = None,
+    ) -> None:
         """Starts a step that `step_wait` waits for.
 
         Args:
             active: bool [N], the environments that take it; the others stay as they are, with reward 0 and 0 steps.
+            episodes: environment -> what it begins in this same step if its episode ends in it.
         """
         actions = check_actions(actions, self.action_space.shape)  # here, since an error in a worker ends the workers
         active = np.ones(self.num_envs, dtype=bool) if active is None else active
-        self.workers.step_async({"actions": self._by_worker(actions), "active": self._by_worker(active)})
+        following = np.zeros((self.num_envs, len(EPISODE_ROW)), np.int64)
+        for i, episode in (episodes or {}).items():
+            following[i] = episode_row(episode)
+        step = {"actions": actions, "active": active, "episodes": following}
+        self.workers.step_async({name: self._by_worker(array) for name, array in step.items()})
 
     def step_wait(self) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        obs, rewards, terminated, truncated, infos = self.workers.step_wait()
-        infos = {name: self._in_order(infos[name]) for name in ("steps", "success")}
+        """What `step_async` has led to, as LiberoEnv.step, but that an environment that began its next episode shows it.
+
+        Returns:
+            observation, rewards, terminated, truncated and infos: "steps", "success", "begun" (bool [N], another episode) and,
+            if truncated episodes have made room for others, "truncated_obs": the observation with what those episodes ended in.
+        """
+        obs, rewards, terminated, truncated, worker_infos = self.workers.step_wait()
+        infos = {name: self._in_order(worker_infos[name]) for name in ("steps", "success", "begun")}
+        before = {"instruction": tuple(self._instructions)}
+        self._update_instructions(worker_infos)
+        ended = [pair for pairs in worker_infos["truncated"] for pair in pairs]
+        if ended:
+            infos["truncated_obs"] = self._in_order(obs) | before
+        for i, arrays in ended:
+            for name, array in arrays.items():
+                infos["truncated_obs"][name][i] = array
         return self._in_order(obs), *map(self._in_order, (rewards, terminated, truncated)), infos
 
     def episode_states(self) -> list[dict[str, Any] | None]:
@@ -142,9 +177,12 @@ class LiberoVectorEnv(VectorEnv):
                 self._instructions[i] = text
 
     def _in_order(self, value: Any) -> Any:
-        """[W, M, ...] of the workers -> a copy [N, ...]; observations get their instructions."""
+        """[W, M, ...] of the workers -> a copy [N, ...]; observations get their instructions and the transform."""
         if isinstance(value, dict):
-            return {name: self._in_order(value[name]) for name in ARRAYS} | {"instruction": tuple(self._instructions)}
+            obs = {name: self._in_order(array) for name, array in value.items()}
+            obs["instruction"] = tuple(self._instructions)
+            mark = self.shown.image_transform
+            return obs if mark is None else obs | {"image_transform": mark}
         return np.array(value.swapaxes(0, 1), order="C").reshape(-1, *value.shape[2:])[: self.num_envs]
 
     def _by_worker(self, value: np.ndarray) -> np.ndarray:
@@ -152,72 +190,6 @@ class LiberoVectorEnv(VectorEnv):
         padded = np.zeros((self.places * self.num_workers, *value.shape[1:]), value.dtype)
         padded[: self.num_envs] = value
         return padded.reshape(self.places, self.num_workers, *value.shape[1:]).swapaxes(0, 1)
-
-
-class Worker(gymnasium.Env):
-    """The environments of one process, as one with arrays [M, ...] for everything."""
-
-    def __init__(self, env_kwargs: dict[str, Any], indices: list[int], places: int, simulators: Simulators):
-        self.envs = {i: LiberoEnv(**env_kwargs, index=i, simulators=simulators) for i in indices}
-        single = LiberoEnv(**env_kwargs)
-        spaces = {name: batch_space(single.observation_space[name], places) for name in ARRAYS}
-        self.observation_space = Dict(spaces)
-        actions: Box = batch_space(single.action_space, places)
-        self.action_space = Dict(actions=actions, active=MultiBinary(places))
-        self.observations = {name: np.zeros(space.shape, space.dtype) for name, space in spaces.items()}
-        self.simulators = simulators
-        self.places = places
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any]) -> tuple[dict, dict]:
-        """options: {"starts": {i: arguments of LiberoEnv.reset, or {"state": of LiberoEnv.restore_episode}}}."""
-        instructions = {}
-        for place, (i, env) in enumerate(self.envs.items()):
-            start = options["starts"].get(i)
-            if start is not None:
-                obs = env.restore_episode(start["state"]) if "state" in start else env.reset(**start)[0]
-                instructions[i] = obs["instruction"]
-                self.keep(place, obs)
-        return self.observations, {"instructions": tuple(instructions.items())}  # gymnasium takes a dict apart
-
-    def step(self, action: dict[str, np.ndarray]) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        rewards = np.zeros(self.places)
-        terminated, truncated = np.zeros((2, self.places), dtype=bool)
-        infos = {"steps": np.zeros(self.places, np.int64), "success": np.zeros(self.places, dtype=bool)}
-        for place, env in enumerate(self.envs.values()):
-            if action["active"][place]:
-                obs, rewards[place], terminated[place], truncated[place], info = env.step(action["actions"][place])
-                for name, value in info.items():
-                    infos[name][place] = value
-                self.keep(place, obs)
-        return self.observations, rewards, terminated, truncated, infos
-
-    def keep(self, place: int, obs: dict[str, Any]) -> None:
-        for name in ARRAYS:
-            self.observations[name][place] = obs[name]
-
-    def episode_states(self) -> dict[int, dict[str, Any] | None]:
-        return {i: env.episode_state() for i, env in self.envs.items()}
-
-    def close(self) -> None:
-        self.simulators.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class MakeWorker:
-    """Builds a worker; called in the main process too (for the spaces), hence the check of the process."""
-
-    env_kwargs: dict[str, Any]
-    indices: list[int]
-    places: int
-    simulators_per_worker: int
-    cache_gb: float
-    parent_pid: int
-
-    def __call__(self) -> Worker:
-        if os.getpid() != self.parent_pid:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-        simulators = Simulators(self.simulators_per_worker, self.cache_gb)
-        return Worker(self.env_kwargs, self.indices, self.places, simulators)
 
 
 class WorkerProcesses(AsyncVectorEnv):
@@ -371,13 +343,20 @@ def lean_workers(draw_in_one_thread: bool) -> Iterator[None]:
 
 
 def make_vector_env(
-    config: Config, num_envs: int, *, evaluation: bool = False, overlap: bool = False
+    config: Config,
+    num_envs: int,
+    *,
+    evaluation: bool = False,
+    overlap: bool = False,
+    image_transform: ImageTransform | None = None,
 ) -> LiberoVectorEnv:
     """The configured suite in `num_envs` environments.
 
     Args:
         evaluation: images and length of an episode are eval's, not env's.
         overlap: halves of the environments will step in turns; each should fill the workers.
+        image_transform: the policy's (`policy.processor.image_transform`), done in the workers; None: images as rendered.
+            Evaluation keeps the rendered agent view beside it if eval.video.
     """
     env = config.env
     kwargs = {
@@ -394,4 +373,6 @@ def make_vector_env(
         "bootstrap_truncated": config.algorithm.bootstrap_truncated,
     }
     num_workers = env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
-    return LiberoVectorEnv(kwargs, num_envs, num_workers, env.simulators_per_worker, env.model_cache_gb)
+    keep_frames = evaluation and config.eval.video
+    options = (env.simulators_per_worker, env.model_cache_gb, image_transform, keep_frames)
+    return LiberoVectorEnv(kwargs, num_envs, num_workers, *options)
