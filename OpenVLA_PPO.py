@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from vla_rl.learning.episodes import (
     reset_finished,
 )
 from vla_rl.learning.evaluation import evaluate_modes
-from vla_rl.learning.guards import check_finite, check_first_minibatch
+from vla_rl.learning.guards import check_finite, check_first_minibatch, check_rescored
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
 from vla_rl.learning.optimizer import adamw, clip_gradient
 from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, minibatches, shuffled_rows
@@ -357,8 +357,15 @@ class OpenVLAPPO:
             log.warning("every group's returns are equal: no signal, no update in this iteration")
             return {}
         train_actor = self.schedule.steps_in(self.iteration)
+        scored: dict[str, float] = {}
+        if algorithm.recompute_logprobs and train_actor:
+            old_logprobs = self.micro_batches.run(self.score, batch, self.policy.logprobs)
+            scored = check_rescored(batch, old_logprobs, self.policy.chunk_size, self.config.policy.dtype)
+            batch = replace(batch, old_logprobs=old_logprobs)
         if algorithm.kl_coef > 0 and train_actor:
-            batch = replace(batch, reference_logprobs=self.micro_batches.run(self.reference_logprobs, batch))
+            batch = replace(
+                batch, reference_logprobs=self.micro_batches.run(self.score, batch, self.policy.reference_logprobs)
+            )
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
         bar = progress.progress_bar("update", steps_planned, "step", self.config.logging.progress)
         history: list[dict[str, float]] = []  # metrics of each minibatch
@@ -384,7 +391,7 @@ class OpenVLAPPO:
         actor_steps = len(history) - stopped_by_kl if train_actor else 0
         passes = list(self.critic_passes(batch))
         steps = {"actor/optimizer_steps": actor_steps, "actor/stopped_by_kl": float(stopped_by_kl)}
-        return progress.update_metrics(history, passes) | self.schedule.metrics() | steps
+        return progress.update_metrics(history, passes) | self.schedule.metrics() | steps | scored
 
     def critic_passes(self, batch: Minibatch) -> Iterator[dict[str, float]]:
         """critic_epochs more passes of the value head over the cached hidden states: nearly free next to the policy's.
@@ -500,14 +507,11 @@ class OpenVLAPPO:
         return {name: norm.item() for name, norm in norms.items()}
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: Minibatch) -> Tensor:
-        """Log-probabilities [R, A] of the base model, the adapter switched off: no second copy of the weights."""
+    def score(self, batch: Minibatch, logprobs: Callable[..., Tensor]) -> Tensor:
+        """Log-probabilities [R, A] of the rows' tokens, on the CPU, by a method of the policy."""
+        parts = batch.split(self.micro_batches.rows)
         temperature = self.config.rollout.temperature
-        parts = [
-            self.policy.reference_logprobs(m.inputs, m.action_tokens, temperature=temperature).cpu()
-            for m in batch.split(self.micro_batches.rows)
-        ]
-        return torch.cat(parts)
+        return torch.cat([logprobs(m.inputs, m.action_tokens, temperature=temperature).cpu() for m in parts])
 
     # ---------------------------------------------------------------------------------------------------------- guard
 

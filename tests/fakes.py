@@ -207,6 +207,10 @@ class FakePolicy:
         with torch.no_grad():
             return self.forward(inputs, self.adapter)[1]
 
+    def logprobs(self, inputs, action_tokens, *, temperature):
+        with torch.no_grad():
+            return self.evaluate_actions(inputs, action_tokens, temperature=temperature).logprobs
+
     def reference_logprobs(self, inputs, action_tokens, *, temperature):
         with torch.no_grad():
             return self.score(inputs, action_tokens, temperature, torch.zeros_like(self.adapter)).logprobs

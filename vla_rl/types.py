@@ -186,6 +186,8 @@ class Policy(Protocol):
 
     def compute_hidden(self, inputs: PolicyInputs) -> Tensor: ...  # float32 [N, D], no gradient, one forward
 
+    def logprobs(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> Tensor: ...  # no gradient
+
     def reference_logprobs(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> Tensor: ...
 
     def set_gradient_checkpointing(self, mode: str) -> None: ...  # less memory, slower; the gradients are the same

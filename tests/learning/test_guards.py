@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.fakes import CHUNK, FakePolicy
 from tests.trainers import final_state, make_trainer, training_lines
-from vla_rl.learning.guards import check_finite, check_first_minibatch
+from vla_rl.learning.guards import check_finite, check_first_minibatch, check_rescored
+from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.run.checkpoint import find_checkpoint
 from vla_rl.types import InvariantError, NonFiniteError
 
@@ -30,6 +34,47 @@ def test_scoring_at_another_temperature_than_sampling_stops_the_run(tmp_path):
 
     with pytest.raises(InvariantError, match="first_minibatch_ratio_error"):
         make_trainer(tmp_path, policy=Wrong()).train()
+
+
+class Rounding(FakePolicy):
+    """Acts with log-probabilities that are a little off those that it scores, as decoding in bfloat16."""
+
+    def act(self, *args, **kwargs):
+        output = super().act(*args, **kwargs)
+        return replace(output, logprobs=output.logprobs + 5e-4)
+
+
+def test_recomputed_log_probabilities_begin_an_update_at_ratio_one(tmp_path):
+    for recompute in (False, True):
+        changes = {"algorithm": {"recompute_logprobs": recompute, "kl_coef": 0.1}}
+        trainer = make_trainer(tmp_path / str(recompute), policy=Rounding(), **changes)
+        trainer.train()
+        for line in training_lines(tmp_path / str(recompute)):
+            assert line["actor/first_minibatch_ratio_error"] == pytest.approx(0 if recompute else 5e-4, abs=2e-5)
+            assert line.get("actor/rollout_ratio_error", 5e-4) == pytest.approx(5e-4, abs=2e-5)
+            assert ("actor/rollout_ratio_error" in line) == (recompute and line["actor/optimizer_steps"] > 0)
+
+
+def test_recomputing_hides_no_other_distribution(tmp_path):
+    class Wrong(FakePolicy):
+        def act(self, *args, temperature, **kwargs):
+            return super().act(*args, temperature=temperature * 1.1, **kwargs)
+
+    with pytest.raises(InvariantError, match="sampled"):
+        make_trainer(tmp_path, policy=Wrong(), algorithm={"recompute_logprobs": True}).train()
+
+
+def test_the_error_of_a_rollout_is_the_mean_over_tokens_that_were_acted_on():
+    old = torch.zeros(2, 14)
+    batch = Minibatch(None, None, old, torch.zeros(2, 1), torch.tensor([2, 1]), torch.zeros(2), None, None)
+    logprobs = torch.full((2, 14), math.log(1.0005))
+    logprobs[1, 7:] = 5.0  # of the second action, which was not executed
+    metrics = check_rescored(batch, logprobs, 2, "float32")
+    assert metrics == {"actor/rollout_ratio_error": pytest.approx(5e-4, rel=1e-3)}
+    with pytest.raises(InvariantError, match="ratio_error"):
+        check_rescored(batch, logprobs + 0.01, 2, "float32")
+    with pytest.raises(InvariantError, match="kl"):
+        check_rescored(batch, logprobs + 0.2, 2, "bfloat16")
 
 
 def test_nan_loss_stops_the_run_names_it_and_saves_the_last_good_state(tmp_path):

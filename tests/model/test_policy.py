@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.model.policies import DATA, RECORDED, TASKS, make_obs, make_policy
+from tests.model.policies import DATA, DECODERS, RECORDED, TASKS, make_obs, make_policy, move_adapters
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network
 from vla_rl.model.tiny_openvla import ensure_tiny_openvla
@@ -69,6 +69,23 @@ def test_acting_and_scoring_are_the_same_distribution(policy, temperature):
     torch.testing.assert_close(policy.compute_hidden(out.inputs), out.hidden, atol=1e-4, rtol=0)
     other = policy.evaluate_actions(out.inputs, out.action_tokens, temperature=temperature + 0.3)
     assert (other.logprobs - out.logprobs).abs().max() > 0.01  # the check above can tell
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_in_bfloat16_a_row_scores_the_same_to_the_bit_beside_any_other_rows(decoder):
+    """Of as many: what recompute_logprobs rests on."""
+    policy = make_policy(decoder, dtype=torch.bfloat16)
+    move_adapters(policy)
+    out = policy.act(make_obs(6))
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    scores = {}
+    for rows in (range(6), order.tolist()):
+        parts = [list(rows)[:3], list(rows)[3:]]
+        logprobs = [policy.logprobs(out.inputs.rows(part), out.action_tokens[part], temperature=1.0) for part in parts]
+        scores |= dict(zip([i for part in parts for i in part], torch.cat(logprobs), strict=True))
+        if rows == range(6):
+            first = dict(scores)
+    assert all(first[i].equal(scores[i]) for i in range(6))
 
 
 def test_rows_score_alike_alone_and_in_a_batch(policy):

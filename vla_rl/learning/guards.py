@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vla_rl.learning.losses import approx_kl, log_ratio, masked_mean, token_mask
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.run.checkpoint import save_torch
-from vla_rl.types import InvariantError, NonFiniteError
+from vla_rl.types import ACTION_DIM, InvariantError, NonFiniteError
 
 # before the first optimizer step the ratio is 1 but for the order of float32 sums; above this the log-probabilities that
 # were sampled and those that are scored are not of one distribution (1e-5 at width 128; a temperature of 1.01 for 1: 8e-2)
@@ -44,6 +45,26 @@ def check_first_minibatch(metrics: Mapping[str, float], tokens: int, dtype: str)
             f"actor/first_minibatch_kl is {kl:.2e}, expected below {KL_TOLERANCE:.0e} a token, {KL_TOLERANCE * tokens:.0e} "
             f"for a ratio of {tokens}: {why}"
         )
+
+
+def check_rescored(batch: Minibatch, logprobs: Tensor, chunk_size: int, dtype: str) -> dict[str, float]:
+    """The rollout's log-probabilities and those of a second scoring are of one distribution, but for rounding.
+
+    Args:
+        batch: with the rollout's, old_logprobs [R, A].
+        logprobs: of the second scoring [R, A].
+
+    Returns:
+        actor/rollout_ratio_error: mean |ratio - 1| of a token.
+
+    Raises:
+        InvariantError: see check_first_minibatch.
+    """
+    tokens = token_mask(batch.steps, chunk_size, ACTION_DIM)
+    error = (log_ratio(logprobs, batch.old_logprobs, tokens).exp() - 1).abs()  # [R, A]
+    kl = approx_kl(batch.old_logprobs, logprobs, tokens).item()
+    check_first_minibatch({"actor/ratio_error": error.max().item(), "actor/approx_kl": kl}, 1, dtype)
+    return {"actor/rollout_ratio_error": masked_mean(error, tokens).item()}
 
 
 def check_finite(name: str, value: Tensor, iteration: int, folder: Path, minibatch: Minibatch | None = None) -> None:

@@ -83,7 +83,9 @@ def recomputed(forward: Callable[..., Tensor], mode: str) -> Callable[..., Tenso
 
 
 def keeps(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    # LoRA's own product is added to what the base gave, which is kept: that sum is cheap to do again
+    cheap = operation is aten.addmm.default and args[0].dim() == 2
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT and not cheap else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # ---------------------------------------------------------------------- few shapes

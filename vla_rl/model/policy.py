@@ -300,10 +300,15 @@ class OpenVLAPolicy:
         return self.read_actions(self.network.embed(*prompt), action_ids)[: len(inputs)]
 
     @torch.no_grad()
+    def logprobs(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> Tensor:
+        """Log-probabilities float32 [B, A] of given tokens under the present weights, without gradients."""
+        return self.evaluate_actions(inputs, action_tokens, temperature=temperature).logprobs
+
+    @torch.no_grad()
     def reference_logprobs(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> Tensor:
         """Log-probabilities float32 [B, A] under the base model, that is with the adapters switched off."""
         with self.adapter.switched_off() if self.adapter is not None else nullcontext():
-            return self.evaluate_actions(inputs, action_tokens, temperature=temperature).logprobs
+            return self.logprobs(inputs, action_tokens, temperature=temperature)
 
     @torch.no_grad()
     def compute_hidden(self, inputs: PolicyInputs) -> Tensor:

@@ -257,6 +257,11 @@ class AlgorithmConfig(Section):
     kl_coef: float = Field(
         0.0, ge=0, description="weight of KL(policy || base model); above 0 costs one more forward a row"
     )
+    recompute_logprobs: bool = Field(
+        False,
+        description="an update first scores its rows anew, one more forward a row, so that its ratios begin at 1 also in bfloat16 "
+        "with the autoregressive decoder; false: the rollout's log-probabilities",
+    )
     target_kl: float | None = Field(
         None, gt=0, description="an update stops before a step whose approx_kl is above; null never"
     )
