@@ -35,6 +35,7 @@ from vla_rl.learning.episodes import (
 )
 from vla_rl.learning.evaluation import evaluate_modes
 from vla_rl.learning.guards import check_finite, check_first_minibatch
+from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
 from vla_rl.learning.optimizer import adamw, clip_gradient
 from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, minibatches, shuffled_rows
 from vla_rl.learning.trainer_state import TrainerState
@@ -87,6 +88,7 @@ class OpenVLAPPO:
         self.critic_parameters = list(value_head.parameters()) if value_head is not None else []
         self.actor_optimizer = adamw(self.actor_parameters, config.actor)
         self.critic_optimizer = adamw(self.critic_parameters, config.critic) if self.uses_critic else None
+        self.micro_batches = MicroBatches(config, policy)
 
         # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
         # each environment: which ones decide together does not either.
@@ -144,7 +146,8 @@ class OpenVLAPPO:
 
     def train_iteration(self) -> None:
         start = time.perf_counter()
-        rollout, metrics = self.collect_rollout()
+        with naming_what_fits(self.config, "rollout"):
+            rollout, metrics = self.collect_rollout()
         rollout_s = time.perf_counter() - start
         batch, advantage_metrics = self.compute_advantages(rollout)
         metrics |= advantage_metrics | self.update(batch)
@@ -156,6 +159,7 @@ class OpenVLAPPO:
             "time/rollout_s": rollout_s,
             "time/update_s": iteration_s - rollout_s,
             "system/peak_memory_gib": progress.peak_memory_gib(self.device),
+            **self.micro_batches.metrics(),
         }
         self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
         log.info(progress.summary_line(self.iteration, self.timesteps, self.config.run.timesteps, metrics))
@@ -221,7 +225,7 @@ class OpenVLAPPO:
                 rounds += 1
             finish_step()
         rollout = RolloutBuffer.join(buffers)
-        rollout.bootstrap(self.values_of, num_envs)
+        rollout.bootstrap(self.values_of, len(halves[0]))  # as many rows as a decision has
         return rollout, progress.rollout_metrics(finished_episodes, self.timesteps - first_timestep)
 
     def decide(self, playing: list[int]) -> Decision:
@@ -353,7 +357,7 @@ class OpenVLAPPO:
             return {}
         train_actor = not self.uses_critic or self.iteration >= algorithm.critic_warmup_iterations
         if algorithm.kl_coef > 0 and train_actor:
-            batch = replace(batch, reference_logprobs=self.reference_logprobs(batch))
+            batch = replace(batch, reference_logprobs=self.micro_batches.run(self.reference_logprobs, batch))
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
         bar = progress.progress_bar("update", steps_planned, "step", self.config.logging.progress)
         history: list[dict[str, float]] = []  # metrics of each minibatch
@@ -361,8 +365,8 @@ class OpenVLAPPO:
         with bar:
             for minibatch in minibatches(batch, algorithm.minibatch_size, self.order_generator, algorithm.n_epochs):
                 self.check_stop()
-                minibatch = minibatch.to(self.device)  # once: its micro-batches are parts of it
-                metrics = self.minibatch_gradients(minibatch, train_actor, score_actor=train_actor or not history)
+                score_actor = train_actor or not history
+                metrics = self.micro_batches.run(self.minibatch_gradients, minibatch, train_actor, score_actor)
                 history.append(metrics)
                 if len(history) == 1:
                     check_first_minibatch(
@@ -418,6 +422,7 @@ class OpenVLAPPO:
             score_actor: compute the actor's numbers.
         """
         algorithm = self.config.algorithm
+        minibatch = minibatch.to(self.device)  # once: micro-batches are parts of it
         self.actor_optimizer.zero_grad(set_to_none=True)
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
@@ -425,7 +430,7 @@ class OpenVLAPPO:
         trained = losses.of_dims(tokens, algorithm.action_dims, ACTION_DIM)  # [B, A]
         _, ratios = losses.sum_to_level(minibatch.old_logprobs, trained, algorithm.logprob_level, ACTION_DIM)  # [B, L]
         totals: dict[str, float] = {}
-        for micro in minibatch.split(algorithm.micro_batch_size):
+        for micro in minibatch.split(self.micro_batches.rows):
             loss = torch.zeros((), device=self.device)
             hidden = micro.hidden
             if score_actor:
@@ -504,10 +509,10 @@ class OpenVLAPPO:
     @torch.no_grad()
     def reference_logprobs(self, batch: Minibatch) -> Tensor:
         """Log-probabilities [R, A] of the base model, the adapter switched off: no second copy of the weights."""
-        size, temperature = self.config.algorithm.micro_batch_size, self.config.rollout.temperature
+        temperature = self.config.rollout.temperature
         parts = [
             self.policy.reference_logprobs(m.inputs, m.action_tokens, temperature=temperature).cpu()
-            for m in batch.split(size)
+            for m in batch.split(self.micro_batches.rows)
         ]
         return torch.cat(parts)
 
@@ -535,7 +540,8 @@ class OpenVLAPPO:
         if self.eval_envs is not None:
             start, prefix = time.perf_counter(), f"{self.timesteps:09d}"
             videos = self.logger.folder / "videos"
-            metrics = evaluate_modes(self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop)
+            with naming_what_fits(self.config, "eval"):
+                metrics = evaluate_modes(self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop)
             metrics["time/eval_s"] = time.perf_counter() - start
             self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
             log.info("evaluation at %d timesteps: %s", self.timesteps, progress.evaluation_text(metrics))

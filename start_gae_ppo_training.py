@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import ctypes.util
 import logging
+import math
 import os
 import re
 import shutil
@@ -54,7 +55,7 @@ FIXED_ON_RESUME = (
 # but for what depends on the machine and changes no data; whether it is the same base model, its fingerprint tells
 FREE_ON_RESUME = (
     *("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb"),
-    *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing"),
+    *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing", "policy.compile"),
 )
 
 # MUJOCO_GL -> the library that it needs, and Debian's packages of it
@@ -211,18 +212,37 @@ def check_start(config: Config, resumed: bool) -> None:
         check_dense_reward(config.env.task_suite, config.env.task_ids)
 
     from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer
-    from vla_rl.model.policy import check_checkpoint
+    from vla_rl.model.execution import compiles
+    from vla_rl.model.find_checkpoint import check_checkpoint
+    from vla_rl.model.quantization import check_quantization
     from vla_rl.run.metrics import check_wandb
 
     check_wandb(config)
     settings = config.policy
+    if settings.compile == "true":
+        compiles(settings.compile, config.run.device)
+    check_quantization(settings.quantization)
     try:
         model = check_checkpoint(settings.checkpoint, settings.use_proprio)
     except ConfigError as error:
         raise (if_moved(error, "policy.checkpoint") if resumed else error) from None
+    check_card(config, model)
     read_statistics(model, settings.unnorm_key or config.env.task_suite, settings.use_proprio)
     read_tokenizer(model)
     check_trained_as(config, model, resumed)
+
+
+def check_card(config: Config, model: Path) -> None:
+    """Raises ConfigError if the weights alone are more than the GPU has free."""
+    import torch
+
+    from vla_rl.learning.memory import check_weights
+    from vla_rl.model.checkpoint_folder import tensor_shapes
+
+    if config.run.device == "cuda" and config.policy.quantization == "none":
+        dtype = config.policy.dtype
+        numbers = sum(math.prod(shape) for _, shape in tensor_shapes(model, config.policy.use_proprio))
+        check_weights(numbers * getattr(torch, dtype).itemsize, *torch.cuda.mem_get_info(), dtype)
 
 
 def train(config: Config, checkpoint: Path | None) -> None:
@@ -249,7 +269,9 @@ def is_untouched(folder: Path) -> bool:
 
 def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:
     from OpenVLA_PPO import OpenVLAPPO
+    from vla_rl.learning.memory import fit_to_card
     from vla_rl.run.metrics import MetricsLogger
+    from vla_rl.simulation.suites import task_languages
     from vla_rl.simulation.vector_env import make_vector_env
 
     with ExitStack() as cleanup:
@@ -275,6 +297,8 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
             *(envs.num_envs, envs.num_workers, config.env.render),
             *(eval_envs.num_envs, eval_envs.num_workers, config.eval.render),
         )
+        languages = task_languages(config.env.task_suite)
+        fit_to_card(trainer, [languages[task_id] for task_id in config.env.task_ids])
         stop_on_signals(trainer)
         trainer.train()
     log.info("run folder %s", folder)
@@ -283,6 +307,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
 def build_policy(config: Config):
     import torch
 
+    from vla_rl.model.execution import compiles
     from vla_rl.model.policy import OpenVLAPolicy
 
     if config.run.torch_threads is not None:
@@ -301,7 +326,9 @@ def build_policy(config: Config):
         chunk_size=settings.chunk_size,
         center_crop=settings.center_crop,
         unnorm_key=settings.unnorm_key or config.env.task_suite,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing="none" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing,
+        compiled=compiles(settings.compile, config.run.device),
+        quantization=settings.quantization,
     )
 
 
@@ -318,8 +345,10 @@ def build_value_head(config: Config, hidden_size: int):
 
 
 def log_sizes(policy, value_head) -> None:
+    from vla_rl.model.quantization import count_weights
+
     millions = {
-        "policy": sum(p.numel() for p in policy.network.parameters()),
+        "policy": count_weights(policy.network),
         "trained (LoRA)": sum(p.numel() for p in policy.trainable_parameters()),
         "value head": sum(p.numel() for p in value_head.parameters()) if value_head is not None else 0,
     }

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vla_rl.model.sampling import draw
+from vla_rl.model.sampling import draw_noise, pick
 from vla_rl.types import ACTION_DIM, ActionEvaluation, Episode, Observation, PolicyInputs, PolicyOutput
 
 CHUNK = 2
@@ -148,6 +148,7 @@ class FakePolicy:
 
     hidden_size = 16
     chunk_size = CHUNK
+    gradient_checkpointing = "none"
 
     def __init__(self, seed: int = 0, gives_hidden: bool = True):
         generator = torch.Generator().manual_seed(seed)
@@ -177,7 +178,11 @@ class FakePolicy:
         with torch.no_grad():
             logits, hidden = self.forward(inputs, self.adapter)
         logprobs = (logits / temperature).log_softmax(-1)
-        tokens = logits.argmax(-1) if greedy else draw(logprobs.exp(), generator)
+        tokens = (
+            logits.argmax(-1)
+            if greedy
+            else pick(logprobs.exp(), draw_noise(logprobs.shape[1:], generator, len(logprobs)))
+        )
         actions = (tokens.float() - (BINS - 1) / 2) / (BINS / 2)  # -0.75 .. 0.75
         return PolicyOutput(
             action_tokens=tokens,
@@ -206,6 +211,9 @@ class FakePolicy:
         with torch.no_grad():
             return self.score(inputs, action_tokens, temperature, torch.zeros_like(self.adapter)).logprobs
 
+    def set_gradient_checkpointing(self, mode: str) -> None:
+        self.gradient_checkpointing = mode
+
     def trainable_parameters(self):
         return [self.adapter]
 
@@ -219,3 +227,28 @@ class FakePolicy:
 
     def fingerprint(self) -> str:
         return f"fake-{self.hidden_size}"
+
+
+CUDA_SAID = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.20 GiB is free. "
+    "Including non-PyTorch memory, this process has 77.90 GiB memory in use. Of the allocated memory 76.00 GiB is allocated by "
+    "PyTorch, and 1.00 GiB is reserved by PyTorch but unallocated."
+)
+
+
+class WatchedPolicy(FakePolicy):
+    """Notes its scorings: the mode, the rows, and whether the adapter had a gradient; runs out of memory as it is told."""
+
+    def __init__(self, fits=lambda policy, rows: True, **kwargs):
+        super().__init__(**kwargs)
+        self.scored, self.fits, self.acted = [], fits, []
+
+    def evaluate_actions(self, inputs, action_tokens, *, temperature):
+        self.scored.append((self.gradient_checkpointing, len(inputs), self.adapter.grad is not None))
+        if not self.fits(self, len(inputs)):
+            raise torch.OutOfMemoryError(CUDA_SAID)
+        return super().evaluate_actions(inputs, action_tokens, temperature=temperature)
+
+    def act(self, obs, **kwargs):
+        self.acted.append(obs)
+        return super().act(obs, **kwargs)

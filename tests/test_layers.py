@@ -25,7 +25,8 @@ FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in part
 HOMES = {
     "transformers": {"model/prismatic"},
     "timm": {"model/prismatic"},
-    "peft": {"model/adapter"},
+    "peft": {"model/adapter", "model/lora_linear"},
+    "bitsandbytes": {"model/quantization"},
     "huggingface_hub": {"model/checkpoint_folder"},
     "libero": {"simulation/suites", "simulation/simulator"},
     "robosuite": {"simulation/simulator", "simulation/arm_control", "simulation/rendering"},

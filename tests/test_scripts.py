@@ -544,7 +544,7 @@ def test_the_test_script_hands_its_flags_to_pytest(tmp_path):
 
 
 def test_requirements_are_pinned_and_name_no_registry():
-    for name in ("requirements.txt", "requirements-libero.txt"):
+    for name in ("requirements.txt", "requirements-libero.txt", "requirements-4bit.txt"):
         lines = (ROOT / name).read_text().splitlines()
         pins = [line for line in lines if line and not line.startswith("#")]
         assert pins and all("==" in line for line in pins)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from start_gae_ppo_training import (
     FIXED_ON_RESUME,
@@ -24,7 +25,9 @@ from start_gae_ppo_training import (
     parse_args,
     settings_from,
 )
+from tests.fakes import FakePolicy, make_envs
 from tests.trainers import make_trainer
+from vla_rl.learning import memory
 from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.model.trained_as import write_trained_as
 from vla_rl.run.checkpoint import write_manifest
@@ -485,9 +488,61 @@ def test_what_the_out_of_memory_hint_proposes_is_accepted_by_a_resume():
     from vla_rl import sft
 
     hint = explain(torch.OutOfMemoryError("CUDA out of memory."))
-    assert "micro_batch_size" in hint and "policy.gradient_checkpointing=true" in hint
+    assert "micro_batch_size" in hint and "policy.gradient_checkpointing=full" in hint
     before = config_of("--config", TINY)
-    after = config_of("--config", TINY, "policy.gradient_checkpointing=true", "algorithm.micro_batch_size=1")
+    after = config_of("--config", TINY, "policy.gradient_checkpointing=full", "algorithm.micro_batch_size=1")
     assert before != after and changed_settings(before, after, FIXED_ON_RESUME, FREE_ON_RESUME) == []
     assert "policy.gradient_checkpointing" in sft.FREE_ON_RESUME
     assert not "training.micro_batch_size".startswith(sft.FIXED_ON_RESUME)
+
+
+def test_weights_that_are_more_than_the_card_has_free_are_refused_before_they_are_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free, 10**8))
+    passed = []
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda *args: passed.append(args))
+    argv = ["--config", TINY, "run.device=cuda", "policy.dtype=float32", "--output-dir", str(tmp_path / "runs")]
+    files = [TRAINED / name for name in ("model.safetensors", "proprio_projector.safetensors")]
+    weights = sum(tensor.numel() for path in files for tensor in load_file(path).values())
+    free = 4 * weights - 1
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "the checkpoint's weights take" in error and "nvidia-smi" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "runs").exists() and not passed
+    free = 4 * weights
+    assert main(argv) == 0 and passed
+
+
+def test_settings_too_large_for_the_card_are_refused_before_training_and_leave_nothing(tmp_path, capsys, monkeypatch):
+    class SmallCard(memory.Meter):
+        def available(self):
+            return self.at_rest() + memory.moment_bytes(self.trainer)
+
+        def at_rest(self):
+            return 20
+
+        def peak_of(self, run):
+            run()
+            return 10 + self.trainer.micro_batches.rows
+
+    def measured(trainer, instructions):
+        assert instructions == ["pick up the black bowl between the plate and the ramekin and place it on the plate"]
+        trainer.micro_batches.use(memory.Choice("none", 8))  # while it measures how much acting takes
+        fit(trainer, instructions, SmallCard(trainer, instructions))
+
+    def envs(config, num_envs, **options):
+        made = make_envs(num_envs)
+        made.num_workers = 1
+        return made
+
+    fit = memory.fit_to_card
+    monkeypatch.setattr("vla_rl.learning.memory.fit_to_card", measured)
+    monkeypatch.setattr("vla_rl.simulation.vector_env.make_vector_env", envs)
+    monkeypatch.setattr("start_gae_ppo_training.build_policy", lambda config: FakePolicy())
+    monkeypatch.setattr("start_gae_ppo_training.log_sizes", lambda policy, head: None)
+    argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), "--no-wandb", "algorithm.micro_batch_size=32"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "policy.gradient_checkpointing=none with algorithm.micro_batch_size=32 needs" in error
+    assert "what fits: algorithm.micro_batch_size=8" in error and "Traceback" not in error
+    assert list((tmp_path / "runs").iterdir()) == []

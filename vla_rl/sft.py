@@ -23,7 +23,10 @@ import torch
 from vla_rl.learning.demonstration_file import Demonstration, find_files, read_demonstrations
 from vla_rl.learning.samples import data_statistics, make_samples, split
 from vla_rl.learning.supervised_fine_tuning import SupervisedFineTuning
-from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
+from vla_rl.model.execution import compiles
+from vla_rl.model.find_checkpoint import check_checkpoint
+from vla_rl.model.policy import OpenVLAPolicy
+from vla_rl.model.quantization import check_quantization
 from vla_rl.run.checkpoint import locked
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand, load_config, settings_help
@@ -47,7 +50,7 @@ log = logging.getLogger("vla_rl.sft")
 # the same base and the same data, their fingerprints tell
 FIXED_ON_RESUME = ("run.", "policy.", "data.")
 FREE_ON_RESUME = (
-    *("policy.checkpoint", "policy.gradient_checkpointing", "policy.as_trained", "data.files"),
+    *("policy.checkpoint", "policy.gradient_checkpointing", "policy.compile", "policy.as_trained", "data.files"),
     *("run.device", "run.torch_threads"),
 )
 
@@ -105,6 +108,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         check_run_folder(config)
     with where_moved("policy.checkpoint", checkpoint):
         check_checkpoint(settings.checkpoint, settings.use_proprio)
+    check_quantization(settings.quantization, config.run.device)
     check_wandb(config)
     with where_moved("data.files", checkpoint):
         demonstrations = read_data(config)
@@ -116,6 +120,9 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     for instruction in dict.fromkeys(d.instruction for d in demonstrations):
         log.info("instruction: %s", instruction)
 
+    checkpointing = settings.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = "full" if config.run.device == "cuda" else "none"
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
     policy = OpenVLAPolicy.from_checkpoint(
         settings.checkpoint,
@@ -127,7 +134,9 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         dtype=getattr(torch, settings.dtype),
         chunk_size=settings.chunk_size,
         center_crop=settings.center_crop,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
+        compiled=compiles(settings.compile, config.run.device),
+        quantization=settings.quantization,
         unnorm_key=config.data.name,
         statistics=data_statistics(training),
     )

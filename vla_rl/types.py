@@ -32,6 +32,10 @@ class RenderingError(RuntimeError):
     """OpenGL cannot be used: a library is missing, or MUJOCO_GL names no back-end that is here."""
 
 
+class OutOfMemory(RuntimeError):
+    """The card's memory ran out; the message names settings that need less."""
+
+
 class SimulatorDied(RuntimeError):
     """A simulator's worker process has ended by itself."""
 
@@ -163,6 +167,7 @@ class Policy(Protocol):
 
     hidden_size: int  # D
     chunk_size: int  # C
+    gradient_checkpointing: str  # none, selective or full
 
     def act(
         self,
@@ -182,6 +187,8 @@ class Policy(Protocol):
     def compute_hidden(self, inputs: PolicyInputs) -> Tensor: ...  # float32 [N, D], no gradient, one forward
 
     def reference_logprobs(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> Tensor: ...
+
+    def set_gradient_checkpointing(self, mode: str) -> None: ...  # less memory, slower; the gradients are the same
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]: ...  # the LoRA weights and no other
 

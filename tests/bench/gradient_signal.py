@@ -28,6 +28,7 @@ from OpenVLA_PPO import OpenVLAPPO
 from start_gae_ppo_training import build_policy, build_value_head, find_config
 from vla_rl.learning.advantages import compute_gae, normalize
 from vla_rl.learning.losses import approx_kl, explained_variance, token_mask
+from vla_rl.learning.micro_batches import MicroBatches
 from vla_rl.learning.rollout_buffer import Minibatch, RolloutBuffer
 from vla_rl.model.value_head import ValueHead
 from vla_rl.run.load_settings import load_config
@@ -162,7 +163,7 @@ def gradients_of_environments(
     for env in range(num_envs):
         for found in gradients.values():
             found.append([torch.zeros_like(parameter) for parameter in parameters])
-        for indices in torch.arange(env, len(batch), num_envs).split(config.algorithm.micro_batch_size):
+        for indices in torch.arange(env, len(batch), num_envs).split(MicroBatches(config, policy).rows):
             logprobs, mask = score(policy, batch.rows(indices), config)
             joint = (logprobs * mask).sum(1)
             for lam, found in gradients.items():
@@ -180,7 +181,7 @@ def divergence(policy, rows: Minibatch, step: list[Tensor], config: Config) -> f
     for parameter, change in zip(parameters, step, strict=True):
         parameter.add_(change)
     total = 0.0
-    for micro in rows.split(config.algorithm.micro_batch_size):
+    for micro in rows.split(MicroBatches(config, policy).rows):
         logprobs, mask = score(policy, micro, config)
         total += approx_kl(micro.old_logprobs, logprobs, mask, count=1).item()
     for parameter, value in zip(parameters, before, strict=True):

@@ -23,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from OpenVLA_PPO import OpenVLAPPO
 from start_gae_ppo_training import build_policy, build_value_head, find_config
+from vla_rl.learning.memory import fit_to_card
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.settings import Config
+from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
 from vla_rl.types import Episode
 
@@ -102,6 +104,7 @@ def measure_training(config: Config, rollouts: int, wait: float) -> dict[str, fl
     with tempfile.TemporaryDirectory() as folder:
         head = build_value_head(config, policy.hidden_size)
         trainer = OpenVLAPPO(config, policy, head, envs, None, MetricsLogger(Path(folder), config))
+        fit_to_card(trainer, task_languages(config.env.task_suite))
         trainer.collect_rollout()  # builds the simulators
         seconds_in_policy.clear()
         seconds_in_simulator.clear()

@@ -44,7 +44,7 @@ def test_adapter_saves_loads_and_is_read_by_peft(policy, tmp_path):
     plain = make_policy(policy.decoder, lora=None)
     peft.PeftModel.from_pretrained(plain.network, tmp_path)
     scored = plain.evaluate_actions(plain.prepare(obs), tokens, temperature=1.0).logprobs
-    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=0)
+    assert scored.equal(expected)
 
 
 def test_adapter_of_other_settings_is_refused(parallel, tmp_path):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.model.policies import RECORDED, copy_recorded, make_policy
 from vla_rl.model.checkpoint_folder import read_statistics, save_checkpoint
-from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
+from vla_rl.model.find_checkpoint import check_checkpoint
+from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network
 from vla_rl.model.prismatic_config import read_config
 from vla_rl.model.tiny_openvla import TRAINED

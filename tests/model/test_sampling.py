@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vla_rl.model.sampling import draw
+from vla_rl.model.sampling import draw_noise, pick
 
 
 def test_a_row_with_its_own_generator_draws_what_it_draws_alone():
@@ -14,11 +14,27 @@ def test_a_row_with_its_own_generator_draws_what_it_draws_alone():
     def generators():
         return [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]
 
+    def draw(probs, generator):
+        return pick(probs, draw_noise(probs.shape[1:], generator, len(probs)))
+
     together, order = draw(probs, generators()), [2, 0]
     assert together.shape == (3, 5)
     assert torch.equal(draw(probs[order], [generators()[i] for i in order]), together[order])
     assert torch.equal(draw(probs[1:2], torch.Generator().manual_seed(8)), together[1:2])
     once = torch.nn.functional.one_hot(torch.tensor([[3, 250]] * 3), 256).float()
     assert draw(once, generators()).tolist() == [[3, 250]] * 3
-    with pytest.raises(ValueError, match=r"shorter"):
+    with pytest.raises(ValueError, match=r"2 generators for 3 rows"):
         draw(probs, generators()[:2])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_is_picked_is_what_torch_multinomial_draws(rows):
+    probs = torch.softmax(3 * torch.randn(rows, 56, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
+    ours, torchs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    expected = torch.multinomial(probs.flatten(0, 1), 1, generator=torchs).view(rows, 56)
+    assert pick(probs, draw_noise((56, 256), ours, rows)).equal(expected)
+    assert ours.get_state().equal(torchs.get_state())
+    torch.manual_seed(2)
+    expected = torch.multinomial(probs.flatten(0, 1), 1).view(rows, 56)
+    torch.manual_seed(2)
+    assert pick(probs, draw_noise((56, 256), None, rows)).equal(expected)

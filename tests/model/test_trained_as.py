@@ -8,7 +8,8 @@ import pytest
 
 from tests.model.policies import copy_recorded
 from vla_rl.model.checkpoint_folder import save_checkpoint
-from vla_rl.model.policy import OpenVLAPolicy, check_checkpoint
+from vla_rl.model.find_checkpoint import check_checkpoint
+from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.tiny_openvla import TRAINED as TINY
 from vla_rl.model.trained_as import differences, read_trained_as, write_trained_as
 from vla_rl.run.settings import ConfigError

@@ -9,10 +9,10 @@ import torch
 
 from vla_rl.run.checkpoint import save_tensors, save_torch
 from vla_rl.run.failures import explain, one_line
-from vla_rl.types import InvariantError, NonFiniteError, RenderingError, SimulatorDied
+from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, RenderingError, SimulatorDied
 
 
-@pytest.mark.parametrize("kind", [NonFiniteError, RenderingError, SimulatorDied, InvariantError])
+@pytest.mark.parametrize("kind", [NonFiniteError, RenderingError, SimulatorDied, InvariantError, OutOfMemory])
 def test_failures_that_name_their_own_way_out_are_passed_on(kind):
     assert explain(kind("what happened")) == "what happened"
 

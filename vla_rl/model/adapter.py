@@ -2,7 +2,7 @@
 
     W x + (alpha / rank) B A x
 
-Not here: which layers there are (vla_rl.model.prismatic), how the adapter is trained.
+Not here: which layers there are (vla_rl.model.prismatic), what one computes (lora_linear), how the adapter is trained.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from vla_rl.model.checkpoint_folder import open_tensors
+from vla_rl.model.lora_linear import add_adapters
 from vla_rl.model.prismatic import Prismatic
 from vla_rl.model.prismatic_config import read_json
+from vla_rl.model.quantization import dense_parameters, packed_layer, sample_of
 from vla_rl.run.checkpoint import save_tensors
 from vla_rl.run.settings import ConfigError, LoraConfig
 
@@ -44,7 +46,7 @@ class Adapter:
         config = peft.LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=names
         )
-        self.peft_model = peft.get_peft_model(network, config)  # casts to float32 (autocast_adapter_dtype)
+        self.peft_model = add_adapters(network, config)
         network.eval()
         wrong = [n for n, p in network.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         assert not wrong, f"adapters are not float32: {wrong[:3]}"
@@ -103,7 +105,7 @@ class Adapter:
         if made_for != base_digest:
             raise ConfigError(
                 f"the adapter in {folder} was trained on another base than this one, though of the same shapes (fingerprint "
-                f"{made_for[:12]}, here {base_digest[:12]}); give the checkpoint that it was trained on"
+                f"{made_for[:12]}, here {base_digest[:12]}); give the checkpoint and the policy.quantization that it was trained on"
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -136,7 +138,7 @@ class Adapter:
     def merged_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The network's own names and weights, the adapter added."""
         adapted = {name: module for name, module in self.network.named_modules() if isinstance(module, LoraLayer)}
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in dense_parameters(self.network):
             if ".lora_" in name:
                 continue
             module = adapted.get(name.removesuffix(".base_layer.weight"))
@@ -146,12 +148,15 @@ class Adapter:
 
 
 def digest_base(network: Prismatic) -> str:
-    """Of the frozen weights' names, shapes and up to 64 values of each, rounded to bfloat16: quick also at 7B."""
+    """Of the frozen weights' names, shapes and up to 64 values of each, rounded to bfloat16: quick also at 7B.
+
+    Of a 4-bit weight: the values before it was packed, and that it was, so that it is the same on every machine.
+    """
     digest = hashlib.sha256()
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
-            values = parameter.detach().flatten()
-            values = values[:: max(1, len(values) // 64)][:64].to(torch.bfloat16).float().cpu()
-            digest.update(f"{name.replace('.base_layer.', '.')} {list(parameter.shape)}".encode())
-            digest.update(values.numpy().tobytes())
+            layer = packed_layer(network, name)
+            shape = list(parameter.shape) if layer is None else f"nf4 {[layer.out_features, layer.in_features]}"
+            digest.update(f"{name.replace('.base_layer.', '.')} {shape}".encode())
+            digest.update((sample_of(parameter) if layer is None else layer.sample).numpy().tobytes())
     return digest.hexdigest()

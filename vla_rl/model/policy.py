@@ -24,17 +24,17 @@ from torch import Tensor
 from vla_rl.model.action_tokenizer import ActionTokenizer, to_environment, unnormalize
 from vla_rl.model.adapter import Adapter, digest_base
 from vla_rl.model.checkpoint_folder import (
-    check_folder,
     check_statistics,
-    find_folder,
     read_statistics,
     save_checkpoint,
 )
-from vla_rl.model.prismatic import Prismatic, Prompt, build_network, load_network
+from vla_rl.model.execution import Blocks, CudaGraphs, can_compile, fill_rows, row_size
+from vla_rl.model.find_checkpoint import TINY_RANDOM, find_and_check
+from vla_rl.model.prismatic import Prismatic, Prompt, arrange_prompt, load_network
 from vla_rl.model.processor import Processor
-from vla_rl.model.sampling import check_finite, check_temperature, draw, gather
-from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla
-from vla_rl.model.trained_as import read_trained_as, warn_of_other_use
+from vla_rl.model.quantization import check_quantization, dense_parameters
+from vla_rl.model.sampling import check_finite, check_temperature, draw_noise, gather, pick
+from vla_rl.model.trained_as import warn_of_other_use
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import (
     ACTION_DIM,
@@ -48,8 +48,6 @@ from vla_rl.types import (
 
 logger = logging.getLogger(__name__)
 
-TINY = "tiny-openvla"  # the checkpoint in the repository, fine-tuned on libero_spatial
-TINY_RANDOM = "tiny-openvla-random"  # what it was before: made on first use
 DECODERS = {"autoregressive": 1, "parallel": 8}  # decoder -> actions a decision, as OpenVLA and OpenVLA-OFT train them
 
 
@@ -66,8 +64,9 @@ class OpenVLAPolicy:
         chunk_size: int,
         center_crop: bool,
         unnorm_key: str | None,
-        gradient_checkpointing: bool,
+        gradient_checkpointing: str = "none",
         statistics: dict | None = None,
+        compiled: bool = False,
     ):
         self.network = network
         self.folder = folder
@@ -76,7 +75,6 @@ class OpenVLAPolicy:
         self.chunk_size = chunk_size
         self.num_tokens = ACTION_DIM * chunk_size  # A
         self.center_crop = center_crop
-        self.gradient_checkpointing = gradient_checkpointing
         self.use_proprio = network.use_proprio
         self.hidden_size = network.llama.hidden_size
         self.image_size = network.config.image_size
@@ -102,13 +100,18 @@ class OpenVLAPolicy:
             self.statistics["proprio"] if network.use_proprio else None,
             self.device,
             self.dtype,
+            fixed_lengths=compiled,
         )
 
         network.check_no_dropout()
-        if gradient_checkpointing:
-            network.enable_gradient_checkpointing()
         self.lora = lora
         self.adapter = None if lora is None else Adapter(network, lora)
+        network.eval()
+        self.compiled = compiled
+        self.execution = Blocks(network.blocks(), compiled)
+        self.set_gradient_checkpointing(gradient_checkpointing)
+        graphs = CudaGraphs if compiled and self.device.type == "cuda" else lambda function: function
+        self.decide, self.read_hidden = graphs(self.decide), graphs(self.read_hidden)
 
     @classmethod
     def from_checkpoint(
@@ -124,8 +127,10 @@ class OpenVLAPolicy:
         chunk_size: int | None = None,
         center_crop: bool = True,
         unnorm_key: str | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: str = "none",
         statistics: dict | None = None,
+        compiled: bool = False,
+        quantization: str = "none",
     ) -> OpenVLAPolicy:
         """Loads a checkpoint.
 
@@ -139,9 +144,12 @@ class OpenVLAPolicy:
             chunk_size: C; None takes the decoder's usual one, 1 or 8.
             center_crop: crop 90 % of the image's area.
             unnorm_key: entry of the statistics, with or without `_no_noops`; None if there is only one.
-            gradient_checkpointing: recompute activations in the backward pass.
+            gradient_checkpointing: what is recomputed in the backward pass; none, selective (all but products and
+                attention) or full. See set_gradient_checkpointing.
             statistics: of new data, {"action": ..., "proprio": ...}, instead of an entry of the checkpoint's; unnorm_key is
                 their name.
+            compiled: torch.compile the transformer blocks, and on CUDA replay forwards without gradients as CUDA graphs.
+            quantization: "none", or "nf4": the language model's frozen linear layers in 4 bit, computed in dtype.
 
         Raises:
             ConfigError: the checkpoint is not there, not whole or not of OpenVLA, or does not go with the arguments.
@@ -161,6 +169,9 @@ class OpenVLAPolicy:
             raise ConfigError(
                 "device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch"
             )
+        if compiled and (problem := can_compile(torch.device(device))):
+            raise ConfigError(f"compiled=true, but {problem}; or compile nothing")
+        check_quantization(quantization, device)
         folder, names = find_and_check(path, use_proprio)
         if statistics is None:
             read_statistics(folder, unnorm_key, use_proprio)  # before anything heavy loads
@@ -170,8 +181,8 @@ class OpenVLAPolicy:
         settings |= {"policy.chunk_size": chunk_size, "policy.center_crop": center_crop}
         if path != TINY_RANDOM:  # which was not trained
             warn_of_other_use(str(path), folder, names, settings)
-        network = load_network(folder, use_proprio, device, dtype)
-        options = (chunk_size, center_crop, unnorm_key, gradient_checkpointing, statistics)
+        network = load_network(folder, use_proprio, device, dtype, quantization)
+        options = (chunk_size, center_crop, unnorm_key, gradient_checkpointing, statistics, compiled)
         return cls(network, folder, decoder, num_images, lora, *options)
 
     # ------------------------------------------------------------------ acting
@@ -213,27 +224,54 @@ class OpenVLAPolicy:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`act` for preprocessed inputs (see forward_logits): tokens and log-probs [B, A] on the CPU, hidden [B, D]."""
         check_temperature(temperature)
-        network = self.network
-        prompt = self.embed(input_ids, attention_mask, pixel_values, proprio)
+        rows = len(input_ids)
+        noise = None
+        if not greedy:
+            shape = (self.num_tokens, self.action_tokenizer.n_bins)
+            noise = draw_noise(shape, generator, rows).to(self.device, non_blocking=True)
+        inputs = self.arrange(input_ids, attention_mask, pixel_values, proprio)
+        outputs = self.decide(*self.fill_rows([*inputs, noise]), temperature=temperature)
+        tokens, logprobs, hidden, finite = (output[:rows] for output in outputs)
+        check_finite(finite.cpu())
+        return tokens.cpu(), logprobs.cpu(), hidden
 
-        def choose(hidden: Tensor) -> Tensor:  # [..., D] -> int64 [...]
-            if greedy:
+    def decide(
+        self,
+        ids: Tensor,
+        valid: Tensor | None,
+        pixel_values: Tensor,
+        proprio: Tensor | None,
+        noise: Tensor | None,
+        *,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of what `arrange` gives: tokens and log-probs [B, A], hidden [B, D], whether a row's distributions are finite [B].
+
+        Everything is on the device and nothing waits for it, so it can be a CUDA graph.
+
+        Args:
+            noise: [B, A, 256] of draw_noise; None: greedy.
+        """
+        network, first_id = self.network, self.action_tokenizer.first_id
+
+        def choose(noise: Tensor | None, hidden: Tensor) -> Tensor:  # [..., 256], [..., D] -> int64 [...]
+            if noise is None:
                 return network.vocabulary_logits(hidden).argmax(dim=-1)
-            probs = torch.softmax(network.action_logits(hidden) / temperature, dim=-1)
-            check_finite(probs)
-            return self.action_tokenizer.first_id + draw(probs, generator)
+            return first_id + pick(torch.softmax(network.action_logits(hidden) / temperature, dim=-1), noise)
 
+        prompt = network.embed(ids, valid, pixel_values, proprio)
         if self.decoder == "parallel":
             hidden = network.forward_slots(prompt, self.num_tokens)  # [B, A, D]
-            tokens = choose(hidden)
+            tokens = choose(noise, hidden)
         else:
-            tokens, hidden = network.decode(prompt, self.num_tokens, choose)
+            tokens, hidden = network.decode(
+                prompt, self.num_tokens, lambda k, hidden: choose(None if noise is None else noise[:, k], hidden)
+            )
         all_logprobs = torch.log_softmax(network.action_logits(hidden) / temperature, dim=-1)  # [B, A, 256]
-        check_finite(all_logprobs)
-        index = tokens - self.action_tokenizer.first_id
+        index = tokens - first_id
         inside = (index >= 0) & (index < all_logprobs.shape[-1])
         logprobs = gather(all_logprobs, index.where(inside, 0)).where(inside, torch.nan)
-        return tokens.cpu(), logprobs.cpu(), hidden[:, 0].float()
+        return tokens, logprobs, hidden[:, 0].float(), torch.isfinite(all_logprobs).all(dim=(1, 2))
 
     def decode_actions(self, tokens: Tensor) -> np.ndarray:
         """Tokens int64 [N, A] -> actions float32 [N, C, 7] in environment units."""
@@ -258,12 +296,8 @@ class OpenVLAPolicy:
     def action_hidden(self, inputs: PolicyInputs, action_ids: Tensor) -> Tensor:
         """Hidden states [B, A, D] that predict the given action tokens int64 [B, A], with gradients; the first is of the
         last prompt token."""
-        prompt_inputs = self.tensors(inputs)
-        self.network.train(self.gradient_checkpointing)  # Llama's checkpointing needs it; there is no dropout
-        try:
-            return self.read_actions(self.embed(*prompt_inputs), action_ids)
-        finally:
-            self.network.eval()
+        *prompt, action_ids = self.fill_rows([*self.arrange(*self.tensors(inputs)), action_ids])
+        return self.read_actions(self.network.embed(*prompt), action_ids)[: len(inputs)]
 
     @torch.no_grad()
     def reference_logprobs(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> Tensor:
@@ -274,7 +308,14 @@ class OpenVLAPolicy:
     @torch.no_grad()
     def compute_hidden(self, inputs: PolicyInputs) -> Tensor:
         """Final hidden state of the last prompt token, float32 [N, D]; the same as act's for the same inputs."""
-        return self.read_actions(self.embed(*self.tensors(inputs)), None)[:, 0].float()
+        prompt = self.fill_rows(self.arrange(*self.tensors(inputs)))
+        return self.read_hidden(*prompt)[0][: len(inputs)]
+
+    def read_hidden(
+        self, ids: Tensor, valid: Tensor | None, pixel_values: Tensor, proprio: Tensor | None
+    ) -> tuple[Tensor]:
+        """`compute_hidden` of what `arrange` gives."""
+        return (self.read_actions(self.network.embed(ids, valid, pixel_values, proprio), None)[:, 0].float(),)
 
     def forward_logits(
         self,
@@ -331,6 +372,12 @@ class OpenVLAPolicy:
         return self.processor.tensors(inputs)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, proprio: Tensor | None) -> Prompt:
+        return self.network.embed(*self.arrange(input_ids, attention_mask, pixel_values, proprio))
+
+    def arrange(
+        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, proprio: Tensor | None
+    ) -> list[Tensor | None]:
+        """Checked inputs of forward_logits, on the device, as Prismatic.embed takes them: ids, valid, pixels, proprio."""
         batch = len(input_ids)
         check_tensor("input_ids", input_ids, (batch, input_ids.shape[-1]))
         if attention_mask.shape != input_ids.shape:
@@ -349,9 +396,23 @@ class OpenVLAPolicy:
             if proprio.shape != (batch, PROPRIO_DIM):
                 raise ValueError(f"proprio: expected [{batch}, {PROPRIO_DIM}], got {list(proprio.shape)}")
             proprio = proprio.to(self.device, self.dtype)
-        return self.network.embed_prompt(
-            input_ids.to(self.device), attention_mask.to(self.device), pixel_values.to(self.device, self.dtype), proprio
-        )
+        ids, valid = arrange_prompt(input_ids, attention_mask)
+        valid = None if valid is None else to_device(valid, self.device)
+        return [to_device(ids, self.device), valid, pixel_values.to(self.device, self.dtype), proprio]
+
+    def fill_rows(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """Few shapes for what is compiled; as they are for what is not."""
+        return fill_rows(tensors, row_size(len(tensors[0]))) if self.compiled else tensors
+
+    # ------------------------------------------------------------------ how it runs
+
+    @property
+    def gradient_checkpointing(self) -> str:
+        return self.execution.mode
+
+    def set_gradient_checkpointing(self, mode: str) -> None:
+        """none, selective or full: less and less memory, slower and slower; the gradients are the same."""
+        self.execution.set_gradient_checkpointing(mode)
 
     # ------------------------------------------------------------------ weights
 
@@ -382,10 +443,10 @@ class OpenVLAPolicy:
 
     def merged_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The network's names and weights, with the adapter merged into them if there is one."""
-        return self.network.named_parameters() if self.adapter is None else self.adapter.merged_tensors()
+        return dense_parameters(self.network) if self.adapter is None else self.adapter.merged_tensors()
 
     def save_merged(self, folder: Path) -> None:
-        """Writes a checkpoint in the official layout with the adapters merged into the weights."""
+        """Writes a checkpoint in the official layout with the adapters merged into the weights, 4-bit ones unpacked."""
         new = {self.unnorm_key: self.statistics} if self.new_statistics else None
         save_checkpoint(folder, self.merged_tensors(), self.folder, self.network.proprio_file, statistics=new)
 
@@ -407,32 +468,3 @@ class OpenVLAPolicy:
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.dtype != torch.int64 or tensor.shape != shape:
         raise ValueError(f"{name}: expected int64 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-
-
-# ---------------------------------------------------------------------- checkpoints
-
-
-def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
-    """The folder of a checkpoint, after checking that what the policy needs is in it; loads no weights.
-
-    Args:
-        path: a folder, a Hugging Face id (downloaded if it is not in the cache), "tiny-openvla", or "tiny-openvla-random"
-            (made if needed).
-
-    Raises:
-        ConfigError: says where it looked and how to get the checkpoint, or what is missing or torn in it.
-    """
-    return find_and_check(path, use_proprio)[0]
-
-
-def find_and_check(path: str | Path, use_proprio: bool) -> tuple[Path, list[str]]:
-    """`check_checkpoint`, and the names of the files beside the model, also of those that are not downloaded."""
-    made_here = {TINY: lambda: TRAINED, TINY_RANDOM: ensure_tiny_openvla}
-    try:
-        folder, names = find_folder(str(made_here[path]() if path in made_here else path))
-        check_folder(folder, use_proprio)
-        read_trained_as(folder)
-        build_network(folder, use_proprio)
-    except OSError as error:  # a folder that may not be entered, a disk that fails
-        raise ConfigError(f"checkpoint {path} cannot be read ({error}); give a folder that you may read") from error
-    return folder, names

@@ -24,11 +24,12 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vla_rl.model.checkpoint_folder import find_proprio_file, official_name, read_tensors, tensor_shapes
 from vla_rl.model.prismatic_config import PrismaticConfig, read_config
+from vla_rl.model.quantization import Linear4bit
 from vla_rl.run.failures import one_line
 from vla_rl.run.settings import ConfigError
 
@@ -86,7 +87,7 @@ class Prompt:
     """What stands before the actions, embedded. Its last position is the last prompt token in every row."""
 
     embeddings: Tensor  # [B, P, D]
-    valid: Tensor  # bool [B, P], False at padding
+    valid: Tensor | None  # bool [B, P], False at padding; None where no row has any
 
 
 class Prismatic(nn.Module):
@@ -119,14 +120,20 @@ class Prismatic(nn.Module):
             pixel_values: [B, 6K, S, S], see VisionBackbone; images in order.
             proprio: [B, 8], normalised to -1..1; given if and only if the network has a proprio projector.
         """
-        bos, text, text_valid = split_bos_and_left_pad(input_ids, attention_mask.bool())
+        ids, valid = arrange_prompt(input_ids, attention_mask)
+        device = pixel_values.device
+        return self.embed(ids.to(device), None if valid is None else valid.to(device), pixel_values, proprio)
+
+    def embed(self, ids: Tensor, valid: Tensor | None, pixel_values: Tensor, proprio: Tensor | None) -> Prompt:
+        """As embed_prompt, of what arrange_prompt gives, all on the network's device."""
         embed = self.language_model.get_input_embeddings()
-        parts = [embed(bos), self.embed_images(pixel_values)]
+        parts = [embed(ids[:, :1]), self.embed_images(pixel_values)]
         if self.use_proprio:
             parts.append(self.proprio_projector(proprio.to(parts[0].dtype))[:, None])
-        parts.append(embed(text))
-        prefix_valid = text_valid.new_ones(len(text), sum(part.shape[1] for part in parts[:-1]))
-        return Prompt(torch.cat(parts, dim=1), torch.cat([prefix_valid, text_valid], dim=1))
+        before_text = sum(part.shape[1] for part in parts)
+        if valid is not None:
+            valid = F.pad(valid[:, 1:], (before_text, 0), value=True)
+        return Prompt(torch.cat([*parts, embed(ids[:, 1:])], dim=1), valid)
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
         """[B, 6K, S, S] -> [B, K*V, D]; all images go through the backbone as one batch."""
@@ -141,9 +148,8 @@ class Prismatic(nn.Module):
     def forward_tokens(self, prompt: Prompt, action_ids: Tensor) -> Tensor:
         """OpenVLA, teacher-forced: hidden [B, n+1, D] that predicts n given tokens (int64 [B, n]) and one more."""
         embeddings = torch.cat([prompt.embeddings, self.language_model.get_input_embeddings()(action_ids)], dim=1)
-        valid = extend(prompt.valid, action_ids.shape[1])
-        hidden = self.run_llama(embeddings, causal_mask(valid), positions(valid))
-        return hidden[:, prompt.valid.shape[1] - 1 :]
+        hidden = self.run_llama(embeddings, extend(prompt.valid, action_ids.shape[1]), causal=True)
+        return hidden[:, prompt.embeddings.shape[1] - 1 :]
 
     def forward_slots(self, prompt: Prompt, num_tokens: int) -> Tensor:
         """OpenVLA-OFT: hidden [B, A, D] that predicts A tokens at once, each position attending to every other.
@@ -151,44 +157,75 @@ class Prismatic(nn.Module):
         The slots' embeddings are zero and the stop token after them keeps its own (openvla-oft
         modeling_prismatic.py, _process_action_masks and predict_action).
         """
-        batch, _, size = prompt.embeddings.shape
-        stop = torch.full((batch, 1), self.llama.eos_token_id, device=prompt.valid.device)
+        batch, length, size = prompt.embeddings.shape
+        stop = torch.full((batch, 1), self.llama.eos_token_id, device=prompt.embeddings.device)
         slots = prompt.embeddings.new_zeros(batch, num_tokens, size)
         embeddings = torch.cat([prompt.embeddings, slots, self.language_model.get_input_embeddings()(stop)], dim=1)
-        valid = extend(prompt.valid, num_tokens + 1)
-        hidden = self.run_llama(embeddings, full_mask(valid), positions(valid))
-        return hidden[:, prompt.valid.shape[1] - 1 : -2]
+        hidden = self.run_llama(embeddings, extend(prompt.valid, num_tokens + 1), causal=False)
+        return hidden[:, length - 1 : -2]
 
-    def decode(self, prompt: Prompt, num_tokens: int, choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """OpenVLA, one token after another with cached keys and values.
+    def decode(self, prompt: Prompt, num_tokens: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """OpenVLA, one token after another; keys and values are kept, at fixed addresses.
 
         Args:
-            choose: hidden [B, D] -> token ids int64 [B].
+            choose: step 0..A-1, hidden [B, D] -> token ids int64 [B].
 
         Returns:
             The chosen ids int64 [B, A] and the hidden states [B, A, D] they were chosen from.
         """
-        valid, cache = prompt.valid, DynamicCache(config=self.llama)
-        hidden = [self.run_llama(prompt.embeddings, causal_mask(valid), positions(valid), cache)[:, -1]]
-        ids = [choose(hidden[-1])]
-        for _ in range(num_tokens - 1):
-            valid = extend(valid, 1)
+        batch, length, _ = prompt.embeddings.shape
+        device, last = prompt.embeddings.device, num_tokens - 1
+        shape = (batch, self.llama.num_key_value_heads, length + last, self.llama.head_dim)
+        caches = [KeyValues(shape, prompt.embeddings) for _ in self.language_model.model.layers]
+        hidden = [self.run_llama(prompt.embeddings, prompt.valid, causal=True, caches=caches)[:, -1]]
+        ids = [choose(0, hidden[-1])]
+        known = torch.ones(batch, length, dtype=torch.bool, device=device) if prompt.valid is None else prompt.valid
+        known = F.pad(known, (0, last), value=False)  # keys that are there
+        position = known.sum(dim=1, keepdim=True)
+        places = torch.arange(length, length + last, device=device)
+        for k in range(last):
+            for cache in caches:
+                cache.place = places[k : k + 1]
+            known = known.index_fill(1, places[k : k + 1], True)
             embeddings = self.language_model.get_input_embeddings()(ids[-1][:, None])
-            hidden.append(self.run_llama(embeddings, valid[:, None, None, :], positions(valid)[:, -1:], cache)[:, -1])
-            ids.append(choose(hidden[-1]))
+            hidden.append(self.run_layers(embeddings, known[:, None, None, :], position + k, False, caches)[:, -1])
+            ids.append(choose(k + 1, hidden[-1]))
         return torch.stack(ids, dim=1), torch.stack(hidden, dim=1)
 
     def run_llama(
-        self, embeddings: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache | None = None
+        self, embeddings: Tensor, valid: Tensor | None, causal: bool, caches: list[KeyValues] | None = None
     ) -> Tensor:
-        """Hidden states [B, Q, D] after the final norm; mask is boolean [B, 1, Q, keys], True where attended."""
-        return self.language_model.model(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        """Hidden states [B, Q, D] after the final norm, of sequences from their beginning.
+
+        Where nothing is padded there is no mask, which lets attention take its fastest kernels; the sums are the same.
+
+        Args:
+            valid: bool [B, Q], False at padding; None: no padding.
+            causal: each position attends to itself and to what stands before it; False: to all that is not padding.
+        """
+        batch, size, _ = embeddings.shape
+        if valid is None:
+            position_ids = torch.arange(size, device=embeddings.device).expand(batch, -1)
+            return self.run_layers(embeddings, None, position_ids, causal, caches)
+        mask = causal_mask(valid) if causal else full_mask(valid)
+        return self.run_layers(embeddings, mask, positions(valid), causal, caches)
+
+    def run_layers(
+        self,
+        embeddings: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor,
+        causal: bool,
+        caches: list[KeyValues] | None,
+    ) -> Tensor:
+        """Llama's layers and final norm; mask is boolean [B, 1, Q, keys], True where attended, or None as causal says."""
+        llama = self.language_model.model
+        rotary, hidden = llama.rotary_emb(embeddings, position_ids=position_ids), embeddings
+        for layer, cache in zip(llama.layers, caches or [None] * len(llama.layers), strict=True):
+            hidden = layer(
+                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, is_causal=causal
+            )
+        return llama.norm(hidden)
 
     # ------------------------------------------------------------------ logits
 
@@ -230,11 +267,10 @@ class Prismatic(nn.Module):
             if isinstance(module, nn.Linear) and name.startswith(wanted) and not name.startswith(tuple(unused))
         ]
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass. Llama's layers do so in train mode only."""
-        self.language_model.model.activation_checkpointing_enable({"use_reentrant": False})
-        for vit in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer):
-            vit.set_grad_checkpointing(True)
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of the language model and of both ViTs."""
+        vision = self.vision_backbone
+        return [*self.language_model.model.layers, *vision.featurizer.blocks, *vision.fused_featurizer.blocks]
 
     def check_no_dropout(self) -> None:
         """Raises ConfigError if train mode would compute anything else than eval mode."""
@@ -244,17 +280,41 @@ class Prismatic(nn.Module):
                     raise ConfigError(f"{name} has {key}={getattr(module, key)}; sampling and scoring need dropout 0")
 
 
-def split_bos_and_left_pad(input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """BOS [B, 1], the other tokens [B, L-1] moved to the right end, and where those are (bool [B, L-1])."""
+class KeyValues:
+    """Keys and values of one Llama layer at fixed addresses: the prompt's first, then those of the tokens after it."""
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor):
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # [B, heads, length, D / heads]
+        self.place: Tensor | None = None  # int64 [1], where the next token's go; None: the prompt's, at the beginning
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keeps the new ones; returns those to attend to. transformers' attention calls this."""
+        if self.place is None:
+            self.keys[:, :, : keys.shape[2]] = keys
+            self.values[:, :, : keys.shape[2]] = values
+            return keys, values
+        return self.keys.index_copy_(2, self.place, keys), self.values.index_copy_(2, self.place, values)
+
+
+def arrange_prompt(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[BOS][padding][text], however the rows were padded: int64 [B, L], and bool [B, L], False at padding.
+
+    On the CPU this asks no GPU to wait. Without padding the second is None.
+    """
+    valid = attention_mask.bool()
+    if valid.all():
+        return input_ids, None
     order = valid.long().argsort(dim=1, stable=True)  # padding first, tokens in their own order
     ids = input_ids.gather(1, order)
     bos_at = (~valid).sum(dim=1, keepdim=True)  # [B, 1]
-    text_valid = torch.arange(1, ids.shape[1], device=ids.device) > bos_at
-    return ids.gather(1, bos_at), ids[:, 1:], text_valid
+    ids = torch.cat([ids.gather(1, bos_at), ids[:, 1:]], dim=1)
+    valid = torch.arange(ids.shape[1], device=ids.device) > bos_at
+    valid[:, 0] = True
+    return ids, valid
 
 
-def extend(valid: Tensor, n: int) -> Tensor:
-    return F.pad(valid, (0, n), value=True)
+def extend(valid: Tensor | None, n: int) -> Tensor | None:
+    return None if valid is None else F.pad(valid, (0, n), value=True)
 
 
 def positions(valid: Tensor) -> Tensor:
@@ -277,11 +337,18 @@ def full_mask(valid: Tensor) -> Tensor:
 
 
 def load_network(
-    folder: Path, use_proprio: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    use_proprio: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "none",
 ) -> Prismatic:
     """The network of a checkpoint folder, in eval mode, no parameter requiring a gradient.
 
     It is built without memory and filled one tensor at a time, so that there is never a second copy.
+
+    Args:
+        quantization: "nf4" keeps the language model's linear layers, but for the LM head, in 4 bit.
 
     Raises:
         ConfigError: as `build_network`.
@@ -290,10 +357,14 @@ def load_network(
     network = build_network(folder, use_proprio)
     proprio_file = find_proprio_file(folder) if use_proprio else None
     ours = {official_name(name): name for name, _ in network.named_parameters()}
+    packed = set() if quantization == "none" else set(network.adaptable_linears(language_model_only=True))
     for name, tensor in read_tensors(folder, use_proprio, device):
         module_name, _, leaf = ours[name].rpartition(".")
-        parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-        setattr(network.get_submodule(module_name), leaf, parameter)
+        module, tensor = network.get_submodule(module_name), tensor.to(device, dtype)
+        if module_name in packed and leaf == "weight":
+            network.set_submodule(module_name, Linear4bit(module, tensor))
+        else:
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     network.proprio_file = proprio_file.name if proprio_file else None
     # the only tensors that no checkpoint holds: rotary frequencies, always float32
     network.language_model.model.rotary_emb = LlamaRotaryEmbedding(config=network.llama).to(device)

@@ -31,6 +31,7 @@ class Processor:
         room: the most tokens that a prompt may have.
         proprio_statistics: of dataset_statistics.json; None where the network reads no proprioception.
         device, dtype: of pixel_values.
+        fixed_lengths: pad prompts to few lengths, for a network that is compiled for each.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Processor:
         proprio_statistics: dict | None,
         device: torch.device,
         dtype: torch.dtype,
+        fixed_lengths: bool = False,
     ):
         self.folder = folder
         self.num_images, self.image_size = num_images, image_size
@@ -52,6 +54,7 @@ class Processor:
         self.room = room
         self.proprio_statistics = proprio_statistics
         self.device, self.dtype = device, dtype
+        self.fixed_lengths = fixed_lengths
         # DINO's and SigLIP's normalisation, float32 [1, 1, 2, 3, 1, 1]
         self.pixel_mean, self.pixel_std = (
             torch.tensor(values, dtype=torch.float32, device=device).view(1, 1, 2, 3, 1, 1)
@@ -94,8 +97,10 @@ class Processor:
         )
 
     def tensors(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio float32 [B, 8]; all on
-        the model's device. Images may be there already."""
+        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio float32 [B, 8].
+
+        Images may be on the model's device already; prompts are left on the CPU, where they are arranged.
+        """
         expected = (len(inputs), self.num_images, self.image_size, self.image_size, 3)
         if inputs.images.dtype != torch.uint8 or inputs.images.shape != expected:
             got = f"{inputs.images.dtype} {list(inputs.images.shape)}"
@@ -104,8 +109,7 @@ class Processor:
         if self.proprio_statistics is not None:
             proprio = torch.from_numpy(normalize_proprio(inputs.proprio.numpy(), self.proprio_statistics))
             proprio = to_device(proprio, self.device)
-        input_ids, attention_mask = (to_device(ids, self.device) for ids in self.tokenize(inputs.instructions))
-        return input_ids, attention_mask, self.pixel_values(inputs.images), proprio
+        return *self.tokenize(inputs.instructions), self.pixel_values(inputs.images), proprio
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """uint8 [B, K, S, S, 3] -> [B, 6K, S, S] in the model's precision, on its device."""
@@ -115,12 +119,17 @@ class Processor:
         return normalized.flatten(1, 3).to(self.dtype)
 
     def tokenize(self, instructions: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """input_ids and attention_mask, int64 [B, L], padded on the left to the longest prompt."""
+        """input_ids and attention_mask, int64 [B, L], padded on the left to the longest prompt.
+
+        With fixed_lengths, once two lengths have been met, to a multiple of 8; while there is but one, nothing is padded.
+        """
         for text in instructions:
             if text not in self.prompt_ids:
                 self.prompt_ids[text] = self.encode_prompt(text)
         rows = [self.prompt_ids[text] for text in instructions]
         length = max(map(len, rows))
+        if self.fixed_lengths and len({len(ids) for ids in self.prompt_ids.values()}) > 1:
+            length = min(-(-length // 8) * 8, self.room)
         pad = self.pad_id
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])

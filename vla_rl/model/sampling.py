@@ -10,14 +10,33 @@ from torch import Tensor
 from vla_rl.types import NonFiniteError
 
 
-def draw(probs: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """An index [B, ...] of each distribution [B, ..., 256]; see vla_rl.model.policy.OpenVLAPolicy.act for the generator."""
+def draw_noise(
+    shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None, rows: int
+) -> Tensor:
+    """Exponential noise, float32 [B, *shape], for `pick`, on the generator's device.
+
+    It is drawn before the distribution is known: on the CPU while a GPU computes, and row by row, so that what a row draws
+    depends on nothing but its generator.
+
+    Args:
+        generator: one for all rows, or one a row; None takes torch's global one of the CPU.
+        rows: B.
+    """
     if generator is None or isinstance(generator, torch.Generator):
-        at = probs.device if generator is None else generator.device
-        drawn = torch.multinomial(probs.flatten(0, -2).to(at), 1, generator=generator)
-        return drawn.to(probs.device).view(probs.shape[:-1])
-    rows = probs.to(generator[0].device)
-    return torch.stack([draw(row[None], g)[0] for row, g in zip(rows, generator, strict=True)]).to(probs.device)
+        device = "cpu" if generator is None else generator.device
+        return torch.empty(rows, *shape, device=device).exponential_(generator=generator)
+    if len(generator) != rows:
+        raise ValueError(f"{len(generator)} generators for {rows} rows; give one a row")
+    return torch.stack([torch.empty(shape, device=g.device).exponential_(generator=g) for g in generator])
+
+
+def pick(probs: Tensor, noise: Tensor) -> Tensor:
+    """An index [...] of each distribution [..., 256], drawn by noise of the same shape.
+
+    Of independent exponential times with rates p, the first is i with probability p_i; torch.multinomial draws so too, and
+    gives the same index for the same generator on the CPU (aten/src/ATen/native/Distributions.cpp#multinomial_out).
+    """
+    return (probs / noise).argmax(dim=-1)
 
 
 def gather(logprobs: Tensor, index: Tensor) -> Tensor:
@@ -25,8 +44,9 @@ def gather(logprobs: Tensor, index: Tensor) -> Tensor:
     return logprobs.gather(-1, index[..., None]).squeeze(-1)
 
 
-def check_finite(distribution: Tensor) -> None:
-    if not torch.isfinite(distribution).all():
+def check_finite(finite: Tensor) -> None:
+    """Raises NonFiniteError unless the bool tensor, of a distribution's entries, is all True."""
+    if not finite.all():
         raise NonFiniteError(
             "the policy's action distribution is not finite: its weights or inputs have a NaN or infinity"
         )

@@ -19,12 +19,12 @@ def explain(error: Exception) -> str | None:
     """What happened and the way out; None if it may be a bug."""
     import torch
 
-    from vla_rl.types import InvariantError, NonFiniteError, RenderingError, SimulatorDied
+    from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, RenderingError, SimulatorDied
 
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{str(error).splitlines()[0]} Lower the micro_batch_size (the result is the same), or set "
-            "policy.gradient_checkpointing=true."
+            "policy.gradient_checkpointing=full."
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error}). Make room, then --resume the run if it has begun, or start it again."
@@ -32,7 +32,7 @@ def explain(error: Exception) -> str | None:
         return f"{error}: the place that is written to must be writable."
     if isinstance(error, ImportError) and not (error.name or "").startswith("vla_rl"):
         return str(error)  # of a package that is missing or broken
-    if isinstance(error, (NonFiniteError, InvariantError, RenderingError, SimulatorDied)):
+    if isinstance(error, (NonFiniteError, InvariantError, OutOfMemory, RenderingError, SimulatorDied)):
         return str(error)
     return None
 

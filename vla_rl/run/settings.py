@@ -135,12 +135,34 @@ class PolicyConfig(Section):
     center_crop: bool = Field(True, description="crop 90 % of the image's area, as after training with augmentation")
     unnorm_key: str | None = Field(None, description="entry of dataset_statistics.json; null takes the task suite's")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the frozen base weights")
-    gradient_checkpointing: bool = Field(False, description="recompute activations backward: less memory, slower")
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
+        description="what is recomputed backward, less memory and slower: none, selective (all but products and attention) or "
+        "full; auto: the first that fits, none on the CPU",
+    )
+    compile: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="torch.compile the transformer blocks, and replay forwards as CUDA graphs; auto: on a GPU where a C compiler is",
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: the language model's frozen linear layers in 4 bit, a quarter of their memory, slower "
+        "(pip install -r requirements-4bit.txt)",
+    )
     as_trained: bool = Field(
         True,
         description="settings that differ from how the checkpoint was trained are an error; false: a warning",
     )
     lora: LoraConfig = Field(default_factory=LoraConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_booleans(cls, values: Any) -> Any:
+        """YAML reads true and false as booleans; gradient_checkpointing was one until November 2026."""
+        if not isinstance(values, dict):
+            return values
+        words = {"gradient_checkpointing": ("none", "full"), "compile": ("false", "true")}
+        return values | {k: words[k][values[k]] for k in words if isinstance(values.get(k), bool)}
 
 
 class ValueHeadConfig(Section):
@@ -240,7 +262,11 @@ class AlgorithmConfig(Section):
     )
     n_epochs: int = Field(1, ge=1, description="passes over the rollout")
     minibatch_size: int = Field(64, ge=1, description="decisions per optimizer step")
-    micro_batch_size: int = Field(8, ge=1, description="decisions per forward; gradients add up to the minibatch's")
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="decisions per forward; gradients add up to the minibatch's; auto: what fits the GPU, measured at the start, "
+        "and on the CPU a minibatch of at most 64",
+    )
     critic_warmup_iterations: int = Field(0, ge=0, description="first iterations that train only the value head (gae)")
     critic_epochs: int = Field(
         0, ge=0, description="further passes of the value head alone, on cached hidden states (gae)"
@@ -340,7 +366,7 @@ class Config(Section):
             if twice:
                 raise ValueError(f"{key} has {twice} twice; name each once")
         check_decoder(policy)
-        if algorithm.micro_batch_size > algorithm.minibatch_size:
+        if algorithm.micro_batch_size != "auto" and algorithm.micro_batch_size > algorithm.minibatch_size:
             raise ValueError(
                 f"algorithm.micro_batch_size={algorithm.micro_batch_size} is larger than "
                 f"algorithm.minibatch_size={algorithm.minibatch_size}; make it at most that"

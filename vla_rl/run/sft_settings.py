@@ -103,4 +103,9 @@ class SftConfig(Section):
                 f"training.method=full with policy.dtype={self.policy.dtype}, which rounds small steps away; "
                 "set policy.dtype=float32 or training.method=lora"
             )
+        if training.method == "full" and self.policy.quantization != "none":
+            raise ValueError(
+                f"training.method=full with policy.quantization={self.policy.quantization}, whose weights cannot be trained; "
+                "set policy.quantization=none or training.method=lora"
+            )
         return self

@@ -1,0 +1,198 @@
+"""How the network runs, not what it computes: activations recomputed backward, blocks compiled, forwards as CUDA graphs.
+
+Blocks are the layers of the language model and of the ViTs: each is recomputed and compiled by itself, so one compilation
+serves all blocks of a kind. Every shape is compiled (and captured) once, hence few shapes: rows are filled up to a size of
+ROW_SIZES and the filling is cut off from the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from vla_rl.run.settings import ConfigError
+
+GRADIENT_CHECKPOINTING = ("none", "selective", "full")  # more and more is recomputed
+ROW_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # above, multiples of 32
+SPECIALISATIONS = (
+    64  # of one block's code: kinds of blocks x row sizes x with and without gradients; torch's limit is 8
+)
+
+logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+# what selective checkpointing keeps: products and attention; norms, rotations, gates and sums are cheap to do again
+KEPT = {
+    *(aten.mm.default, aten.addmm.default, aten.bmm.default),
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+class Blocks:
+    """Sets how blocks run.
+
+    Args:
+        blocks: each with its own forward.
+        compiled: torch.compile them.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], compiled: bool):
+        self.blocks, self.compiled = blocks, compiled
+        self.forwards = [block.forward for block in blocks]
+        if compiled:
+            keep_compilations()
+        self.set_gradient_checkpointing("none")
+
+    def set_gradient_checkpointing(self, mode: str) -> None:
+        """Args: mode: of GRADIENT_CHECKPOINTING. Gradients are the same in every mode, to the bit where nothing is compiled."""
+        if mode not in GRADIENT_CHECKPOINTING:
+            raise ConfigError(f"gradient_checkpointing={mode!r}; expected one of {', '.join(GRADIENT_CHECKPOINTING)}")
+        self.mode = mode
+        for block, forward in zip(self.blocks, self.forwards, strict=True):
+            forward = forward if mode == "none" else recomputed(forward, mode)
+            # rounding as the uncompiled operations do keeps acting (no gradient) and scoring (gradient) alike in bfloat16
+            options = {"emulate_precision_casts": True}
+            block.forward = torch.compile(forward, dynamic=False, options=options) if self.compiled else forward
+
+
+def recomputed(forward: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+    """A forward that keeps its inputs alone (full), or also the results of KEPT (selective), for the backward pass."""
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn: dropout is 0
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keeps)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return run
+
+
+def keeps(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# ---------------------------------------------------------------------- few shapes
+
+
+def row_size(rows: int) -> int:
+    """The size that so many rows are filled up to."""
+    return next((size for size in ROW_SIZES if size >= rows), -(-rows // 32) * 32)
+
+
+def fill_rows(tensors: Sequence[Tensor | None], size: int) -> list[Tensor | None]:
+    """Tensors [B, ...] with their last row repeated until there are `size` rows."""
+    return [
+        None if t is None else torch.cat([t, t[-1:].expand(size - len(t), *t.shape[1:])]) if len(t) < size else t
+        for t in tensors
+    ]
+
+
+# ---------------------------------------------------------------------- torch.compile
+
+
+def can_compile(device: torch.device) -> str | None:
+    """Why torch.compile cannot run here; None if it can. Its kernels are built by a C compiler, on the CPU by a C++ one."""
+    wanted = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang", "cc")
+    if not any(shutil.which(os.environ.get(name, name)) for name in wanted):
+        return f"no {' or '.join(wanted[1:])} is on the PATH; apt-get install -y {'g++' if device.type == 'cpu' else 'gcc'}"
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            return f"triton cannot be imported ({error}); pip install triton"
+        include = Path(sys.prefix if sys.prefix == sys.base_prefix else sys.base_prefix) / "include"
+        header = f"python{sys.version_info.major}.{sys.version_info.minor}/Python.h"
+        if not (include / header).exists() and not Path("/usr/include", header).exists():
+            return (
+                f"Python.h is missing; apt-get install -y python{sys.version_info.major}.{sys.version_info.minor}-dev"
+            )
+    return None
+
+
+def compiles(setting: str, device: str | torch.device) -> bool:
+    """Whether to compile, by policy.compile: auto, true or false.
+
+    Raises:
+        ConfigError: true, but what it needs is not here.
+    """
+    device = torch.device(device)
+    if setting == "false" or (setting == "auto" and device.type == "cpu"):
+        return False
+    problem = can_compile(device)
+    if problem and setting == "true":
+        raise ConfigError(f"policy.compile=true, but {problem}; or set policy.compile=auto")
+    if problem:
+        logger.warning("not compiled, which is slower: %s", problem)
+    return problem is None
+
+
+def keep_compilations() -> None:
+    """Kernels go to the user's cache folder, where a second run finds them; a block may be compiled for many shapes."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla_rl" / "torchinductor"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no writable home: torch's own choice is a temporary folder
+        pass
+    else:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SPECIALISATIONS)
+
+
+# ---------------------------------------------------------------------- CUDA graphs
+
+
+class CudaGraphs:
+    """A function of CUDA tensors, replayed as one graph for each set of shapes: the CPU launches once, not once a kernel.
+
+    The function must read the same memory each time (weights change in place), wait for nothing and draw nothing. Results
+    are copied out of the graphs, whose memory is shared: one replay at a time.
+    """
+
+    WARMUPS = 2  # calls before a capture: they compile, choose algorithms and make workspaces
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]):
+        self.function = function
+        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | None], tuple[Tensor, ...]]] = {}
+        self.pool: Any = None
+
+    def __call__(self, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+        """Args: options: constants of a graph, such as the temperature."""
+        shapes = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in tensors)
+        key = (shapes, tuple(sorted(options.items())))
+        if key not in self.captured:
+            self.captured[key] = self.capture(tensors, options)
+        graph, inputs, outputs = self.captured[key]
+        for kept, tensor in zip(inputs, tensors, strict=True):
+            if kept is not None:
+                kept.copy_(tensor)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    def capture(self, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> tuple:
+        inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARMUPS):
+                self.function(*inputs, **options)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            outputs = self.function(*inputs, **options)
+        self.pool = graph.pool()
+        return graph, inputs, outputs
