@@ -143,8 +143,10 @@ class InstantEnvs(FakeVectorEnv):
         return obs | self.extra, info
 
     def step_wait(self):
-        obs, *rest = super().step_wait()
-        return obs | self.extra, *rest
+        obs, *rest, info = super().step_wait()
+        if "truncated_obs" in info:
+            info["truncated_obs"] |= self.extra
+        return obs | self.extra, *rest, info
 
 
 def shown_images(policy: OpenVLAPolicy) -> tuple[np.ndarray, dict[str, Any]]:
