@@ -38,6 +38,7 @@ from vla_rl.learning.guards import check_finite, check_first_minibatch
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
 from vla_rl.learning.optimizer import adamw, clip_gradient
 from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, minibatches, shuffled_rows
+from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
 from vla_rl.run import progress
@@ -89,6 +90,9 @@ class OpenVLAPPO:
         self.actor_optimizer = adamw(self.actor_parameters, config.actor)
         self.critic_optimizer = adamw(self.critic_parameters, config.critic) if self.uses_critic else None
         self.micro_batches = MicroBatches(config, policy)
+        level, dims = config.algorithm.logprob_level, config.algorithm.action_dims
+        self.tokens_per_ratio = losses.tokens_per_ratio(level, len(dims), policy.chunk_size)
+        self.schedule = ActorSchedule(self.actor_optimizer, config, self.tokens_per_ratio)
 
         # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
         # each environment: which ones decide together does not either.
@@ -326,8 +330,7 @@ class OpenVLAPPO:
                 "critic/value_mean": values.mean().item(),
                 "critic/return_mean": returns.mean().item(),
             }
-            if not arguments[0].any():
-                log.warning("no reward in this rollout: its advantages are the value head's errors alone")
+            self.schedule.see_rewards(arguments[0], self.iteration)
             if algorithm.normalize_advantages:
                 advantages = normalize(advantages)
             return rollout.flatten(advantages.flatten(), returns.flatten()), metrics
@@ -349,13 +352,11 @@ class OpenVLAPPO:
             actor/* and critic/* metrics: means over the minibatches, but for the first minibatch's invariants.
         """
         algorithm = self.config.algorithm
-        learning_rate = self.actor_learning_rate()
-        for group in self.actor_optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.schedule.begin_update(self.boundary.timesteps)
         if len(batch) == 0:
             log.warning("every group's returns are equal: no signal, no update in this iteration")
             return {}
-        train_actor = not self.uses_critic or self.iteration >= algorithm.critic_warmup_iterations
+        train_actor = self.schedule.steps_in(self.iteration)
         if algorithm.kl_coef > 0 and train_actor:
             batch = replace(batch, reference_logprobs=self.micro_batches.run(self.reference_logprobs, batch))
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
@@ -369,29 +370,20 @@ class OpenVLAPPO:
                 metrics = self.micro_batches.run(self.minibatch_gradients, minibatch, train_actor, score_actor)
                 history.append(metrics)
                 if len(history) == 1:
-                    check_first_minibatch(
-                        metrics, algorithm.logprob_level, self.policy.chunk_size, self.config.policy.dtype
-                    )
-                elif algorithm.target_kl is not None and metrics.get("actor/approx_kl", 0) > algorithm.target_kl:
-                    stopped_by_kl = True
-                    break
+                    check_first_minibatch(metrics, self.tokens_per_ratio, self.config.policy.dtype)
+                else:
+                    kl = metrics.get("actor/approx_kl", 0.0)
+                    self.schedule.before_step(kl)
+                    if algorithm.target_kl is not None and kl > algorithm.target_kl:
+                        stopped_by_kl = True
+                        break
                 metrics |= self.optimizer_steps(minibatch, train_actor)
                 bar.update()
                 bar.set_postfix_str(progress.update_text(metrics))
         actor_steps = len(history) - stopped_by_kl if train_actor else 0
         passes = list(self.critic_passes(batch))
-        return progress.update_metrics(history, passes) | {
-            "actor/optimizer_steps": actor_steps,
-            "actor/learning_rate": learning_rate,
-            "actor/stopped_by_kl": float(stopped_by_kl),
-        }
-
-    def actor_learning_rate(self) -> float:
-        """Of this iteration. With annealing linear in the timesteps before it, so the last one's is above 0."""
-        settings = self.config.actor
-        if not settings.anneal_learning_rate:
-            return settings.learning_rate
-        return settings.learning_rate * (1 - self.boundary.timesteps / self.config.run.timesteps)
+        steps = {"actor/optimizer_steps": actor_steps, "actor/stopped_by_kl": float(stopped_by_kl)}
+        return progress.update_metrics(history, passes) | self.schedule.metrics() | steps
 
     def critic_passes(self, batch: Minibatch) -> Iterator[dict[str, float]]:
         """critic_epochs more passes of the value head over the cached hidden states: nearly free next to the policy's.
@@ -482,11 +474,12 @@ class OpenVLAPPO:
             loss = loss + algorithm.kl_coef * reference_kl
             metrics["actor/reference_kl"] = reference_kl.item()
         with torch.no_grad():
-            ratio_error = (losses.log_ratio(evaluation.logprobs, micro.old_logprobs, tokens).exp() - 1).abs().max()
+            ratio_error = (losses.log_ratio(evaluation.logprobs, micro.old_logprobs, tokens).exp() - 1).abs()  # [B, A]
             metrics |= {
                 "actor/approx_kl": losses.approx_kl(old_logprobs, logprobs, mask, ratio_count).item(),
                 "actor/clip_fraction": losses.clip_fraction(logprobs, old_logprobs, mask, *clip, ratio_count).item(),
-                "actor/ratio_error": ratio_error.item(),
+                "actor/ratio_error": ratio_error.max().item(),
+                "actor/ratio_error_mean": losses.masked_mean(ratio_error, trained, token_count).item(),
             }
         hidden = evaluation.hidden
         if hidden is None and self.value_head is not None:

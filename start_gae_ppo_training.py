@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="any setting, for example actor.learning_rate=1e-4")
-    add("--config", metavar="YAML", help=f"settings file (default {DEFAULT_CONFIG}, the 7B model on one 80 GB GPU)")
+    add("--config", metavar="YAML", help=f"settings file (default {DEFAULT_CONFIG}, the 7B model on one GPU)")
     add("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
     add("--task-suite", metavar="SUITE", help="libero_spatial, _object, _goal, _10 or _90 (env.task_suite)")
     tasks = parser.add_mutually_exclusive_group()
@@ -153,7 +153,7 @@ def check_device(config: Config) -> None:
         )
         raise ConfigError(
             f"run.device=cuda, but torch finds no CUDA GPU that it can use ({built}; nvidia-smi shows which CUDA the driver "
-            "supports: an older driver needs another build of torch). Use a machine with one (80 GB for the 7B model), or "
+            "supports: an older driver needs another build of torch). Use a machine with one (24 GB or more for the 7B model), or "
             f"train the small model on the CPU: --config {TINY_CONFIG}"
         )
 

@@ -22,6 +22,7 @@ from tests.bench.gpu_figures import (
     union,
 )
 from tests.bench.gpu_model import TASK, Bench, InstantEnvs, random_network, write_small_files
+from vla_rl.model import quantization
 from vla_rl.model.checkpoint_folder import official_name
 from vla_rl.model.prismatic import Prismatic
 from vla_rl.model.prismatic_config import read_config
@@ -205,6 +206,14 @@ def test_random_weights_are_frozen_finite_and_the_same_each_time(tmp_path):
         assert torch.isfinite(ours).all() and ours.equal(other), name
 
 
+def test_in_4_bit_the_language_models_layers_are_packed_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "pack", lambda weight: (weight.flatten()[::2, None].to(torch.uint8), None))
+    write_small_files(tmp_path, "tiny")
+    network = random_network(tmp_path, torch.device("cpu"), torch.bfloat16, "nf4")
+    packed = [name for name, p in network.named_parameters() if p.dtype == torch.uint8]
+    assert len(packed) == 3 * 7 and all(".layers." in name and "_proj." in name for name in packed)
+
+
 def test_environments_that_take_no_time_end_spread_over_time_half_of_them_in_success(tmp_path):
     bench = Bench(gpu_7b.parse_args(TINY), tmp_path)
     policy, config = bench.policy(), bench.config()
@@ -225,6 +234,11 @@ def test_environments_that_take_no_time_end_spread_over_time_half_of_them_in_suc
             ends[index].append((decision, bool(terminated[index])))
         if done.any():
             envs.reset(options={"reset_mask": done, "episodes": episodes})
+    # what a truncated episode ended in is prepared, too
+    envs.step_async(np.zeros(envs.action_space.shape, np.float32), np.ones(4, bool), episodes)
+    while "truncated_obs" not in (info := envs.step_wait()[-1]):
+        envs.step_async(np.zeros(envs.action_space.shape, np.float32), np.ones(4, bool), episodes)
+    assert info["truncated_obs"]["image_transform"] == policy.processor.image_transform
     # 220 steps in chunks of 8: 28 decisions an episode, the first ones cut
     assert [end[:2] for end in ends] == [
         [(0, True), (28, True)],

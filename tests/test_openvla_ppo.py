@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.fakes import CHUNK
-from tests.trainers import make_trainer, training_lines
+from tests.trainers import make_trainer, training_lines, with_values
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.run.metrics import read_metrics
@@ -36,7 +36,7 @@ def test_training_goes_from_chance_to_over_90_percent(tmp_path, estimator):
 
 
 def test_each_optimizer_changes_its_own_parameters_and_no_other(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = with_values(make_trainer(tmp_path))
     policy = trainer.policy
     base = [policy.base.clone(), policy.head.clone()]
     batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
@@ -62,7 +62,7 @@ def test_learning_rates_are_those_of_actor_and_critic(tmp_path):
 
 def test_the_actors_learning_rate_falls_linearly_with_the_timesteps(tmp_path):
     """From the whole rate in the first iteration to more than 0 in the last: of the timesteps before each."""
-    actor = {"learning_rate": 0.01, "anneal_learning_rate": True}
+    actor = {"learning_rate": 0.01, "schedule": "linear"}
     trainer = make_trainer(tmp_path, actor=actor, run={"timesteps": 400})
     rates, expected = [], []
     while trainer.timesteps < 400:
@@ -156,7 +156,7 @@ def test_entropy_bonus_and_kl_penalty_are_of_the_dimensions_that_are_learned(tmp
 
 
 def adapter_gradient_of_value_loss(folder, **changes):
-    trainer = make_trainer(folder, **changes)
+    trainer = with_values(make_trainer(folder, **changes))
     batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
     batch = type(batch)(**vars(batch) | {"advantages": torch.zeros(len(batch))})  # the policy loss has no gradient
     trainer.minibatch_gradients(batch, train_actor=True, score_actor=True)
@@ -269,7 +269,7 @@ def test_target_kl_counts_the_minibatch_that_was_too_far_and_never_the_first(tmp
 
 
 def adapter_after_update(folder, **changes):
-    trainer = make_trainer(folder, **changes)
+    trainer = with_values(make_trainer(folder, **changes))
     batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
     trainer.update(batch)
     return trainer.policy.adapter.detach().clone()
@@ -294,6 +294,7 @@ def adapter_after_update(folder, **changes):
         {"algorithm": {"freeze_vla_for_critic": True}},
         {"algorithm": {"critic_gae_lambda": 0.0}},
         {"actor": {"learning_rate": 0.02}},
+        {"actor": {"schedule": "kl", "kl_target": 1e-4}},
         {"actor": {"weight_decay": 0.5}},
         {"actor": {"beta1": 0.5}},
         {"actor": {"eps": 1e-2}},

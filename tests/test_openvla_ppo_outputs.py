@@ -31,6 +31,7 @@ def test_run_leaves_metrics_checkpoints_curves_and_config(tmp_path):
         "actor/entropy",
         "actor/grad_norm",
         "actor/first_minibatch_ratio_error",
+        "actor/first_minibatch_ratio_error_mean",
         "critic/value_loss",
         "critic/explained_variance",
         "critic/grad_norm",

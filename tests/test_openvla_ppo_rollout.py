@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.fakes import CHUNK, FakePolicy, make_envs
-from tests.trainers import make_trainer
+from tests.trainers import make_trainer, with_values
 from vla_rl.types import NonFiniteError
 
 
@@ -72,7 +72,7 @@ def test_truncated_episode_bootstraps_from_the_observation_it_reached(tmp_path):
 
 def test_the_step_limit_is_worth_nothing_where_it_counts_as_failure(tmp_path):
     """No forward either; the rollout's own end is still bootstrapped."""
-    trainer = make_trainer(tmp_path, rollout={"n_steps": 7}, algorithm={"bootstrap_truncated": False})
+    trainer = with_values(make_trainer(tmp_path, rollout={"n_steps": 7}, algorithm={"bootstrap_truncated": False}))
     rollout, _ = trainer.collect_rollout()
     truncated, terminated = rollout.stack("truncated"), rollout.stack("terminated")
     assert truncated[:-1].any() and not (truncated | terminated)[-1].all()

@@ -39,6 +39,7 @@ from OpenVLA_PPO import OpenVLAPPO
 from start_gae_ppo_training import ROOT
 from tests.bench.gpu_figures import busy_share, gpu_intervals, hours_per_million, table, timeline
 from tests.bench.gpu_model import SCALES, TASK, Bench, held_gib, release, use, with_settings
+from vla_rl.learning.memory import fit_to_card
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.run.failures import one_line
 from vla_rl.run.load_settings import load_config
@@ -141,9 +142,8 @@ def time_updates(
             release(bench.device)
             try:
                 seconds, note = time_update(bench, trainer, batch, mode, micro)
-            except (torch.OutOfMemoryError, NotImplementedError) as error:
-                out = isinstance(error, torch.OutOfMemoryError)
-                bench.add(name, None, note="out of memory" if out else str(error))
+            except torch.OutOfMemoryError:
+                bench.add(name, None, note="out of memory")
                 continue
             held = held_gib(bench.device)
             note = f"peak {peak_memory_gib(bench.device):.1f} GiB, {held:.1f} held" + (f", {note}" if note else "")
@@ -180,10 +180,6 @@ def memory(bench: Bench) -> None:
 
 def auto_choice(bench: Bench) -> str:
     """Checkpointing and micro-batch that a training would begin with on this device."""
-    try:
-        from vla_rl.learning.memory import fit_to_card
-    except ImportError:
-        return f"this version of the code has no auto; tried: {', '.join(mode for mode, _ in bench.scale.updates)}"
     with bench.trainer() as trainer:
         fit_to_card(trainer, [TASK])
         return str(trainer.micro_batches.choice)
@@ -376,6 +372,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--compile", action="store_true", help="policy.compile=true; with --no-compile one after the other, compared")
     add("--no-compile", action="store_true", help="policy.compile=false")
+    add("--quantization", choices=("none", "nf4"), default="none", help="policy.quantization: the frozen base in 4 bit")
     add("--libero", action="store_true", help="also two iterations on the real simulators")
     add("--minutes", type=float, default=5, help="sections that would begin later are left out")
     add("--json", type=Path, help="also write the figures here")

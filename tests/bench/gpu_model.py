@@ -30,6 +30,7 @@ from vla_rl.model.execution import compiles
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import LlamaRotaryEmbedding, Prismatic
 from vla_rl.model.prismatic_config import read_config
+from vla_rl.model.quantization import Linear4bit, check_quantization
 from vla_rl.model.tiny_openvla import TRAINED, initialize, make_config
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.metrics import MetricsLogger
@@ -83,16 +84,22 @@ def write_small_files(folder: Path, scale: str) -> None:
         shutil.copy(TRAINED / name, folder)
 
 
-def random_network(folder: Path, device: torch.device, dtype: torch.dtype) -> Prismatic:
-    """The network of a folder's config.json, made on the device and filled there, without a copy anywhere else."""
+def random_network(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str = "none") -> Prismatic:
+    """The network of a folder's config.json, made on the device and filled there, without a copy anywhere else; else as
+    vla_rl.model.prismatic.load_network."""
     with torch.device("meta"):
         network = Prismatic(read_config(folder))
+    packed = set() if quantization == "none" else set(network.adaptable_linears(language_model_only=True))
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in list(network.named_parameters()):
         weight = torch.empty(parameter.shape, device=device, dtype=dtype)
         initialize(name, weight, generator)
         module_name, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(module_name), leaf, nn.Parameter(weight, requires_grad=False))
+        module = network.get_submodule(module_name)
+        if module_name in packed and leaf == "weight":
+            network.set_submodule(module_name, Linear4bit(module, weight))
+        else:
+            setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
     network.language_model.model.rotary_emb = LlamaRotaryEmbedding(config=network.llama).to(device)
     return network.eval()
 
@@ -143,18 +150,18 @@ class InstantEnvs(FakeVectorEnv):
         return obs | self.extra, info
 
     def step_wait(self):
-        obs, *rest, info = super().step_wait()
+        obs, *flags, info = super().step_wait()
         if "truncated_obs" in info:
             info["truncated_obs"] |= self.extra
-        return obs | self.extra, *rest, info
+        return obs | self.extra, *flags, info
 
 
 def shown_images(policy: OpenVLAPolicy) -> tuple[np.ndarray, dict[str, Any]]:
     """A picture of the simulator's size, uint8 [1, H, W, 3], through the transform that the workers do, and its mark."""
     with np.load(ROOT / "tests/data/images.npz") as images:
         image = images["scene_raw256"]
-    transform = getattr(policy.processor, "image_transform", None)
-    return (image[None], {}) if transform is None else (transform(image)[None], {"image_transform": transform})
+    transform = policy.processor.image_transform
+    return transform(image)[None], {"image_transform": transform}
 
 
 class Bench:
@@ -196,7 +203,9 @@ class Bench:
         """As OpenVLAPolicy.from_checkpoint, but for where the weights come from."""
         torch.manual_seed(0)
         torch.backends.cudnn.allow_tf32 = False
-        network, settings = random_network(self.folder, self.device, self.dtype), self.config(decoder).policy
+        settings, quantization = self.config(decoder).policy, self.args.quantization
+        check_quantization(quantization, self.device)
+        network = random_network(self.folder, self.device, self.dtype, quantization)
         options = {"chunk_size": settings.chunk_size, "center_crop": True, "unnorm_key": "libero_spatial"}
         options["compiled"] = compiles(self.compile, self.device)
         policy = OpenVLAPolicy(network, self.folder, decoder, settings.num_images, settings.lora, **options)

@@ -43,7 +43,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_intermixed_args()
-    config = load_config(find_config(args.config), args.overrides, {"logging.progress": False})
+    flags = {"logging.progress": False, "algorithm.wait_for_reward": False}  # an update has all its steps
+    config = load_config(find_config(args.config), args.overrides, flags)
     figures = measure_simulator(config) | measure_training(config, args.rollouts, args.wait)
     waiting = figures.pop("simulator_share")
     physics = figures["physics_share_of_a_chunk"]

@@ -76,14 +76,14 @@ def test_nan_logprobs_in_a_rollout_stop_the_run(tmp_path):
         trainer.train_iteration()
 
 
-@pytest.mark.parametrize(("level", "tokens"), [("token", 1), ("action", 7), ("chunk", 14)])
-def test_in_bfloat16_the_first_minibatchs_kl_is_what_is_checked(level, tokens):
+@pytest.mark.parametrize("tokens", [1, 7, 14])
+def test_in_bfloat16_the_first_minibatchs_kl_is_what_is_checked(tokens):
     noisy = {"actor/ratio_error": 0.069, "actor/approx_kl": 4e-4 * tokens}  # the 7B model's, with a token for a ratio
-    check_first_minibatch(noisy, level, chunk_size=2, dtype="bfloat16")
+    check_first_minibatch(noisy, tokens, dtype="bfloat16")
     with pytest.raises(InvariantError, match=r"first_minibatch_ratio_error is 6\.90e-02"):
-        check_first_minibatch(noisy, level, chunk_size=2, dtype="float32")
+        check_first_minibatch(noisy, tokens, dtype="float32")
     with pytest.raises(InvariantError, match=r"first_minibatch_kl is .* expected below 1e-02 a token"):
-        check_first_minibatch(noisy | {"actor/approx_kl": 1.1e-2 * tokens}, level, chunk_size=2, dtype="bfloat16")
+        check_first_minibatch(noisy | {"actor/approx_kl": 1.1e-2 * tokens}, tokens, dtype="bfloat16")
 
 
 def test_scoring_at_another_temperature_stops_a_bfloat16_run_too(tmp_path):

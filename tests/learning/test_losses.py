@@ -15,6 +15,7 @@ from vla_rl.learning.losses import (
     ppo_policy_loss,
     sum_to_level,
     token_mask,
+    tokens_per_ratio,
     value_loss,
 )
 
@@ -345,3 +346,15 @@ def test_tokens_of_some_dimensions_are_those_of_every_executed_action():
     expected = [[0, 1, 1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 0, 0, 0, 0, 0]]
     assert of_dims(executed, [1, 2], action_dim=3).int().tolist() == expected
     assert torch.equal(of_dims(executed, [2, 0, 1], action_dim=3), executed)
+
+
+@pytest.mark.parametrize(
+    ("level", "num_dims", "tokens"),
+    [("token", 7, 1), ("action", 7, 7), ("chunk", 7, 56), ("action", 3, 3), ("chunk", 3, 24)],
+)
+def test_a_ratio_has_the_tokens_of_its_level_and_the_kl_is_their_sum(level, num_dims, tokens):
+    """Each token twice as likely as before: k3 a token is 2 - 1 - log 2, and the log-ratio of a ratio tokens x log 2."""
+    assert tokens_per_ratio(level, num_dims, chunk_size=8) == tokens
+    mask = of_dims(torch.ones(1, 56, dtype=torch.bool), list(range(num_dims)), 7)
+    summed, valid = sum_to_level(torch.full((1, 56), math.log(2)), mask, level, 7)
+    assert summed[valid][0].item() == pytest.approx(tokens * math.log(2))

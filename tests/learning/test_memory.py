@@ -329,6 +329,13 @@ def test_what_is_given_stays_and_what_is_auto_is_chosen(tmp_path, caplog, mode, 
     assert record.getMessage().startswith(f"{expected}: ") and "\n" not in record.getMessage()
 
 
+def test_five_percent_of_the_card_are_left_free(tmp_path):
+    """16 rows of 100 MiB are within 1650 MiB, but not within 1567; two forwards of 8 are."""
+    trainer = automatic(make_trainer(tmp_path, algorithm=AUTO))
+    fit_to_card(trainer, [], FakeMeter(trainer, lambda mode, rows: 100 * rows * MIB, room=1650 * MIB))
+    assert trainer.micro_batches.choice == Choice("none", 8)
+
+
 def test_settings_that_fit_without_the_margin_only_are_accepted(tmp_path):
     trainer = automatic(make_trainer(tmp_path, algorithm={"micro_batch_size": 8}), "none")
     reserved = moment_bytes(trainer)
@@ -396,6 +403,8 @@ def run(folder, measure: bool, **kwargs):
     trainer = automatic(make_trainer(folder, algorithm={"micro_batch_size": "auto"}, **kwargs))
     torch.manual_seed(5)
     if measure:
+        fit_to_card(trainer, [], FakeMeter(trainer, by_mode, room=1000 * MIB))  # in all modes
+        assert trainer.micro_batches.choice == Choice("full", 16)
         meter = FakeMeter(trainer)
         fit_to_card(trainer, [], meter)
         assert len(meter.asked) > 3
@@ -412,21 +421,6 @@ def test_a_measurement_leaves_no_trace_in_the_run(tmp_path):
     assert training_lines(tmp_path / "False") == training_lines(tmp_path / "True")
 
 
-class WithModes:
-    """A policy whose mode is only a name."""
-
-    gradient_checkpointing = "none"
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def __getattr__(self, name):
-        return getattr(self.policy, name)
-
-    def set_gradient_checkpointing(self, mode):
-        self.gradient_checkpointing = mode
-
-
 def test_a_measurement_of_the_shipped_policy_leaves_no_trace_in_the_run(tmp_path):
     states = []
     for measure in (False, True):
@@ -434,6 +428,6 @@ def test_a_measurement_of_the_shipped_policy_leaves_no_trace_in_the_run(tmp_path
         policy = OpenVLAPolicy.from_checkpoint(
             "tiny-openvla-random", "parallel", lora=LoraConfig(rank=4), chunk_size=CHUNK, unnorm_key="libero_spatial"
         )
-        trainer, _ = run(tmp_path / str(measure), measure, policy=WithModes(policy), run={"timesteps": 1})
+        trainer, _ = run(tmp_path / str(measure), measure, policy=policy, run={"timesteps": 1})
         states.append(final_state(trainer))
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))

@@ -10,7 +10,8 @@ import torch
 
 from tests.fakes import CUDA_SAID, FakePolicy, WatchedPolicy
 from tests.trainers import final_state, make_trainer, training_lines
-from vla_rl.learning.micro_batches import SIZES, Choice, naming_what_fits, what_ran_out
+from vla_rl.learning.micro_batches import MODES, SIZES, Choice, naming_what_fits, what_ran_out
+from vla_rl.model.execution import GRADIENT_CHECKPOINTING, ROW_SIZES
 from vla_rl.run.failures import explain
 from vla_rl.run.metrics import read_metrics
 from vla_rl.types import OutOfMemory
@@ -106,12 +107,20 @@ def test_rows_are_halved_to_a_size_that_is_compiled_and_from_those_that_there_we
         seen.append(batches.smaller(rows, "").rows)
     assert seen == [12, 4, 2, 1, 1] and set(seen) <= set(SIZES)
 
+    tried = []
+
     def step(batch):
+        tried.append(batches.rows)
         if batches.rows >= len(batch):
             raise torch.OutOfMemoryError(CUDA_SAID)
-        return batches.rows
 
-    assert batches.run(step, list(range(10))) == 4  # not 12, which would be the same forward again
+    batches.run(step, list(range(10)))
+    assert tried == [24, 4]  # not 12, which would be the same forward again
+
+
+def test_sizes_and_modes_are_those_of_the_policy():
+    """Other sizes would be filled up to these."""
+    assert (SIZES, MODES) == (ROW_SIZES, GRADIENT_CHECKPOINTING)
 
 
 def test_the_base_models_log_probabilities_are_made_with_fewer_rows_where_memory_runs_out(tmp_path):

@@ -141,6 +141,29 @@ def test_checkpointed_layer_has_the_same_gradients(bias, keep):
     assert all(a.equal(b) for a, b in zip(forward_and_gradients(Checkpointed(), inputs(3, 5)), plain, strict=True))
 
 
+def test_compiled_layers_of_one_shape_share_a_graph_and_keep_it_after_a_step():
+    """torch gives up compiling a function after 8 graphs of it; the language model has 32 layers."""
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), nn.Tanh()) for _ in range(10)))
+    add_adapters(net, peft.LoraConfig(r=2, target_modules=[f"{i}.0" for i in range(10)]))
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    for layer in net:
+        layer.compile(backend=count, fullgraph=True)
+    x = torch.randn(3, 5, 8, dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(2):
+        net(x).sum().backward()
+        with torch.no_grad():
+            net(x.detach())
+            for parameter in net.parameters():
+                parameter.add_(0.01)
+    assert len(graphs) == 2  # with gradients and without
+
+
 def test_nothing_of_the_base_product_is_kept_for_the_backward_pass():
     """x, A, B, A x and the frozen W are; the outputs, 40 wide, are not."""
     layer, _ = make_layers()

@@ -7,12 +7,14 @@ import torch
 
 from vla_rl.run.progress import (
     FinishedEpisode,
+    accumulate,
     episodes_text,
     evaluation_text,
     peak_memory_gib,
     progress_bar,
     rollout_metrics,
     summary_line,
+    update_metrics,
     update_text,
 )
 
@@ -54,6 +56,35 @@ def test_the_summary_line_has_step_success_kl_clip_times_and_memory():
     ):
         assert text in line, text
     assert "\n" not in line
+
+
+def test_an_update_has_the_means_of_its_minibatches_and_the_errors_of_the_first():
+    minibatches = [
+        {"actor/approx_kl": 0.0, "actor/ratio_error": 0.07, "actor/ratio_error_mean": 0.015, "critic/value_loss": 2.0},
+        {"actor/approx_kl": 0.02, "actor/ratio_error": 0.9, "actor/ratio_error_mean": 0.2, "critic/value_loss": 1.0},
+    ]
+    assert update_metrics(minibatches, [{"critic/value_loss": 0.5}, {"critic/value_loss": 0.25}]) == {
+        "actor/approx_kl": 0.01,
+        "critic/value_loss": 1.5,
+        "critic/passes_value_loss": 0.375,
+        "actor/first_minibatch_ratio_error": 0.07,
+        "actor/first_minibatch_ratio_error_mean": 0.015,
+        "actor/first_minibatch_kl": 0.0,
+    }
+
+
+def test_of_micro_batches_the_largest_error_counts_and_shares_of_a_mean_add_up():
+    totals: dict[str, float] = {}
+    for error, share in ((0.03, 0.01), (0.07, 0.002), (0.01, 0.004)):
+        accumulate(totals, {"actor/ratio_error": error, "actor/ratio_error_mean": share})
+    assert totals == {"actor/ratio_error": 0.07, "actor/ratio_error_mean": pytest.approx(0.016)}
+
+
+def test_the_summary_line_says_why_the_actor_took_no_step():
+    metrics = rollout_metrics([], 64) | TIMES | {"actor/optimizer_steps": 0}
+    assert summary_line(1, 64, 100, metrics | {"actor/waits_for_reward": 0.0}).endswith("critic warm-up: no actor step")
+    assert summary_line(1, 64, 100, metrics | {"actor/waits_for_reward": 1.0}).endswith("no reward yet: no actor step")
+    assert "no actor step" not in summary_line(1, 64, 100, metrics | {"actor/optimizer_steps": 8})
 
 
 def test_the_summary_line_shows_a_dash_for_what_is_not_known():

@@ -87,6 +87,9 @@ def test_an_episode_is_as_long_as_the_suite_says_unless_set(suite, limit):
     [
         ("rollout.num_envs=0", "greater than or equal to 1, got 0"),
         ("actor.learning_rate=0", "actor.learning_rate: input should be greater than 0"),
+        ("actor.schedule=cosine", "actor.schedule: input should be 'constant', 'linear' or 'kl', got 'cosine'"),
+        ("actor.kl_target=0", "actor.kl_target: input should be greater than 0, got 0"),
+        ("actor.anneal_learning_rate=1", "actor.anneal_learning_rate: unknown setting"),
         ("actor.learning_rate=.nan", "actor.learning_rate: input should be a finite number, got nan"),
         ("algorithm.gamma=1.01", "algorithm.gamma: input should be less than or equal to 1, got 1.01"),
         (
@@ -146,6 +149,22 @@ def test_group_settings_are_not_checked_where_there_are_no_groups():
         (["algorithm.micro_batch_size=65"], "algorithm.micro_batch_size=65 is larger than algorithm.minibatch_size=64"),
         (["rollout.overlap=true", "rollout.num_envs=1", "rollout.n_steps=64"], "use 2 or more environments"),
         (["rollout.num_envs=2", "rollout.n_steps=31"], "algorithm.minibatch_size=64 is larger than the rollout of 62"),
+        (
+            ["actor.schedule=kl", "actor.learning_rate=0.02"],
+            "actor: learning_rate=0.02, where schedule=kl begins, is not within min_learning_rate=1e-07 and "
+            "max_learning_rate=0.01; change it or them",
+        ),
+        (["actor.schedule=kl", "actor.min_learning_rate=1e-4"], "is not within min_learning_rate=0.0001"),
+        (
+            ["actor.schedule=kl", "rollout.num_envs=2", "rollout.n_steps=32"],
+            "actor.schedule=kl with one minibatch an update: its KL is 0, and no other is measured; make "
+            "algorithm.minibatch_size=64 smaller or algorithm.n_epochs=1 larger",
+        ),
+        (
+            ["actor.schedule=kl", "actor.anneal_learning_rate=true"],
+            "actor: anneal_learning_rate=true, the old name of schedule=linear, with schedule=kl; leave anneal_learning_rate out",
+        ),
+        (["actor.schedule=linear", "actor.anneal_learning_rate=false"], "the old name of schedule=constant, with"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_with_a_way_out(overrides, words):
@@ -155,6 +174,20 @@ def test_settings_that_do_not_go_together_are_refused_with_a_way_out(overrides, 
 def test_fixed_states_may_be_trained_on_when_none_of_them_is_evaluated():
     config = load_config(overrides=["env.initial_states=0-39", "eval.states=40-49"])
     assert config.env.initial_states == list(range(40))
+
+
+@pytest.mark.parametrize(("old", "schedule"), [("true", "linear"), ("false", "constant")])
+def test_the_schedule_of_an_old_run_is_read_by_its_old_name(old, schedule):
+    assert load_config(overrides=[f"actor.anneal_learning_rate={old}"]).actor.schedule == schedule
+    both = load_config(overrides=[f"actor.anneal_learning_rate={old}", f"actor.schedule={schedule}"]).actor
+    assert both.schedule == schedule and "anneal_learning_rate" not in both.model_dump()
+
+
+def test_a_kl_schedule_needs_a_second_minibatch_or_a_second_pass():
+    few = ["actor.schedule=kl", "rollout.num_envs=2", "rollout.n_steps=32"]
+    assert load_config(overrides=[*few, "algorithm.n_epochs=2"]).actor.schedule == "kl"
+    assert load_config(overrides=[*few, "algorithm.minibatch_size=63"]).actor.schedule == "kl"
+    assert load_config(overrides=["actor.learning_rate=0.02"]).actor.schedule == "constant"  # bounds are for kl
 
 
 def test_settings_cannot_be_changed():
@@ -186,3 +219,23 @@ def test_shipped_ppo_and_grpo_differ_only_in_what_the_estimator_needs(ppo, grpo)
     assert "algorithm.estimator" in different
     estimator = {key for key in first if key.startswith("algorithm.")}
     assert different <= estimator | {"rollout.group_size", "rollout.n_episodes", "rollout.n_steps"}
+
+
+def test_the_settings_for_a_smaller_card_train_the_same():
+    folder = Path(__file__).parents[2] / "configs"
+    first, second = (load_config(folder / f"{name}.yaml") for name in ("gae_ppo_config", "gae_ppo_24gb"))
+    rows = [config.rollout.num_envs * config.rollout.n_steps for config in (first, second)]
+    assert rows == [1024, 1024]
+    first, second = flat(first.model_dump()), flat(second.model_dump())
+    memory = {"policy.gradient_checkpointing", "algorithm.micro_batch_size", "eval.num_envs"}
+    assert {key for key in first if first[key] != second[key]} <= memory | {"rollout.num_envs", "rollout.n_steps"}
+
+
+def test_vanilla_discounts_as_much_a_simulator_step_as_a_chunk_s_decision_does():
+    folder = Path(__file__).parents[2] / "configs"
+    chunk, step = (load_config(folder / f"{name}.yaml") for name in ("gae_ppo_config", "openvla_gae_ppo"))
+    for name in ("gamma", "gae_lambda"):
+        expected, per_step = getattr(chunk.algorithm, name), getattr(step.algorithm, name)
+        assert per_step**chunk.policy.chunk_size == pytest.approx(expected, abs=1e-3)
+    steps = [c.rollout.num_envs * c.rollout.n_steps * c.policy.chunk_size for c in (chunk, step)]
+    assert steps == [8192, 8192]

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vla_rl.learning.losses import LogprobLevel
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.run.checkpoint import save_torch
-from vla_rl.types import ACTION_DIM, InvariantError, NonFiniteError
+from vla_rl.types import InvariantError, NonFiniteError
 
 # before the first optimizer step the ratio is 1 but for the order of float32 sums; above this the log-probabilities that
 # were sampled and those that are scored are not of one distribution (1e-5 at width 128; a temperature of 1.01 for 1: 8e-2)
@@ -23,19 +22,18 @@ RATIO_TOLERANCE_FLOAT32 = 1e-3
 KL_TOLERANCE = 1e-2
 
 
-def check_first_minibatch(metrics: Mapping[str, float], level: LogprobLevel, chunk_size: int, dtype: str) -> None:
+def check_first_minibatch(metrics: Mapping[str, float], tokens: int, dtype: str) -> None:
     """Before any optimizer step the ratio is 1 and the KL 0, or sampling and scoring are two distributions.
 
     Args:
         metrics: actor/ratio_error, the largest |ratio - 1| of a token, and actor/approx_kl, in nats a ratio.
-        level: what a ratio is of.
+        tokens: that a ratio is of.
         dtype: the policy's; in bfloat16 only the KL is checked.
 
     Raises:
         InvariantError: one of them is too large.
     """
     ratio_error, kl = metrics["actor/ratio_error"], metrics["actor/approx_kl"]
-    tokens = {"token": 1, "action": ACTION_DIM, "chunk": ACTION_DIM * chunk_size}[level]
     why = "the policy scores its own actions differently than it sampled them (another temperature, mask or precision)"
     if dtype == "float32" and ratio_error > RATIO_TOLERANCE_FLOAT32:
         raise InvariantError(

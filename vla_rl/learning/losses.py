@@ -54,6 +54,15 @@ def sum_to_level(logprobs: Tensor, mask: Tensor, level: LogprobLevel, action_dim
     return summed, mask.unflatten(-1, (-1, group)).any(-1)
 
 
+def tokens_per_ratio(level: LogprobLevel, num_dims: int, chunk_size: int) -> int:
+    """Tokens that one ratio is of; a KL divided by it is one a token (a chunk that the episode's end cut has fewer).
+
+    Args:
+        num_dims: dimensions of an action whose tokens count, 1..7.
+    """
+    return {"token": 1, "action": num_dims, "chunk": num_dims * chunk_size}[level]
+
+
 def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
     """sum(x[mask]) / count; count defaults to the valid entries of this very mask."""
     if x.shape != mask.shape:

@@ -14,6 +14,7 @@ from gymnasium.vector import VectorEnv
 
 from vla_rl.learning.episodes import EpisodeStreams, RunningEpisodes
 from vla_rl.learning.optimizer import load_optimizer
+from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.model.value_head import ValueHead
 from vla_rl.run.checkpoint import (
     CheckpointError,
@@ -32,7 +33,8 @@ from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.settings import Config
 from vla_rl.types import Observation, Policy
 
-STATE_VERSION = 2  # of what a checkpoint holds; 2: a sampling generator for each environment
+# of what a checkpoint holds; 2: a sampling generator for each environment; 3: the actor's schedule
+STATE_VERSION = 3
 
 
 class Trainer(Protocol):
@@ -48,6 +50,7 @@ class Trainer(Protocol):
     critic_parameters: list[torch.nn.Parameter]
     actor_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer | None
+    schedule: ActorSchedule
     sampling_generators: list[torch.Generator]  # one an environment
     order_generator: torch.Generator
     streams: EpisodeStreams
@@ -104,6 +107,7 @@ class TrainerState:
                 "value_head": dict(trainer.value_head.state_dict()) if trainer.value_head is not None else None,
                 "actor_optimizer": trainer.actor_optimizer.state_dict(),
                 "critic_optimizer": trainer.critic_optimizer.state_dict() if trainer.critic_optimizer else None,
+                "schedule": trainer.schedule.state(),
             }
         )
 
@@ -145,6 +149,7 @@ class TrainerState:
         with loading(folder / "adapter"):
             trainer.policy.load_adapter(folder / "adapter")
         load_optimizer(trainer.actor_optimizer, values["actor_optimizer"], trainer.config.actor)
+        trainer.schedule.load(values["schedule"])
         trainer.iteration, trainer.timesteps = values["iteration"], values["timesteps"]
         trainer.groups_played, trainer.evaluated_iteration = values["groups_played"], values["evaluated_iteration"]
         trainer.streams.played = list(values["episodes_played"])

@@ -43,16 +43,19 @@ def update_metrics(minibatches: list[dict[str, float]], passes: list[dict[str, f
     """actor/* and critic/* of an update: means over the minibatches, but of the first one, before any step, the invariants.
 
     Args:
-        minibatches: metrics of each, of the first one actor/ratio_error and actor/approx_kl among them.
+        minibatches: metrics of each, of the first one actor/ratio_error, its mean and actor/approx_kl among them.
         passes: of the critic's further passes.
     """
-    names = {name for metrics in minibatches for name in metrics} - {"actor/ratio_error"}
+    errors = ("actor/ratio_error", "actor/ratio_error_mean")  # the largest and the mean of the tokens'
+    names = {name for metrics in minibatches for name in metrics}.difference(errors)
     means = {name: float(np.mean([m[name] for m in minibatches if name in m])) for name in sorted(names)}
     if passes:
         means["critic/passes_value_loss"] = float(np.mean([m["critic/value_loss"] for m in passes]))
+    first = minibatches[0]
     return means | {
-        "actor/first_minibatch_ratio_error": minibatches[0]["actor/ratio_error"],
-        "actor/first_minibatch_kl": minibatches[0]["actor/approx_kl"],
+        "actor/first_minibatch_ratio_error": first["actor/ratio_error"],
+        "actor/first_minibatch_ratio_error_mean": first["actor/ratio_error_mean"],
+        "actor/first_minibatch_kl": first["actor/approx_kl"],
     }
 
 
@@ -92,7 +95,8 @@ def summary_line(iteration: int, timesteps: int, total: int, metrics: dict[str, 
         value = metrics.get(name)
         return "-" if value is None else format(value, form)
 
-    critic_only = " | critic warm-up: no actor step" if metrics.get("actor/optimizer_steps") == 0 else ""
+    why = "no reward yet" if metrics.get("actor/waits_for_reward") else "critic warm-up"
+    critic_only = f" | {why}: no actor step" if metrics.get("actor/optimizer_steps") == 0 else ""
     return (
         f"iteration {iteration} | {timesteps}/{total} steps | success {number('rollout/success_rate', '.1%')} of "
         f"{metrics['rollout/episodes']} | return {number('rollout/return', '.2f')} | "

@@ -268,6 +268,9 @@ class AlgorithmConfig(Section):
         "and on the CPU a minibatch of at most 64",
     )
     critic_warmup_iterations: int = Field(0, ge=0, description="first iterations that train only the value head (gae)")
+    wait_for_reward: bool = Field(
+        True, description="until the run's first reward other than 0, too, only the value head is trained (gae)"
+    )
     critic_epochs: int = Field(
         0, ge=0, description="further passes of the value head alone, on cached hidden states (gae)"
     )
@@ -291,7 +294,38 @@ class ActorConfig(OptimizerConfig):
     """AdamW of the LoRA weights."""
 
     learning_rate: float = Field(1e-5, gt=0, description="step size")
-    anneal_learning_rate: bool = Field(False, description="the step size falls linearly to 0 at run.timesteps")
+    schedule: Literal["constant", "linear", "kl"] = Field(
+        "constant",
+        description="of the step size; linear: to 0 at run.timesteps; kl: / 1.5 after a minibatch whose KL is above twice "
+        "kl_target, x 1.5 after one below half of it",
+    )
+    kl_target: float = Field(0.01, gt=0, description="nats a token that an update moves the policy by (kl)")
+    min_learning_rate: float = Field(1e-7, gt=0, description="the step size is never smaller (kl)")
+    max_learning_rate: float = Field(1e-2, gt=0, description="the step size is never larger (kl)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_old_name(cls, values: Any) -> Any:
+        """anneal_learning_rate, until November 2026: true is schedule linear, false constant."""
+        if not isinstance(values, dict) or not isinstance(values.get("anneal_learning_rate"), bool):
+            return values
+        old, meant = ("true", "linear") if values["anneal_learning_rate"] else ("false", "constant")
+        if values.get("schedule", meant) != meant:
+            raise ValueError(
+                f"anneal_learning_rate={old}, the old name of schedule={meant}, with schedule={values['schedule']}; leave "
+                "anneal_learning_rate out"
+            )
+        return {name: value for name, value in values.items() if name != "anneal_learning_rate"} | {"schedule": meant}
+
+    @model_validator(mode="after")
+    def check_bounds(self) -> ActorConfig:
+        lowest, highest = self.min_learning_rate, self.max_learning_rate
+        if self.schedule == "kl" and not lowest <= self.learning_rate <= highest:
+            raise ValueError(
+                f"learning_rate={self.learning_rate:g}, where schedule=kl begins, is not within min_learning_rate={lowest:g} "
+                f"and max_learning_rate={highest:g}; change it or them"
+            )
+        return self
 
 
 class CriticConfig(OptimizerConfig):
@@ -377,6 +411,11 @@ class Config(Section):
                 raise ValueError(
                     f"algorithm.minibatch_size={algorithm.minibatch_size} is larger than the rollout of {rows} decisions "
                     "(rollout.num_envs x rollout.n_steps); make it at most that"
+                )
+            if self.actor.schedule == "kl" and algorithm.n_epochs == 1 and algorithm.minibatch_size == rows:
+                raise ValueError(
+                    f"actor.schedule=kl with one minibatch an update: its KL is 0, and no other is measured; make "
+                    f"algorithm.minibatch_size={rows} smaller or algorithm.n_epochs=1 larger"
                 )
         else:
             check_groups(rollout)
