@@ -229,7 +229,7 @@ class OpenVLAPPO:
                 rounds += 1
             finish_step()
         rollout = RolloutBuffer.join(buffers)
-        rollout.bootstrap(self.values_of, num_envs)
+        rollout.bootstrap(self.values_of, len(halves[0]))  # as many rows as a decision has
         return rollout, progress.rollout_metrics(finished_episodes, self.timesteps - first_timestep)
 
     def decide(self, playing: list[int]) -> Decision:
@@ -373,7 +373,6 @@ class OpenVLAPPO:
         with bar:
             for minibatch in minibatches(batch, algorithm.minibatch_size, self.order_generator, algorithm.n_epochs):
                 self.check_stop()
-                minibatch = minibatch.to(self.device)  # once: its micro-batches are parts of it
                 score_actor = train_actor or not history
                 metrics = self.micro_batches.run(self.minibatch_gradients, minibatch, train_actor, score_actor)
                 history.append(metrics)
@@ -422,6 +421,7 @@ class OpenVLAPPO:
             score_actor: compute the actor's numbers.
         """
         algorithm = self.config.algorithm
+        minibatch = minibatch.to(self.device)  # once: micro-batches are parts of it
         self.actor_optimizer.zero_grad(set_to_none=True)
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)

@@ -402,8 +402,8 @@ class OpenVLAPolicy:
                 raise ValueError(f"proprio: expected [{batch}, {PROPRIO_DIM}], got {list(proprio.shape)}")
             proprio = proprio.to(self.device, self.dtype)
         ids, valid = arrange_prompt(input_ids, attention_mask)
-        valid = None if valid is None else valid.to(self.device)
-        return [ids.to(self.device), valid, pixel_values.to(self.device, self.dtype), proprio]
+        valid = None if valid is None else to_device(valid, self.device)
+        return [to_device(ids, self.device), valid, pixel_values.to(self.device, self.dtype), proprio]
 
     def fill_rows(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """Few shapes for what is compiled; as they are for what is not."""

@@ -97,8 +97,10 @@ class Processor:
         )
 
     def tensors(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio float32 [B, 8]; all on
-        the model's device. Images may be there already."""
+        """input_ids, attention_mask [B, L] (left-padded), pixel_values [B, 6K, S, S], normalised proprio float32 [B, 8].
+
+        Images may be on the model's device already; prompts are left on the CPU, where they are arranged.
+        """
         expected = (len(inputs), self.num_images, self.image_size, self.image_size, 3)
         if inputs.images.dtype != torch.uint8 or inputs.images.shape != expected:
             got = f"{inputs.images.dtype} {list(inputs.images.shape)}"
@@ -107,8 +109,7 @@ class Processor:
         if self.proprio_statistics is not None:
             proprio = torch.from_numpy(normalize_proprio(inputs.proprio.numpy(), self.proprio_statistics))
             proprio = to_device(proprio, self.device)
-        input_ids, attention_mask = (to_device(ids, self.device) for ids in self.tokenize(inputs.instructions))
-        return input_ids, attention_mask, self.pixel_values(inputs.images), proprio
+        return *self.tokenize(inputs.instructions), self.pixel_values(inputs.images), proprio
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """uint8 [B, K, S, S, 3] -> [B, 6K, S, S] in the model's precision, on its device."""
