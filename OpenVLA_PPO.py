@@ -428,7 +428,7 @@ class OpenVLAPPO:
         tokens = losses.token_mask(minibatch.steps, self.policy.chunk_size, ACTION_DIM)  # [B, A]
         trained = losses.of_dims(tokens, algorithm.action_dims, ACTION_DIM)  # [B, A]
         _, ratios = losses.sum_to_level(minibatch.old_logprobs, trained, algorithm.logprob_level, ACTION_DIM)  # [B, L]
-        totals: dict[str, float] = {}
+        totals: dict[str, Tensor] = {}
         for micro in minibatch.split(self.micro_batches.rows):
             loss = torch.zeros((), device=self.device)
             hidden = micro.hidden
@@ -443,12 +443,13 @@ class OpenVLAPPO:
                 if algorithm.freeze_vla_for_critic:
                     hidden = hidden.detach()
                 critic_loss = losses.value_loss(self.value_head(hidden), micro.returns, len(minibatch))
-                progress.accumulate(totals, {"critic/value_loss": critic_loss.item()})
+                progress.accumulate(totals, {"critic/value_loss": critic_loss})
                 loss = loss + algorithm.value_coef * critic_loss
-            for name, value in totals.items():
-                self.check_finite(name, torch.tensor(value), minibatch)
             loss.backward()
-        return totals
+        numbers = progress.to_numbers(totals)
+        for name, value in numbers.items():
+            self.check_finite(name, torch.tensor(value), minibatch)  # before any step
+        return numbers
 
     def actor_losses(
         self, micro: Minibatch, token_count: Tensor, ratio_count: Tensor
@@ -475,18 +476,18 @@ class OpenVLAPPO:
         policy_loss = losses.ppo_policy_loss(logprobs, old_logprobs, micro.advantages, mask, *clip, count=ratio_count)
         entropy = losses.masked_mean(evaluation.entropy, trained, token_count)
         loss = policy_loss - algorithm.entropy_coef * entropy
-        metrics = {"actor/policy_loss": policy_loss.item(), "actor/entropy": entropy.item()}
+        metrics = {"actor/policy_loss": policy_loss, "actor/entropy": entropy}
         if micro.reference_logprobs is not None:
             reference_kl = losses.approx_kl(evaluation.logprobs, micro.reference_logprobs, trained, token_count)
             loss = loss + algorithm.kl_coef * reference_kl
-            metrics["actor/reference_kl"] = reference_kl.item()
+            metrics["actor/reference_kl"] = reference_kl
         with torch.no_grad():
             ratio_error = (losses.log_ratio(evaluation.logprobs, micro.old_logprobs, tokens).exp() - 1).abs()  # [B, A]
             metrics |= {
-                "actor/approx_kl": losses.approx_kl(old_logprobs, logprobs, mask, ratio_count).item(),
-                "actor/clip_fraction": losses.clip_fraction(logprobs, old_logprobs, mask, *clip, ratio_count).item(),
-                "actor/ratio_error": ratio_error.max().item(),
-                "actor/ratio_error_mean": losses.masked_mean(ratio_error, trained, token_count).item(),
+                "actor/approx_kl": losses.approx_kl(old_logprobs, logprobs, mask, ratio_count),
+                "actor/clip_fraction": losses.clip_fraction(logprobs, old_logprobs, mask, *clip, ratio_count),
+                "actor/ratio_error": ratio_error.max(),
+                "actor/ratio_error_mean": losses.masked_mean(ratio_error, trained, token_count),
             }
         hidden = evaluation.hidden
         if hidden is None and self.value_head is not None:

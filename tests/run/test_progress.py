@@ -1,5 +1,6 @@
 """What a person sees: right numbers, and a dash where there is none."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from vla_rl.run.progress import (
     progress_bar,
     rollout_metrics,
     summary_line,
+    to_numbers,
     update_metrics,
     update_text,
 )
@@ -74,10 +76,14 @@ def test_an_update_has_the_means_of_its_minibatches_and_the_errors_of_the_first(
 
 
 def test_of_micro_batches_the_largest_error_counts_and_shares_of_a_mean_add_up():
-    totals: dict[str, float] = {}
+    totals: dict[str, torch.Tensor] = {}
+    assert to_numbers(totals) == {}
     for error, share in ((0.03, 0.01), (0.07, 0.002), (0.01, 0.004)):
-        accumulate(totals, {"actor/ratio_error": error, "actor/ratio_error_mean": share})
-    assert totals == {"actor/ratio_error": 0.07, "actor/ratio_error_mean": pytest.approx(0.016)}
+        accumulate(totals, {"actor/ratio_error": torch.tensor(error), "actor/ratio_error_mean": torch.tensor(share)})
+    expected = {"actor/ratio_error": pytest.approx(0.07), "actor/ratio_error_mean": pytest.approx(0.016)}
+    assert to_numbers(totals) == expected
+    accumulate(totals, {"actor/ratio_error": torch.tensor(math.nan)})
+    assert math.isnan(to_numbers(totals)["actor/ratio_error"])
 
 
 def test_the_summary_line_says_why_the_actor_took_no_step():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 
@@ -32,11 +33,17 @@ def rollout_metrics(episodes: list[FinishedEpisode], env_steps: int) -> dict[str
     }
 
 
-def accumulate(totals: dict[str, float], metrics: dict[str, float]) -> None:
-    """Adds a micro-batch's share to the minibatch's metrics; an error keeps its maximum."""
+def accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
+    """Adds a micro-batch's share to the minibatch's metrics, in float64 on their device; an error keeps its maximum."""
     for key, value in metrics.items():
-        old = totals.get(key, 0.0)
-        totals[key] = max(old, value) if key.endswith("_error") else old + value
+        value = value.detach().double()
+        old = totals.get(key, torch.zeros_like(value))
+        totals[key] = torch.maximum(old, value) if key.endswith("_error") else old + value
+
+
+def to_numbers(totals: dict[str, Tensor]) -> dict[str, float]:
+    """All at once: a GPU is waited for once a minibatch, not once a number."""
+    return dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True)) if totals else {}
 
 
 def update_metrics(minibatches: list[dict[str, float]], passes: list[dict[str, float]]) -> dict[str, float]:
