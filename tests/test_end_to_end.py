@@ -124,7 +124,10 @@ def read_bytes(path: Path) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize(("how", "after"), [(signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGHUP, 0)])
+@pytest.mark.parametrize(
+    ("how", "after"),
+    [(signal.SIGTERM, 1), (signal.SIGKILL, 1), pytest.param(signal.SIGHUP, 0, marks=pytest.mark.slow)],
+)
 def test_run_that_is_killed_and_resumed_equals_one_that_was_not(whole, tmp_path, how, after):
     """Killed when `after` iterations are saved or later, while episodes are under way; the metrics and the weights are the
     same."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -538,7 +539,9 @@ def test_settings_too_large_for_the_card_are_refused_before_training_and_leave_n
     fit = memory.fit_to_card
     monkeypatch.setattr("vla_rl.learning.memory.fit_to_card", measured)
     monkeypatch.setattr("vla_rl.simulation.vector_env.make_vector_env", envs)
-    monkeypatch.setattr("start_gae_ppo_training.build_policy", lambda config: FakePolicy())
+    policy = FakePolicy()
+    policy.processor = SimpleNamespace(image_transform=None)
+    monkeypatch.setattr("start_gae_ppo_training.build_policy", lambda config: policy)
     monkeypatch.setattr("start_gae_ppo_training.log_sizes", lambda policy, head: None)
     argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), "--no-wandb", "algorithm.micro_batch_size=32"]
     assert main(argv) == 2

@@ -20,13 +20,12 @@ TASKS = [
     *(("libero_spatial", task) for task in (0,)),
     *(("libero_object", task) for task in (0,)),
     *(("libero_goal", task) for task in (7,)),
-    *(("libero_10", task) for task in (3,)),
 ]
 MORE_TASKS = [
     *(("libero_spatial", task) for task in (4, 9)),
     *(("libero_object", task) for task in (3, 8)),
     *(("libero_goal", task) for task in (0, 6)),
-    *(("libero_10", task) for task in (2, 8)),
+    *(("libero_10", task) for task in (2, 3, 8)),
 ]
 
 

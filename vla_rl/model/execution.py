@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -117,12 +117,8 @@ def can_compile(device: torch.device) -> str | None:
             import triton  # noqa: F401
         except ImportError as error:
             return f"triton cannot be imported ({error}); pip install triton"
-        include = Path(sys.prefix if sys.prefix == sys.base_prefix else sys.base_prefix) / "include"
-        header = f"python{sys.version_info.major}.{sys.version_info.minor}/Python.h"
-        if not (include / header).exists() and not Path("/usr/include", header).exists():
-            return (
-                f"Python.h is missing; apt-get install -y python{sys.version_info.major}.{sys.version_info.minor}-dev"
-            )
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():  # for the launchers that triton builds
+            return f"Python.h is missing; apt-get install -y python{sysconfig.get_python_version()}-dev"
     return None
 
 
