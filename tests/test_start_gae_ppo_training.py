@@ -543,8 +543,8 @@ def test_settings_too_large_for_the_card_are_refused_before_training_and_leave_n
     policy.processor = SimpleNamespace(image_transform=None)
     monkeypatch.setattr("start_gae_ppo_training.build_policy", lambda config: policy)
     monkeypatch.setattr("start_gae_ppo_training.log_sizes", lambda policy, head: None)
-    argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), "--no-wandb", "algorithm.micro_batch_size=32"]
-    assert main(argv) == 2
+    argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), "--no-wandb"]
+    assert main([*argv, "algorithm.micro_batch_size=32", "policy.gradient_checkpointing=none"]) == 2
     error = capsys.readouterr().err
     assert "policy.gradient_checkpointing=none with algorithm.micro_batch_size=32 needs" in error
     assert "what fits: algorithm.micro_batch_size=8" in error and "Traceback" not in error
