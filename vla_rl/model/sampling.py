@@ -15,8 +15,8 @@ def draw_noise(
 ) -> Tensor:
     """Exponential noise, float32 [B, *shape], for `pick`, on the generator's device.
 
-    It is drawn before the distribution is known: on the CPU while a GPU computes, and row by row, so that what a row draws
-    depends on nothing but its generator.
+    It is drawn before the distribution is known, so that a GPU need not wait between tokens, and row by row, so that what a
+    row draws depends on nothing but its generator.
 
     Args:
         generator: one for all rows, or one a row; None takes torch's global one of the CPU.
