@@ -52,7 +52,7 @@ FIXED_ON_RESUME = (
     *("policy.", "value_head.", "env.", "rollout.num_envs", "algorithm.estimator"),
     *("run.seed", "run.output_dir", "run.name"),
 )
-# but for what depends on the machine and changes no data; whether it is the same base model, its fingerprint tells
+# but for what depends on the machine and changes data by rounding at most; whether it is the same base model, its fingerprint tells
 FREE_ON_RESUME = (
     *("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb"),
     *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing", "policy.compile"),
@@ -233,16 +233,18 @@ def check_start(config: Config, resumed: bool) -> None:
 
 
 def check_card(config: Config, model: Path) -> None:
-    """Raises ConfigError if the weights alone are more than the GPU has free."""
+    """Raises ConfigError if the weights alone are more than the GPU has free; those in 4 bit count as a quarter."""
     import torch
 
     from vla_rl.learning.memory import check_weights
     from vla_rl.model.checkpoint_folder import tensor_shapes
 
-    if config.run.device == "cuda" and config.policy.quantization == "none":
-        dtype = config.policy.dtype
-        numbers = sum(math.prod(shape) for _, shape in tensor_shapes(model, config.policy.use_proprio))
-        check_weights(numbers * getattr(torch, dtype).itemsize, *torch.cuda.mem_get_info(), dtype)
+    if config.run.device == "cuda":
+        dtype, numbers = config.policy.dtype, 0.0
+        for name, shape in tensor_shapes(model, config.policy.use_proprio):
+            packed = config.policy.quantization != "none" and "language_model.model.layers." in name and len(shape) == 2
+            numbers += math.prod(shape) / (4 if packed else 1)
+        check_weights(int(numbers * getattr(torch, dtype).itemsize), *torch.cuda.mem_get_info(), dtype)
 
 
 def train(config: Config, checkpoint: Path | None) -> None:

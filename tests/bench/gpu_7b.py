@@ -181,6 +181,8 @@ def memory(bench: Bench) -> None:
 def auto_choice(bench: Bench) -> str:
     """Checkpointing and micro-batch that a training would begin with on this device."""
     with bench.trainer() as trainer:
+        trainer.config = with_settings(trainer.config, "algorithm", micro_batch_size="auto")
+        trainer.config = with_settings(trainer.config, "policy", gradient_checkpointing="auto")
         fit_to_card(trainer, [TASK])
         return str(trainer.micro_batches.choice)
 
@@ -294,10 +296,10 @@ def trace(bench: Bench, work: Callable[[], object], host: bool = True, title: st
 def annotated(trainer: OpenVLAPPO) -> Iterator[None]:
     """Spans of the parts of a round, for the profiler."""
     policy, network, envs = trainer.policy, trainer.policy.network, trainer.envs
-    spans = [(trainer, ("decide", "bootstrap", "values_of", "minibatch_gradients", "optimizer_steps"))]
+    spans = [(trainer, ("decide", "values_of", "minibatch_gradients", "optimizer_steps"))]
     spans += [(policy, ("prepare", "tensors", "generate", "evaluate_actions", "compute_hidden"))]
     spans += [(network, ("embed_images", "run_llama")), (envs, ("step_async", "step_wait", "reset"))]
-    wrapped = [(owner, name, getattr(owner, name)) for owner, names in spans for name in names if hasattr(owner, name)]
+    wrapped = [(owner, name, getattr(owner, name)) for owner, names in spans for name in names]
     for owner, name, method in wrapped:
 
         def span(*args, method=method, name=name, **kwargs):

@@ -105,7 +105,8 @@ def measure_training(config: Config, rollouts: int, wait: float) -> dict[str, fl
     with tempfile.TemporaryDirectory() as folder:
         head = build_value_head(config, policy.hidden_size)
         trainer = OpenVLAPPO(config, policy, head, envs, None, MetricsLogger(Path(folder), config))
-        fit_to_card(trainer, task_languages(config.env.task_suite))
+        languages = task_languages(config.env.task_suite)
+        fit_to_card(trainer, [languages[task_id] for task_id in config.env.task_ids])
         trainer.collect_rollout()  # builds the simulators
         seconds_in_policy.clear()
         seconds_in_simulator.clear()

@@ -36,8 +36,8 @@ from vla_rl.types import Episode, Observation, Policy, PolicyOutput
 
 log = logging.getLogger(__name__)
 
-# A mode is taken if this many rows fit, for then more of them gain little. OpenVLA-7B on an H100, LoRA in bfloat16: 16 rows
-# in full checkpointing run at 21 rows/s, 8 without any at 15, but 16 and 24 without any at 27 and 39; 64 in full at 23
+# A mode is taken if this many rows fit. OpenVLA-7B on an H100, LoRA in bfloat16, compiled: 16 and 24 rows without
+# checkpointing run at 30 and 39 rows/s, 16 and 32 in full at 21 and 27; not compiled, 8 without any at 15, 64 in full at 23
 ENOUGH_ROWS = 16
 PROBED_ROWS = (4, 8)  # two points make a line; what is larger costs more time, what is smaller tells less
 FRAGMENTATION = 0.05  # of the card: what the allocator cannot use

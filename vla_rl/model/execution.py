@@ -24,9 +24,8 @@ from vla_rl.run.settings import ConfigError
 
 GRADIENT_CHECKPOINTING = ("none", "selective", "full")  # more and more is recomputed
 ROW_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # above, multiples of 32
-SPECIALISATIONS = (
-    64  # of one block's code: kinds of blocks x row sizes x with and without gradients; torch's limit is 8
-)
+# compilations of one code: kinds of blocks x row sizes x with and without gradients; torch stops at 8
+SPECIALISATIONS = 64
 
 logger = logging.getLogger(__name__)
 
@@ -141,10 +140,11 @@ def compiles(setting: str, device: str | torch.device) -> bool:
 
 def keep_compilations() -> None:
     """Kernels go to the user's cache folder, where a second run finds them; a block may be compiled for many shapes."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla_rl" / "torchinductor"
     try:
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = Path(os.environ.get("VLA_RL_CACHE") or user / "vla_rl") / "torchinductor"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no writable home: torch's own choice is a temporary folder
+    except (OSError, RuntimeError):  # no writable home, or none at all: torch's own choice is a temporary folder
         pass
     else:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -1,6 +1,6 @@
 """From a rendered image to the image the model was trained on: JPEG, lanczos3 resize, centre crop.
 
-Not here: the model's normalisation (prismatic), rendering (libero_env). OpenVLA's data pipeline runs in TensorFlow;
+Not here: the model's normalisation (processor), rendering (libero_env). OpenVLA's data pipeline runs in TensorFlow;
 each step below gives TensorFlow's result without it (checked against official images in tests/model/test_image_transform.py).
 Source of the chain: openvla@c8f03f4 experiments/robot/libero/libero_utils.py#get_libero_image and
 experiments/robot/openvla_utils.py#get_vla_action, crop_and_resize.

@@ -1,8 +1,8 @@
-"""OpenVLA as a policy: make the prompt, act, score given actions.
+"""OpenVLA as a policy: act, score given actions.
 
 Sampling and scoring are one distribution: softmax(logits / temperature) over the 256 action ids, in float32, with the
-network in the same mode. Not here: the network itself (prismatic), LoRA (adapter), files (checkpoint_folder), the value
-head, losses.
+network in the same mode. Not here: the network itself (prismatic), what it reads (processor), how it runs (execution), LoRA
+(adapter), files (checkpoint_folder), the value head, losses.
 
 N or B rows, K images, S image side, C steps in a chunk, A = 7C action tokens, D hidden size, L prompt tokens with BOS.
 """

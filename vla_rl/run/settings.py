@@ -138,7 +138,7 @@ class PolicyConfig(Section):
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
         "auto",
         description="what is recomputed backward, less memory and slower: none, selective (all but products and attention) or "
-        "full; auto: the first that fits, none on the CPU",
+        "full; auto: on a GPU the first in which 16 rows fit (fine-tuning: full), on the CPU none",
     )
     compile: Literal["auto", "true", "false"] = Field(
         "auto",
@@ -301,8 +301,8 @@ class ActorConfig(OptimizerConfig):
     learning_rate: float = Field(1e-5, gt=0, description="step size")
     schedule: Literal["constant", "linear", "kl"] = Field(
         "constant",
-        description="of the step size; linear: to 0 at run.timesteps; kl: / 1.5 after a minibatch whose KL is above twice "
-        "kl_target, x 1.5 after one below half of it",
+        description="of the step size; linear: to 0 at run.timesteps; kl: / 1.5 before the step of a minibatch whose KL "
+        "is above twice kl_target, x 1.5 where it is below half of it",
     )
     kl_target: float = Field(0.01, gt=0, description="nats a token that an update moves the policy by (kl)")
     min_learning_rate: float = Field(1e-7, gt=0, description="the step size is never smaller (kl)")

@@ -111,7 +111,7 @@ class LiberoVectorEnv(VectorEnv):
         return self._in_order(obs), {}
 
     def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """As LiberoEnv.step, float32 [N, C, 7]; infos: "steps" and "success" [N]."""
+        """As LiberoEnv.step, float32 [N, C, 7]; infos: "steps", "success" and "begun" [N]."""
         self.step_async(actions)
         return self.step_wait()
 
