@@ -300,7 +300,9 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
             *(eval_envs.num_envs, eval_envs.num_workers, config.eval.render),
         )
         languages = task_languages(config.env.task_suite)
-        fit_to_card(trainer, [languages[task_id] for task_id in config.env.task_ids])
+        instructions = [languages[task_id] for task_id in config.env.task_ids]
+        policy.processor.tokenize(tuple(instructions))  # so that it knows all lengths of prompts
+        fit_to_card(trainer, instructions)
         stop_on_signals(trainer)
         trainer.train()
     log.info("run folder %s", folder)

@@ -540,7 +540,7 @@ def test_settings_too_large_for_the_card_are_refused_before_training_and_leave_n
     monkeypatch.setattr("vla_rl.learning.memory.fit_to_card", measured)
     monkeypatch.setattr("vla_rl.simulation.vector_env.make_vector_env", envs)
     policy = FakePolicy()
-    policy.processor = SimpleNamespace(image_transform=None)
+    policy.processor = SimpleNamespace(image_transform=None, tokenize=lambda instructions: None)
     monkeypatch.setattr("start_gae_ppo_training.build_policy", lambda config: policy)
     monkeypatch.setattr("start_gae_ppo_training.log_sizes", lambda policy, head: None)
     argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), "--no-wandb"]

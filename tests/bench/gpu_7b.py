@@ -41,7 +41,7 @@ from tests.bench.gpu_figures import busy_share, gpu_intervals, hours_per_million
 from tests.bench.gpu_model import SCALES, TASK, Bench, held_gib, release, use, with_settings
 from vla_rl.learning.memory import fit_to_card
 from vla_rl.learning.rollout_buffer import Minibatch
-from vla_rl.run.failures import one_line
+from vla_rl.run.failures import is_out_of_memory, one_line
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.progress import peak_memory_gib
 
@@ -104,7 +104,7 @@ def update(bench: Bench) -> None:
 
 def update_24(bench: Bench) -> None:
     """The same where torch gets no more memory than a 24 GB card leaves it."""
-    bench.policy()
+    bench.made = None  # and what its graphs keep
     budget, is_gpu = 24 - BESIDE_TORCH_GIB, bench.device.type == "cuda"
     release(bench.device)
     if is_gpu:
@@ -142,7 +142,9 @@ def time_updates(
             release(bench.device)
             try:
                 seconds, note = time_update(bench, trainer, batch, mode, micro)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 bench.add(name, None, note="out of memory")
                 continue
             held = held_gib(bench.device)
@@ -330,15 +332,15 @@ def vanilla(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "ceiling": ceiling,
-    "vanilla": vanilla,
-    "ratio": ratio,
     "forward": forward,
     "act": act,
     "update": update,
-    "update-24": update_24,
     "iteration": iteration,
+    "update-24": update_24,
     "profile": profiled,
     "memory": memory,
+    "vanilla": vanilla,
+    "ratio": ratio,
     "libero": libero,  # with --libero, or named
 }
 
@@ -395,9 +397,10 @@ def run_section(bench: Bench, name: str) -> bool:
     print(f"{name} (compile {bench.compile})", flush=True)
     try:
         SECTIONS[name](bench)
-    except torch.OutOfMemoryError:
-        bench.add(name, None, note="out of memory")
     except Exception as error:
+        if is_out_of_memory(error):
+            bench.add(name, None, note="out of memory")
+            return True
         traceback.print_exc()
         bench.add(name, None, note=f"failed: {type(error).__name__}: {one_line(error):.100}")
         return False

@@ -229,7 +229,8 @@ def test_each_epoch_has_a_fresh_order():
 
 
 @pytest.mark.parametrize(
-    ("size", "parts"), [(2, [[0, 1], [2, 3], [4]]), (5, [[0, 1, 2, 3, 4]]), (9, [[0, 1, 2, 3, 4]])]
+    ("size", "parts"),
+    [(2, [[0, 1], [2, 3], [4]]), (4, [[0, 1, 2], [3, 4]]), (5, [[0, 1, 2, 3, 4]]), (9, [[0, 1, 2, 3, 4]])],
 )
 def test_a_minibatch_splits_into_micro_batches_in_order(size, parts):
     assert [numbers_of(part) for part in batch_of(5).split(size)] == parts

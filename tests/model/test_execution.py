@@ -190,9 +190,6 @@ def test_compilations_are_kept_in_the_users_cache_folder(monkeypatch, tmp_path):
 class FakeGraph:
     """Replays by calling again, into the memory of the captured results."""
 
-    def pool(self):
-        return "pool"
-
     def replay(self):
         for kept, new in zip(self.outputs, self.function(*self.inputs, **self.options), strict=True):
             kept.copy_(new)
@@ -207,8 +204,8 @@ def fake_cuda(monkeypatch):
             pass
 
     @contextlib.contextmanager
-    def graph(graph, pool):
-        captures.append(pool)
+    def graph(graph, pool, stream):
+        captures.append((pool, type(stream)))
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
@@ -232,7 +229,7 @@ def test_a_graph_is_captured_once_for_each_shape_and_option(fake_cuda):
             graph.function, graph.inputs, graph.options, graph.outputs = self.function, inputs, options, outputs
             return graph, inputs, outputs
 
-    graphs = Replayed(function)
+    graphs = Replayed(function, "pool", torch.cuda.Stream())
     first = graphs(torch.tensor([1.0, 2.0]), None, scale=2)
     assert calls == [2] * 4  # two to warm up, the capture, the first replay
     weight.mul_(10)  # in place, as an optimizer does
@@ -242,4 +239,4 @@ def test_a_graph_is_captured_once_for_each_shape_and_option(fake_cuda):
     assert graphs(torch.ones(2), torch.ones(2), scale=2)[0].tolist() == [2, 2]
     assert graphs(torch.ones(1), torch.ones(1), scale=2)[0].tolist() == [2]
     assert graphs(torch.ones(2), None, scale=3)[0].tolist() == [30, 30]
-    assert fake_cuda == [None, "pool", "pool", "pool"]
+    assert fake_cuda == [("pool", torch.cuda.Stream)] * 4

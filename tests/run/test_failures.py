@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vla_rl.run.checkpoint import save_tensors, save_torch
-from vla_rl.run.failures import explain, one_line
+from vla_rl.run.failures import explain, is_out_of_memory, one_line
 from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, RenderingError, SimulatorDied
 
 
@@ -33,3 +33,21 @@ def test_a_full_disk_is_told_whatever_is_written(save):
 def test_an_error_of_many_lines_or_none_is_told_in_one():
     assert one_line(OSError("broken\n\n  pipe\n")) == "broken pipe"
     assert one_line(MemoryError()) == "MemoryError"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory."), True),  # while it compiles
+        (RuntimeError("No valid triton configs. OutOfMemoryError: out of resource"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (OutOfMemory("CUDA out of memory. One row of the update does not fit"), False),  # ours, with the way out
+        (OSError("out of memory"), False),
+    ],
+)
+def test_memory_of_a_gpu_that_ran_out_is_told_by_several_exceptions(error, is_one):
+    assert is_out_of_memory(error) is is_one
+    if is_one:
+        assert "micro_batch_size" in explain(error)

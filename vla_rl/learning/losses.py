@@ -31,7 +31,8 @@ def token_mask(steps: Tensor, chunk_size: int, action_dim: int) -> Tensor:
 def of_dims(mask: Tensor, action_dims: list[int], action_dim: int) -> Tensor:
     """The part of a token mask bool [B, A] that belongs to these dimensions of an action; token k is of k % action_dim."""
     chosen = torch.zeros(action_dim, dtype=torch.bool, device=mask.device)
-    chosen[action_dims] = True
+    for dim in action_dims:  # one by one: a list of indices would make the CPU wait for a GPU
+        chosen[dim] = True
     return mask & chosen.repeat(mask.shape[-1] // action_dim)
 
 

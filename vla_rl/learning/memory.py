@@ -31,6 +31,7 @@ from vla_rl.learning.micro_batches import (
 )
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.model.value_head import ValueHead
+from vla_rl.run.failures import is_out_of_memory
 from vla_rl.run.settings import Config, ConfigError
 from vla_rl.types import Episode, Observation, Policy, PolicyOutput
 
@@ -283,7 +284,9 @@ class Meter:
         torch.cuda.reset_peak_memory_stats(device)
         try:
             run()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         finally:
             gc.collect()  # of a failed pass

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from vla_rl.learning.rollout_buffer import Minibatch
-from vla_rl.run.failures import one_line
+from vla_rl.run.failures import is_out_of_memory, one_line
 from vla_rl.run.settings import Config
 from vla_rl.types import OutOfMemory, Policy
 
@@ -79,7 +79,9 @@ class MicroBatches:
         while True:
             try:
                 return step(batch, *args, **kwargs)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 said = what_ran_out(error)
             # here, since the error's stack holds what the step had made
             for parameter in self.policy.trainable_parameters():
@@ -108,7 +110,7 @@ class MicroBatches:
         return Choice(MODES[MODES.index(mode) + 1], 1)
 
 
-def what_ran_out(error: torch.OutOfMemoryError) -> str:
+def what_ran_out(error: RuntimeError) -> str:
     """CUDA's message without its advice, which is about the allocator."""
     return one_line(error).partition(" Of the allocated memory")[0]
 
@@ -142,7 +144,9 @@ def naming_what_fits(config: Config, section: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         rows = rows_of_a_decision(config, section)
         way = (
             f"Resume with {fewer_rows(config, section, -(-rows // 2))}"

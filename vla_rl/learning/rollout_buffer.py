@@ -103,9 +103,11 @@ class Minibatch:
         return Minibatch(**picked)
 
     def split(self, size: int) -> Iterator[Minibatch]:
-        """Micro-batches of at most `size` rows, in order."""
-        for start in range(0, len(self), size):
-            yield self.rows(slice(start, start + size))
+        """Micro-batches of at most `size` rows, in order, that differ by at most one row: few shapes, and no small rest."""
+        start = 0
+        for part in torch.arange(len(self)).tensor_split(-(-len(self) // size)):
+            yield self.rows(slice(start, start + len(part)))
+            start += len(part)
 
     def to(self, device: torch.device) -> Minibatch:
         """On a device; action_tokens stay where they are, since the policy checks their range without waiting for a GPU."""

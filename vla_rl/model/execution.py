@@ -25,7 +25,7 @@ from vla_rl.run.settings import ConfigError
 GRADIENT_CHECKPOINTING = ("none", "selective", "full")  # more and more is recomputed
 ROW_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # above, multiples of 32
 # compilations of one code: kinds of blocks x row sizes x with and without gradients; torch stops at 8
-SPECIALISATIONS = 64
+SPECIALISATIONS = 256
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class Blocks:
         for block, forward in zip(self.blocks, self.forwards, strict=True):
             forward = forward if mode == "none" else recomputed(forward, mode)
             # rounding as the uncompiled operations do keeps acting (no gradient) and scoring (gradient) alike in bfloat16
-            options = {"emulate_precision_casts": True}
+            # and no padding, which a timing at compile time decides
+            options = {"emulate_precision_casts": True, "shape_padding": False}
             block.forward = torch.compile(forward, dynamic=False, options=options) if self.compiled else forward
 
 
@@ -148,7 +149,8 @@ def keep_compilations() -> None:
         pass
     else:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SPECIALISATIONS)
+    torch._dynamo.config.recompile_limit = SPECIALISATIONS
+    torch._dynamo.config.accumulated_recompile_limit = 4 * SPECIALISATIONS
 
 
 # ---------------------------------------------------------------------- CUDA graphs
@@ -159,14 +161,17 @@ class CudaGraphs:
 
     The function must read the same memory each time (weights change in place), wait for nothing and draw nothing. Results
     are copied out of the graphs, whose memory is shared: one replay at a time.
+
+    Args:
+        pool: torch.cuda.graph_pool_handle() of all graphs.
+        stream: of all captures; each stream would have a workspace of cuBLAS.
     """
 
     WARMUPS = 2  # calls before a capture: they compile, choose algorithms and make workspaces
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]):
-        self.function = function
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], pool: Any, stream: torch.cuda.Stream):
+        self.function, self.pool, self.stream = function, pool, stream
         self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | None], tuple[Tensor, ...]]] = {}
-        self.pool: Any = None
 
     def __call__(self, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         """Args: options: constants of a graph, such as the temperature."""
@@ -183,14 +188,12 @@ class CudaGraphs:
 
     def capture(self, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> tuple:
         inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(self.WARMUPS):
                 self.function(*inputs, **options)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             outputs = self.function(*inputs, **options)
-        self.pool = graph.pool()
         return graph, inputs, outputs

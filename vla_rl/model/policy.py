@@ -110,8 +110,10 @@ class OpenVLAPolicy:
         self.compiled = compiled
         self.execution = Blocks(network.blocks(), compiled)
         self.set_gradient_checkpointing(gradient_checkpointing)
-        graphs = CudaGraphs if compiled and self.device.type == "cuda" else lambda function: function
-        self.decide, self.read_hidden = graphs(self.decide), graphs(self.read_hidden)
+        if compiled and self.device.type == "cuda":
+            pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            self.decide = CudaGraphs(self.decide, pool, stream)
+            self.read_hidden = CudaGraphs(self.read_hidden, pool, stream)
 
     @classmethod
     def from_checkpoint(

@@ -17,11 +17,10 @@ def report(error: Exception) -> int:
 
 def explain(error: Exception) -> str | None:
     """What happened and the way out; None if it may be a bug."""
-    import torch
 
     from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, RenderingError, SimulatorDied
 
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return (
             f"{str(error).splitlines()[0]} Lower the micro_batch_size (the result is the same), or set "
             "policy.gradient_checkpointing=full."
@@ -35,6 +34,17 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, (NonFiniteError, InvariantError, OutOfMemory, RenderingError, SimulatorDied)):
         return str(error)
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory ran out, also while a kernel was compiled or loaded, of which other exceptions tell."""
+    import torch
+
+    from vla_rl.types import OutOfMemory
+
+    said = ("out of memory", "OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED")
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    return isinstance(error, torch.OutOfMemoryError) or (told and not isinstance(error, OutOfMemory))
 
 
 def one_line(error: BaseException) -> str:
