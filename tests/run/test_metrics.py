@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vla_rl.run.load_settings import load_config
-from vla_rl.run.metrics import CURVES, MetricsLogger, read_metrics
+from vla_rl.run.metrics import CURVES, MetricsLogger, plot_curves, read_metrics
 from vla_rl.run.settings import Config, ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +60,15 @@ def test_what_json_has_no_number_for_becomes_null(logger, value):
         raise AssertionError(f"{constant} is not JSON")
 
     assert json.loads(logger.path.read_text(), parse_constant=refuse)["actor/policy_loss"] is None
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("norm", [0.0, 0.5])
+def test_gradients_of_0_are_drawn_without_a_word(tmp_path, norm):
+    """As they are until a run's first reward."""
+    records = [{"timesteps": step, "actor/grad_norm": norm, "critic/grad_norm": 0.0} for step in (1, 2)]
+    plot_curves(records, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_a_torn_last_line_is_left_out(logger):

@@ -195,7 +195,8 @@ def plot_curves(
             axis.set_ylim(-0.05, 1.05)
         if title == "explained variance":  # far below 0 it says no more than below 0
             axis.set_ylim(max(axis.get_ylim()[0], -1.05), 1.05)
-        if title == "gradient norm":  # one peak would flatten the rest
+        # one peak would flatten the rest; before a run's first reward all of it may be 0
+        if title == "gradient norm" and any((r.get(n) or 0) > 0 for r in records for n in names):
             axis.set_yscale("log", nonpositive="mask")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
