@@ -32,6 +32,7 @@ from vla_rl.learning.episodes import (
     RunningEpisodes,
     group_episodes,
     reset_finished,
+    step_arguments,
 )
 from vla_rl.learning.evaluation import evaluate_modes
 from vla_rl.learning.guards import check_finite, check_first_minibatch, check_rescored
@@ -222,7 +223,8 @@ class OpenVLAPPO:
                     decision = self.decide(playing) if playing else None
                     finish_step()  # of the other half, which was under way meanwhile
                     if decision is not None:
-                        self.envs.step_async(*decision.step(self.envs.action_space.shape), source.coming(playing))
+                        step = step_arguments(decision.output.actions, playing, self.envs.action_space.shape)
+                        self.envs.step_async(*step, source.coming(playing))
                         waiting.append((buffer, decision))
                     if len(halves) == 1:
                         finish_step()

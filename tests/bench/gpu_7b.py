@@ -4,8 +4,8 @@
     python tests/bench/gpu_7b.py --scale tiny --device cpu      the same code at the small model's shapes
 
 No checkpoint is needed: the weights are random, at OpenVLA-7B's shapes, and made on the device. Where the code has a choice it
-is made as in a training, unless --compile or --no-compile fixes it; both compare the two. One process, about
-6 minutes, most of it torch.compile's where its cache (TORCHINDUCTOR_CACHE_DIR) is empty.
+is made as in a training, unless --compile or --no-compile fixes it; both compare the two. One process; --minutes
+limits it, most of which is torch.compile's where its cache (TORCHINDUCTOR_CACHE_DIR) is empty.
 
 "useful" in an update is the forward and the gradient to the inputs, 2 forwards (the weights are frozen); recomputing is not.
 """

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from torch import nn
 
 from OpenVLA_PPO import OpenVLAPPO
 from start_gae_ppo_training import ROOT, build_value_head
@@ -28,9 +27,9 @@ from tests.fakes import FakeEnv, FakeVectorEnv
 from vla_rl.learning.micro_batches import Choice
 from vla_rl.model.execution import compiles
 from vla_rl.model.policy import OpenVLAPolicy
-from vla_rl.model.prismatic import LlamaRotaryEmbedding, Prismatic
+from vla_rl.model.prismatic import LlamaRotaryEmbedding, Prismatic, fill
 from vla_rl.model.prismatic_config import read_config
-from vla_rl.model.quantization import Linear4bit, check_quantization
+from vla_rl.model.quantization import check_quantization
 from vla_rl.model.tiny_openvla import TRAINED, initialize, make_config
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.metrics import MetricsLogger
@@ -94,12 +93,7 @@ def random_network(folder: Path, device: torch.device, dtype: torch.dtype, quant
     for name, parameter in list(network.named_parameters()):
         weight = torch.empty(parameter.shape, device=device, dtype=dtype)
         initialize(name, weight, generator)
-        module_name, _, leaf = name.rpartition(".")
-        module = network.get_submodule(module_name)
-        if module_name in packed and leaf == "weight":
-            network.set_submodule(module_name, Linear4bit(module, weight))
-        else:
-            setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+        fill(network, name, weight, packed)
     network.language_model.model.rotary_emb = LlamaRotaryEmbedding(config=network.llama).to(device)
     return network.eval()
 

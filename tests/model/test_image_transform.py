@@ -46,7 +46,7 @@ def test_the_transform_that_workers_are_given_is_preprocess_and_needs_no_torch(c
     transform = OpenVLAImageTransform(112, center_crop)
     image = OFFICIAL["scene_raw256"]
     np.testing.assert_array_equal(transform(image), preprocess(image, center_crop, 112))
-    sent = pickle.dumps(transform)
+    sent = pickle.dumps(transform)  # as multiprocessing sends it; below our own bytes are read
     assert pickle.loads(sent) == transform != OpenVLAImageTransform(112, not center_crop)
     code = f"import pickle, sys; pickle.loads({sent!r}); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

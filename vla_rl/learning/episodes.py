@@ -116,6 +116,20 @@ def group_episodes(sampler: EpisodeSampler, first_group: int, num_groups: int, g
     return [e for g in groups for e in [sampler.draw(0, g, tasks[g % len(tasks)])] * group_size]
 
 
+def step_arguments(
+    actions: np.ndarray, playing: Sequence[int], shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of a vector's step_async: actions float32 [N, C, 7] of all environments, and which of them take it, bool [N].
+
+    Args:
+        actions: of the environments that play, in their order.
+        shape: of the first result.
+    """
+    every, active = np.zeros(shape, np.float32), np.zeros(shape[0], bool)
+    every[list(playing)], active[list(playing)] = actions, True
+    return every, active
+
+
 def reset_finished(
     envs: VectorEnv, finished: np.ndarray, source: EpisodeSource, begun: np.ndarray | None = None
 ) -> Observation | None:

@@ -21,7 +21,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
-from vla_rl.learning.episodes import EpisodeQueue, reset_finished
+from vla_rl.learning.episodes import EpisodeQueue, reset_finished, step_arguments
 from vla_rl.run.failures import one_line
 from vla_rl.run.settings import Config
 from vla_rl.types import Episode, Observation, Policy
@@ -100,15 +100,10 @@ def evaluate_policy(
                 greedy=greedy,
                 generator=[generators[queue.playing[index]] for index in playing],
             )
-            actions, active = (
-                np.zeros(envs.action_space.shape, np.float32),
-                np.zeros(envs.num_envs, bool),
-            )  # [N, C, 7], [N]
-            actions[playing], active[playing] = output.actions, True
             if record:
                 for index in playing:
                     frames[index].append(obs.agent_view[index].copy())  # not a view that keeps all environments' images
-            envs.step_async(actions, active)
+            envs.step_async(*step_arguments(output.actions, playing, envs.action_space.shape))
             raw_obs, _, terminated, truncated, info = envs.step_wait()
             obs = Observation.from_vector_env(raw_obs)
             lengths += info["steps"]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,12 +25,6 @@ class Decision:
     output: PolicyOutput
     hidden: Tensor  # float32 [N, D]
     values: Tensor  # float32 [N]
-
-    def step(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Arguments of the vector's step_async: actions [all, C, 7] and which environments are active."""
-        actions, active = np.zeros(shape, dtype=np.float32), np.zeros(shape[0], dtype=bool)
-        actions[self.envs], active[self.envs] = self.output.actions, True
-        return actions, active
 
     def transition(
         self, rewards: Tensor, terminated: Tensor, truncated: Tensor, steps: Tensor, episode: Sequence[int]

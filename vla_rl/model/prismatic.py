@@ -359,16 +359,21 @@ def load_network(
     ours = {official_name(name): name for name, _ in network.named_parameters()}
     packed = set() if quantization == "none" else set(network.adaptable_linears(language_model_only=True))
     for name, tensor in read_tensors(folder, use_proprio, device):
-        module_name, _, leaf = ours[name].rpartition(".")
-        module, tensor = network.get_submodule(module_name), tensor.to(device, dtype)
-        if module_name in packed and leaf == "weight":
-            network.set_submodule(module_name, Linear4bit(module, tensor))
-        else:
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        fill(network, ours[name], tensor.to(device, dtype), packed)
     network.proprio_file = proprio_file.name if proprio_file else None
     # the only tensors that no checkpoint holds: rotary frequencies, always float32
     network.language_model.model.rotary_emb = LlamaRotaryEmbedding(config=network.llama).to(device)
     return network.eval().requires_grad_(False)
+
+
+def fill(network: Prismatic, name: str, tensor: Tensor, packed: set[str]) -> None:
+    """Puts a frozen parameter in its place; of the layers named in `packed` the weight in 4 bit."""
+    module_name, _, leaf = name.rpartition(".")
+    module = network.get_submodule(module_name)
+    if module_name in packed and leaf == "weight":
+        network.set_submodule(module_name, Linear4bit(module, tensor))
+    else:
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def build_network(folder: Path, use_proprio: bool) -> Prismatic:
