@@ -1,19 +1,16 @@
-"""Command line: flags and YAML -> settings -> parts -> OpenVLAPPO.train(). The only place where parts are built."""
+"""Command line: flags and YAML -> settings -> parts -> OpenVLAPPO.train()."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import ctypes.util
 import logging
-import math
 import os
 import re
 import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +18,8 @@ from vla_rl.run.load_settings import expand, load_config, settings_help
 from vla_rl.run.logs import configure_logging
 from vla_rl.run.run_folder import (
     changed_settings,
-    check_run_folder,
-    if_moved,
     make_run_folder,
     resumed_settings,
-    setting,
     with_absolute_output_dir,
 )
 from vla_rl.run.settings import Config, ConfigError
@@ -56,18 +50,6 @@ FIXED_ON_RESUME = (
 FREE_ON_RESUME = (
     *("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb"),
     *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing", "policy.compile"),
-)
-
-# MUJOCO_GL -> the library that it needs, and Debian's packages of it
-RENDERERS = {
-    "egl": ("EGL", "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"),
-    "osmesa": ("OSMesa", "libosmesa6"),
-}
-
-# what trained_as.json beside a checkpoint may tell of its training
-TRAINED_AS = (
-    *("policy.decoder", "policy.num_images", "policy.use_proprio", "policy.chunk_size", "policy.center_crop"),
-    *("env.image_size", "env.render"),
 )
 
 
@@ -142,115 +124,12 @@ def automatic_name(config: Config) -> str:
     return f"{what}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def check_device(config: Config) -> None:
-    import torch
-
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        built = (
-            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
-            if torch.version.cuda
-            else "no CUDA build"
-        )
-        raise ConfigError(
-            f"run.device=cuda, but torch finds no CUDA GPU that it can use ({built}; nvidia-smi shows which CUDA the driver "
-            "supports: an older driver needs another build of torch). Use a machine with one (24 GB or more for the 7B model), or "
-            f"train the small model on the CPU: --config {TINY_CONFIG}"
-        )
-
-
-def check_rendering() -> None:
-    backend = os.environ.get("MUJOCO_GL") or "egl"
-    if backend not in RENDERERS:
-        raise ConfigError(
-            f"MUJOCO_GL={backend}: the simulators render without a screen, with egl (the default, on a GPU or in software) "
-            "or osmesa (software); unset MUJOCO_GL or set it to one of them"
-        )
-    library, packages = RENDERERS[backend]
-    if not can_load(library):
-        raise ConfigError(
-            f"MUJOCO_GL={backend}: the library {library}, with which the simulators render, is not there; install it "
-            f"(apt-get install -y {packages}), or set MUJOCO_GL={'osmesa' if backend == 'egl' else 'egl'} if that is there"
-        )
-
-
-def can_load(library: str) -> bool:
-    names = (f"lib{library}.so.1", f"lib{library}.so.8", ctypes.util.find_library(library), f"lib{library}.so")
-    for name in filter(None, names):
-        with suppress(OSError):
-            return bool(ctypes.CDLL(name))
-    return False
-
-
-def check_trained_as(config: Config, model: Path, resumed: bool) -> None:
-    """Used otherwise than it was trained, a checkpoint solves nothing; a run that has begun so goes on, warned.
-
-    Raises:
-        ConfigError: a setting differs, unless policy.as_trained is false or the run is resumed.
-    """
-    from vla_rl.model.trained_as import differences
-
-    other = differences(model, {name: setting(config, name) for name in TRAINED_AS})
-    if other and config.policy.as_trained and not resumed:
-        raise ConfigError(f"{'; '.join(other)}; or policy.as_trained=false to train it otherwise all the same")
-    for difference in [*other, *differences(model, {"eval.render": config.eval.render})]:
-        log.warning("%s", difference)
-
-
-def check_start(config: Config, resumed: bool) -> None:
-    """All that can be told before a run folder is made and anything heavy begins, quick things first.
-
-    Raises:
-        ConfigError: what the settings need is not there.
-    """
-    check_device(config)
-    check_rendering()
-    if not resumed:
-        check_run_folder(config)
-    if config.env.reward == "dense":
-        from vla_rl.simulation.suites import check_dense_reward
-
-        check_dense_reward(config.env.task_suite, config.env.task_ids)
-
-    from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer
-    from vla_rl.model.execution import compiles
-    from vla_rl.model.find_checkpoint import check_checkpoint
-    from vla_rl.model.quantization import check_quantization
-    from vla_rl.run.metrics import check_wandb
-
-    check_wandb(config)
-    settings = config.policy
-    if settings.compile == "true":
-        compiles(settings.compile, config.run.device)
-    check_quantization(settings.quantization)
-    try:
-        model = check_checkpoint(settings.checkpoint, settings.use_proprio)
-    except ConfigError as error:
-        raise (if_moved(error, "policy.checkpoint") if resumed else error) from None
-    check_card(config, model)
-    read_statistics(model, settings.unnorm_key or config.env.task_suite, settings.use_proprio)
-    read_tokenizer(model)
-    check_trained_as(config, model, resumed)
-
-
-def check_card(config: Config, model: Path) -> None:
-    """Raises ConfigError if the weights alone are more than the GPU has free; those in 4 bit count as a quarter."""
-    import torch
-
-    from vla_rl.learning.memory import check_weights
-    from vla_rl.model.checkpoint_folder import tensor_shapes
-
-    if config.run.device == "cuda":
-        dtype, numbers = config.policy.dtype, 0.0
-        for name, shape in tensor_shapes(model, config.policy.use_proprio):
-            packed = config.policy.quantization != "none" and "language_model.model.layers." in name and len(shape) == 2
-            numbers += math.prod(shape) / (4 if packed else 1)
-        check_weights(int(numbers * getattr(torch, dtype).itemsize), *torch.cuda.mem_get_info(), dtype)
-
-
 def train(config: Config, checkpoint: Path | None) -> None:
     """Checks what the settings need, makes the run folder, and trains in it."""
-    check_start(config, resumed=checkpoint is not None)
+    from vla_rl.learning.preflight import check_start
     from vla_rl.run.checkpoint import locked
+
+    check_start(config, resumed=checkpoint is not None)
 
     folder = make_run_folder(config, automatic_name(config)) if checkpoint is None else checkpoint.parent.parent
     with locked(folder):
@@ -272,6 +151,7 @@ def is_untouched(folder: Path) -> bool:
 def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:
     from OpenVLA_PPO import OpenVLAPPO
     from vla_rl.learning.memory import fit_to_card
+    from vla_rl.learning.parts import build_policy, build_value_head, log_sizes
     from vla_rl.run.metrics import MetricsLogger
     from vla_rl.simulation.suites import task_languages
     from vla_rl.simulation.vector_env import make_vector_env
@@ -306,57 +186,6 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
         stop_on_signals(trainer)
         trainer.train()
     log.info("run folder %s", folder)
-
-
-def build_policy(config: Config):
-    import torch
-
-    from vla_rl.model.execution import compiles
-    from vla_rl.model.policy import OpenVLAPolicy
-
-    if config.run.torch_threads is not None:
-        torch.set_num_threads(config.run.torch_threads)
-    torch.manual_seed(config.run.seed)  # of the adapter's initial weights
-    torch.backends.cudnn.allow_tf32 = False  # convolutions too in true float32, as matrix products are by default
-    settings = config.policy
-    return OpenVLAPolicy.from_checkpoint(
-        settings.checkpoint,
-        decoder=settings.decoder,
-        num_images=settings.num_images,
-        use_proprio=settings.use_proprio,
-        lora=settings.lora,
-        device=config.run.device,
-        dtype=getattr(torch, settings.dtype),
-        chunk_size=settings.chunk_size,
-        center_crop=settings.center_crop,
-        unnorm_key=settings.unnorm_key or config.env.task_suite,
-        gradient_checkpointing="none" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing,
-        compiled=compiles(settings.compile, config.run.device),
-        quantization=settings.quantization,
-    )
-
-
-def build_value_head(config: Config, hidden_size: int):
-    """None for GRPO, which has no critic."""
-    import torch
-
-    from vla_rl.model.value_head import ValueHead
-
-    if config.algorithm.estimator == "grpo":
-        return None
-    generator = torch.Generator().manual_seed(config.run.seed)
-    return ValueHead(hidden_size, config.value_head.hidden_sizes, generator).to(config.run.device)
-
-
-def log_sizes(policy, value_head) -> None:
-    from vla_rl.model.quantization import count_weights
-
-    millions = {
-        "policy": count_weights(policy.network),
-        "trained (LoRA)": sum(p.numel() for p in policy.trainable_parameters()),
-        "value head": sum(p.numel() for p in value_head.parameters()) if value_head is not None else 0,
-    }
-    log.info("parameters: %s", ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in millions.items()))
 
 
 def stop_on_signals(trainer) -> None:

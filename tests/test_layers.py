@@ -16,7 +16,8 @@ FLOORS = [
     {"run"},
     {"simulation", "model"},
     {"learning"},
-    {"OpenVLA_PPO", "commands"},
+    {"OpenVLA_PPO"},
+    {"commands"},
     {"start_gae_ppo_training"},
 ]
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}

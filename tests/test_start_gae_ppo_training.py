@@ -19,9 +19,6 @@ from start_gae_ppo_training import (
     FIXED_ON_RESUME,
     FREE_ON_RESUME,
     ROOT,
-    build_policy,
-    build_value_head,
-    can_load,
     main,
     parse_args,
     settings_from,
@@ -134,15 +131,11 @@ def test_unknown_rendering_back_end_is_named_with_those_that_work(capsys, tmp_pa
 
 
 def test_rendering_library_that_is_missing_is_told_with_its_package(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("start_gae_ppo_training.can_load", lambda library: library != "OSMesa")
+    monkeypatch.setattr("vla_rl.learning.preflight.can_load", lambda library: library != "OSMesa")
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 2
     assert "the library OSMesa" in (error := capsys.readouterr().err) and "apt-get install -y libosmesa6" in error
     assert len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
-def test_a_library_is_there_if_it_can_be_loaded():
-    assert can_load("c") and not can_load("NoSuchLibrary")
 
 
 def test_hub_checkpoint_that_cannot_be_had_says_where_it_looked_and_how_to_get_it(capsys, tmp_path, monkeypatch):
@@ -228,7 +221,7 @@ def test_run_that_ends_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("start_gae_ppo_training.build_policy", interrupted)
+    monkeypatch.setattr("vla_rl.learning.parts.build_policy", interrupted)
     assert main(["--config", TINY, "--output-dir", str(tmp_path), "run.name=x"]) == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -277,7 +270,7 @@ def test_wandb_is_finished_when_the_start_fails(tmp_path, monkeypatch):
     def fails(config):
         raise ConfigError("no such thing")
 
-    monkeypatch.setattr("start_gae_ppo_training.build_policy", fails)
+    monkeypatch.setattr("vla_rl.learning.parts.build_policy", fails)
     assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 2
     assert len(closed) == 1 and list(tmp_path.iterdir()) == []
 
@@ -472,19 +465,6 @@ def test_existing_run_folder_is_not_written_into(capsys, tmp_path):
     shutil.rmtree(tmp_path / "mine")
 
 
-def test_number_of_torch_threads_and_size_of_the_value_head_are_those_set():
-    threads = torch.get_num_threads()
-    try:
-        config = config_of("--config", TINY, "run.torch_threads=3", "value_head.hidden_sizes=[7, 5]")
-        policy = build_policy(config)
-        assert torch.get_num_threads() == 3
-        head = build_value_head(config, policy.hidden_size)
-        assert [list(p.shape) for p in head.parameters() if p.dim() == 2] == [[7, 128], [5, 7], [1, 5]]
-        assert build_value_head(config_of("--config", "configs/tiny_grpo.yaml"), 128) is None
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_what_the_out_of_memory_hint_proposes_is_accepted_by_a_resume():
     from vla_rl import sft
 
@@ -541,8 +521,8 @@ def test_settings_too_large_for_the_card_are_refused_before_training_and_leave_n
     monkeypatch.setattr("vla_rl.simulation.vector_env.make_vector_env", envs)
     policy = FakePolicy()
     policy.processor = SimpleNamespace(image_transform=None, tokenize=lambda instructions: None)
-    monkeypatch.setattr("start_gae_ppo_training.build_policy", lambda config: policy)
-    monkeypatch.setattr("start_gae_ppo_training.log_sizes", lambda policy, head: None)
+    monkeypatch.setattr("vla_rl.learning.parts.build_policy", lambda config: policy)
+    monkeypatch.setattr("vla_rl.learning.parts.log_sizes", lambda policy, head: None)
     argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), "--no-wandb"]
     assert main([*argv, "algorithm.micro_batch_size=32", "policy.gradient_checkpointing=none"]) == 2
     error = capsys.readouterr().err

@@ -1,0 +1,21 @@
+"""The policy and the value head are those that the settings name."""
+
+import torch
+
+from vla_rl.learning.parts import build_policy, build_value_head
+from vla_rl.run.load_settings import load_config
+
+TINY = "configs/tiny_gae_ppo.yaml"
+
+
+def test_number_of_torch_threads_and_size_of_the_value_head_are_those_set():
+    threads = torch.get_num_threads()
+    try:
+        config = load_config(TINY, ["run.torch_threads=3", "value_head.hidden_sizes=[7, 5]"])
+        policy = build_policy(config)
+        assert torch.get_num_threads() == 3
+        head = build_value_head(config, policy.hidden_size)
+        assert [list(p.shape) for p in head.parameters() if p.dim() == 2] == [[7, 128], [5, 7], [1, 5]]
+        assert build_value_head(load_config("configs/tiny_grpo.yaml"), 128) is None
+    finally:
+        torch.set_num_threads(threads)

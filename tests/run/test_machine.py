@@ -1,0 +1,65 @@
+"""Memory that can still be taken: the machine's, or less where a control group has a limit."""
+
+import pytest
+
+from vla_rl.run.machine import available_memory
+
+GIB = 2**30
+
+
+def write(root, **files):
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    write(tmp_path, proc__meminfo="MemTotal: 33554432 kB\nMemAvailable:   16777216 kB\n")
+    write(tmp_path, proc__self__cgroup="0::/job/step\n")
+    return tmp_path
+
+
+def group(root, path, limit, used, cached=0):
+    folder = root / path
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+
+
+def test_without_a_limit_it_is_what_the_kernel_says(machine):
+    assert available_memory(machine) == 16 * GIB
+    group(machine, "sys/fs/cgroup/job/step", "max", 3 * GIB)
+    assert available_memory(machine) == 16 * GIB
+
+
+def test_a_limit_of_the_job_counts_also_one_of_a_group_around_it(machine):
+    group(machine, "sys/fs/cgroup/job/step", "max", 1 * GIB)
+    group(machine, "sys/fs/cgroup/job", 8 * GIB, 3 * GIB, cached=GIB)
+    assert available_memory(machine) == 6 * GIB  # 8 - 3 + 1 of cached files
+
+
+def test_a_limit_that_is_used_up_leaves_nothing(machine):
+    group(machine, "sys/fs/cgroup/job", 2 * GIB, 3 * GIB)
+    assert available_memory(machine) == 0
+
+
+def test_in_a_container_whose_group_is_not_mounted_the_mount_itself_counts(machine):
+    group(machine, "sys/fs/cgroup", 4 * GIB, 1 * GIB)
+    assert available_memory(machine) == 3 * GIB
+
+
+def test_version_1_of_control_groups(machine):
+    write(machine, proc__self__cgroup="5:cpu,cpuacct:/x\n4:memory:/docker/abc\n")
+    folder = machine / "sys/fs/cgroup/memory"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text(str(5 * GIB))
+    (folder / "memory.usage_in_bytes").write_text(str(2 * GIB))
+    (folder / "memory.stat").write_text(f"total_inactive_file {GIB}\n")
+    assert available_memory(machine) == 4 * GIB
+
+
+def test_this_machine_has_some():
+    assert 0 < available_memory() < 2**50
