@@ -30,7 +30,7 @@ from vla_rl.learning.episodes import (
     EpisodeSource,
     EpisodeStreams,
     RunningEpisodes,
-    group_episodes,
+    group_queue,
     reset_finished,
     step_arguments,
 )
@@ -96,9 +96,7 @@ class OpenVLAPPO:
         self.schedule = ActorSchedule(self.actor_optimizer, config, self.tokens_per_ratio)
 
         # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
-        # each environment: which ones decide together does not either.
-        seeds = np.random.SeedSequence(config.run.seed).generate_state(envs.num_envs, np.uint64)
-        self.sampling_generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        # each environment (PPO) or episode (GRPO): which ones decide together does not either.
         self.order_generator = torch.Generator().manual_seed(config.run.seed + 1)
         self.sampler = EpisodeSampler(config.env.task_ids, config.env.initial_states, config.run.seed)
         self.streams = EpisodeStreams(self.sampler, envs.num_envs)
@@ -197,7 +195,7 @@ class OpenVLAPPO:
             The rows and rollout/* metrics.
         """
         num_envs, n_steps = self.envs.num_envs, self.config.rollout.n_steps
-        source = self.streams if self.uses_critic else EpisodeQueue(self.draw_groups())
+        source = self.streams if self.uses_critic else self.draw_groups()
         if not self.uses_critic or self.obs is None:
             self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), source)
         halves = np.array_split(np.arange(num_envs), 2 if self.config.rollout.overlap else 1)
@@ -220,7 +218,7 @@ class OpenVLAPPO:
             while rounds < n_steps if self.uses_critic else source.playing:
                 for half, buffer in zip(halves, buffers, strict=True):
                     playing = [int(i) for i in half if i in source.playing]
-                    decision = self.decide(playing) if playing else None
+                    decision = self.decide(playing, source) if playing else None
                     finish_step()  # of the other half, which was under way meanwhile
                     if decision is not None:
                         step = step_arguments(decision.output.actions, playing, self.envs.action_space.shape)
@@ -232,15 +230,16 @@ class OpenVLAPPO:
             finish_step()
         rollout = RolloutBuffer.join(buffers)
         rollout.bootstrap(self.values_of, len(halves[0]))  # as many rows as a decision has
-        return rollout, progress.rollout_metrics(finished_episodes, self.timesteps - first_timestep)
+        steps, num_tasks = self.timesteps - first_timestep, len(self.config.env.task_ids)
+        return rollout, progress.rollout_metrics(finished_episodes, steps, num_tasks)
 
-    def decide(self, playing: list[int]) -> Decision:
+    def decide(self, playing: list[int], source: EpisodeSource) -> Decision:
         """One forward of the policy for the environments that play, and the values of what they see."""
         self.check_stop()
         output = self.policy.act(
             self.obs.rows(playing),
             temperature=self.config.rollout.temperature,
-            generator=[self.sampling_generators[i] for i in playing],
+            generator=[source.generator_of(i) for i in playing],
         )
         hidden = self.hidden_of(output)  # [N, D]
         values = self.predict_values(hidden)  # [N]
@@ -273,19 +272,18 @@ class OpenVLAPPO:
         buffer.add(transition, wanted, self.policy.prepare(reached) if len(reached) else None)
 
         self.timesteps += int(steps.sum())
-        finished_episodes = self.running.add(playing, *(x.numpy() for x in (rewards, steps, terminated, done)))
+        finished_episodes = self.running.add(source, playing, *(x.numpy() for x in (rewards, steps, terminated, done)))
         finished = np.zeros(self.envs.num_envs, dtype=bool)
         finished[playing] = done.numpy()
         self.obs = reset_finished(self.envs, finished, source, info["begun"]) or next_obs
         return finished_episodes
 
-    def draw_groups(self) -> list:
+    def draw_groups(self) -> EpisodeQueue:
         """The iteration's GRPO episodes: groups that share task and initial state."""
-        rollout = self.config.rollout
-        num_groups = (rollout.n_episodes or rollout.num_envs) // rollout.group_size
-        episodes = group_episodes(self.sampler, self.groups_played, num_groups, rollout.group_size)
-        self.groups_played += num_groups
-        return episodes
+        rollout, first = self.config.rollout, self.groups_played
+        self.groups_played += (rollout.n_episodes or rollout.num_envs) // rollout.group_size
+        held = getattr(self.envs, "held", None)
+        return group_queue(self.sampler, first, self.groups_played - first, rollout.group_size, held)
 
     def hidden_of(self, output: PolicyOutput) -> Tensor:
         """The cached hidden state [N, D] on the CPU; from one more forward, with a warning, if the policy gave none.
@@ -340,10 +338,11 @@ class OpenVLAPPO:
         episode = rollout.rows("episode")  # [R]
         returns = torch.zeros(int(episode.max()) + 1).index_add(0, episode, rollout.rows("rewards"))  # [E]
         advantages, informative = compute_grpo_advantages(returns, self.config.rollout.group_size)
-        usable = informative[episode] if algorithm.drop_uniform_groups else None
+        rows = episode.argsort(stable=True)  # by episode, then time: the same whoever played what
+        rows = rows[informative[episode[rows]]] if algorithm.drop_uniform_groups else rows
         num_groups = len(returns) // self.config.rollout.group_size
         metrics = {"rollout/uniform_groups": num_groups - informative.sum().item() / self.config.rollout.group_size}
-        return rollout.flatten(advantages[episode], None, usable), metrics
+        return rollout.flatten(advantages[episode], None, rows), metrics
 
     # --------------------------------------------------------------------------------------------------------- update
 

@@ -175,9 +175,10 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
             trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s at %d timesteps", checkpoint, trainer.timesteps)
         log.info(
-            "simulators: %d training environments in %d workers (render %s), %d for evaluation in %d (render %s)",
+            "simulators: %d training environments in %d workers (render %s), %d for evaluation in %d (render %s)%s",
             *(envs.num_envs, envs.num_workers, config.env.render),
             *(eval_envs.num_envs, eval_envs.num_workers, config.eval.render),
+            f"; a worker keeps up to {envs.simulators_per_worker} tasks" if len(config.env.task_ids) > 1 else "",
         )
         languages = task_languages(config.env.task_suite)
         instructions = [languages[task_id] for task_id in config.env.task_ids]

@@ -171,8 +171,49 @@ def test_overlap_decides_for_one_half_while_the_other_steps(tmp_path):
     first, second = [True, True, False, False], [False, False, True, True]
     turns = ["decide", first, "decide", "wait", second, "decide", "wait", first, "decide", "wait", second, "wait"]
     assert calls == turns
-    own = trainer.sampling_generators  # of each environment, whoever decides beside it
+    own = trainer.streams.generators  # of each environment, whoever decides beside it
     assert drawn_from == [own[:2], own[2:]] * 2 and len({generator.initial_seed() for generator in own}) == 4
+
+
+def test_grpo_trains_on_the_same_rows_whoever_plays_the_episodes(tmp_path):
+    """Another number of environments, and a vector whose workers prefer a task: the batch is equal, row by row."""
+
+    class LastTaskFirst:
+        def choose(self, env_index, waiting):
+            return max(waiting)
+
+    batches = []
+    for name, num_envs, held in (("one", 4, None), ("two", 8, None), ("three", 4, LastTaskFirst())):
+        changes = {"rollout": {"num_envs": num_envs, "group_size": 4, "n_episodes": 16}, "env": {"task_ids": [0, 1, 2]}}
+        trainer = make_trainer(
+            tmp_path / name, algorithm={"estimator": "grpo", "drop_uniform_groups": False}, **changes
+        )
+        trainer.envs.held = held
+        for _ in range(2):  # the second iteration's groups are numbered on
+            rollout, metrics = trainer.collect_rollout()
+        assert (
+            metrics["rollout/episodes/task_0"] + metrics["rollout/episodes/task_1"] < metrics["rollout/episodes"] == 16
+        )
+        batches.append(trainer.compute_advantages(rollout)[0])
+    assert len(batches[0]) > 32
+    for batch in batches[1:]:
+        for name in ("action_tokens", "steps", "advantages"):
+            assert torch.equal(getattr(batch, name), getattr(batches[0], name)), name
+        assert batch.inputs.instructions == batches[0].inputs.instructions
+        assert torch.equal(batch.inputs.images, batches[0].inputs.images)
+        torch.testing.assert_close(
+            batch.old_logprobs, batches[0].old_logprobs
+        )  # forwards of other sizes round otherwise
+
+
+def test_several_tasks_are_played_evenly_and_each_ones_success_is_told(tmp_path):
+    trainer = make_trainer(tmp_path, rollout={"num_envs": 4, "n_steps": 90}, env={"task_ids": [0, 1, 7]})
+    _, metrics = trainer.collect_rollout()
+    counts = {i: metrics[f"rollout/episodes/task_{i}"] for i in (0, 1, 7)}
+    assert sum(counts.values()) == metrics["rollout/episodes"] > 100
+    assert max(counts.values()) - min(counts.values()) <= 8  # every environment is as fast as the others, by chance
+    rates = [metrics[f"rollout/success_rate/task_{i}"] * n for i, n in counts.items()]
+    assert sum(rates) == pytest.approx(metrics["rollout/success_rate"] * metrics["rollout/episodes"])
 
 
 def test_grpo_plays_whole_groups_from_equal_starts_and_idle_environments_add_no_rows(tmp_path):

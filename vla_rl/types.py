@@ -50,6 +50,16 @@ class Episode:
     resets: int = 1  # placements drawn with that seed; the last one is played
 
 
+def place_in_round(index: int, num_envs: int) -> int:
+    """Where environment `index` stands when the two halves of the environments, which overlapping steps in turns, alternate.
+
+    Neighbours in the round have neighbouring tasks (vla_rl.learning.episodes.EpisodeStreams), and a worker has neighbours
+    (vla_rl.simulation.vector_env): so it needs few simulators, and each half fills all workers.
+    """
+    half = -(-num_envs // 2)
+    return 2 * index if index < half else 2 * (index - half) + 1
+
+
 class ImageTransform(Protocol):
     """What a policy's images go through first, in the simulators' processes: it can be pickled, and equal ones are equal."""
 

@@ -1,14 +1,23 @@
 """Which episode is played next depends on the seed and on counters, on nothing else."""
 
 import itertools
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from tests.fakes import make_envs
 from vla_rl.demonstrations import episodes_of
-from vla_rl.learning.episodes import EpisodeQueue, EpisodeSampler, EpisodeStreams, group_episodes, reset_finished
-from vla_rl.types import Episode
+from vla_rl.learning.episodes import (
+    EpisodeQueue,
+    EpisodeSampler,
+    EpisodeStreams,
+    group_episodes,
+    group_queue,
+    reset_finished,
+)
+from vla_rl.types import Episode, place_in_round
 
 
 def sampler(tasks=(0,), states="random", seed=0) -> EpisodeSampler:
@@ -57,16 +66,40 @@ def test_no_seed_trains_on_the_placements_that_it_demonstrates():
     assert not demonstrated & (trained | grouped)
 
 
-def test_with_fewer_tasks_than_environments_each_environment_keeps_its_task():
-    streams = EpisodeStreams(sampler([4, 7, 9]), 8)
-    tasks = [{streams.next(i).task_id for _ in range(5)} for i in range(8)]
-    assert tasks == [{4}, {7}, {9}, {4}, {7}, {9}, {4}, {7}]
+@pytest.mark.parametrize(
+    ("num_tasks", "num_envs"), [(10, 16), (10, 8), (3, 2), (3, 8), (1, 5), (90, 8), (7, 7), (4, 8)]
+)
+def test_tasks_get_equally_many_episodes_whatever_the_number_of_environments(num_tasks, num_envs):
+    streams = EpisodeStreams(sampler(range(num_tasks)), num_envs)
+    count = np.zeros(num_tasks, int)
+    for number in range(2 * num_tasks):
+        now = np.bincount([streams.next(i).task_id for i in range(num_envs)], minlength=num_tasks)
+        assert now.max() - now.min() <= 1  # the environments are spread evenly at any time
+        count += now
+        if number + 1 in (num_tasks, 2 * num_tasks):  # a whole round
+            assert (count == count[0]).all()
 
 
-def test_with_more_tasks_than_environments_every_task_is_played_in_turn():
-    streams = EpisodeStreams(sampler([0, 1, 2, 3, 4]), 2)
-    assert [streams.next(0).task_id for _ in range(6)] == [0, 2, 4, 1, 3, 0]
-    assert [streams.next(1).task_id for _ in range(6)] == [1, 3, 0, 2, 4, 1]
+def test_an_environment_has_few_tasks_where_there_are_enough_environments():
+    streams = EpisodeStreams(sampler([4, 7, 9]), 9)
+    assert [{streams.next(i).task_id for _ in range(6)} for i in range(9)] == [
+        *({4}, {4}, {7}, {9}, {9}),  # every second place of the round
+        *({4}, {7}, {7}, {9}),
+    ]
+    streams = EpisodeStreams(sampler(range(10)), 16)
+    assert max(len({streams.next(i).task_id for _ in range(20)}) for i in range(16)) == 2
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4, 16])
+def test_neighbours_of_the_round_share_tasks_so_a_worker_needs_few_simulators(num_workers):
+    streams, places = EpisodeStreams(sampler(range(10)), 16), [place_in_round(i, 16) for i in range(16)]
+    assert sorted(places) == list(range(16))
+    for worker in range(num_workers):
+        envs = [i for i in range(16) if places[i] * num_workers // 16 == worker]
+        tasks = {streams.next(i).task_id for i in envs for _ in range(10)}
+        assert len(tasks) <= -(-10 // num_workers) + 1
+        if num_workers <= 8:
+            assert sum(i < 8 for i in envs) == len(envs) / 2  # a half of an overlapped rollout fills every worker
 
 
 @pytest.mark.parametrize("tasks", [[3], [0, 1, 2, 3, 4]])
@@ -116,6 +149,37 @@ def test_the_queue_gives_episodes_in_order_to_whoever_is_free():
     queue = EpisodeQueue([Episode(0, i, 0) for i in range(4)])
     assert [queue.next(i).initial_state for i in (1, 0, 1, 2)] == [0, 1, 2, 3]
     assert queue.playing == {1: 2, 0: 1, 2: 3}
+
+
+def test_the_queue_asks_which_task_an_environment_takes_and_plays_each_episode_once():
+    class Held:
+        asked: ClassVar[list] = []
+
+        def choose(self, env_index, waiting):
+            self.asked.append((env_index, dict(waiting)))
+            return env_index if env_index in waiting else None
+
+    queue = EpisodeQueue([Episode(task, state, 0) for state in range(2) for task in (5, 6)], Held())
+    assert [queue.next(env) for env in (6, 6, 5)] == [Episode(6, 0, 0), Episode(6, 1, 0), Episode(5, 0, 0)]
+    assert queue.playing == {6: 3, 5: 0} and (queue.task_of(6), queue.task_of(5)) == (6, 5)
+    assert queue.next(6) is None and queue.playing == {5: 0}
+    assert queue.next(5) == Episode(5, 1, 0) and queue.next(5) is None and not queue.waiting
+    assert Held.asked[0] == (6, {5: 2, 6: 2}) and Held.asked[-1] == (5, {5: 1})
+
+
+def test_what_an_episode_of_a_group_samples_is_its_own_whoever_plays_it():
+    def draws(queue, envs):
+        numbers = {}
+        for env in envs:
+            queue.next(env)
+            numbers[queue.playing[env]] = torch.rand(2, generator=queue.generator_of(env)).tolist()
+        return numbers
+
+    first = draws(group_queue(sampler([0, 1]), 3, 2, 4, None), [0, 1, 2, 3, 0, 1, 2, 3])
+    assert first == draws(group_queue(sampler([0, 1]), 3, 2, 4, None), [7] * 8)
+    assert len({tuple(values) for values in first.values()}) == 8  # members of a group differ
+    later = draws(group_queue(sampler([0, 1]), 4, 2, 4, None), [0] * 8)
+    assert [later[i] for i in range(4)] == [first[i] for i in range(4, 8)]  # numbered over the run
 
 
 def test_an_empty_queue_leaves_the_environment_idle():

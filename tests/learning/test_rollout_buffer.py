@@ -164,10 +164,10 @@ def test_nothing_wanted_costs_no_forward():
 # flat batches
 
 
-def test_unusable_rows_are_left_out_of_every_field():
-    usable = torch.tensor([True, False, False, True, True, False])
-    batch = buffer_of([0, 1, 2], [3, 4, 5]).flatten(torch.arange(6.0), torch.arange(6.0), usable)
-    assert numbers_of(batch) == [0, 3, 4] and batch.returns.tolist() == [0, 3, 4]
+def test_rows_that_are_not_kept_are_left_out_of_every_field_and_the_others_come_in_the_order_asked_for():
+    kept = torch.tensor([4, 0, 3])
+    batch = buffer_of([0, 1, 2], [3, 4, 5]).flatten(torch.arange(6.0), torch.arange(6.0), kept)
+    assert numbers_of(batch) == [4, 0, 3] and batch.returns.tolist() == [4, 0, 3]
 
 
 def test_no_usable_row_gives_an_empty_batch():

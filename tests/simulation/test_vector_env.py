@@ -1,5 +1,6 @@
 """LiberoVectorEnv: environments in worker processes, several in each, in order, restored, and what a dead worker says."""
 
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from vla_rl.model.image_transform import OpenVLAImageTransform
 from vla_rl.run.load_settings import config_from_dict
 from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.simulation.suites import task_languages
-from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
+from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env, simulators_that_fit
 from vla_rl.simulation.worker import Shown
 from vla_rl.types import ACTION_DIM, Episode, Observation
 
@@ -55,11 +56,14 @@ def assert_shows(obs, row, expected):
 
 
 @libero
-def test_the_vector_plays_restores_and_names_a_killed_worker(alone):
+def test_the_vector_plays_restores_and_names_a_killed_worker(alone, caplog):
     envs = LiberoVectorEnv(SETTINGS, num_envs=3, num_workers=2)
     pids = [process.pid for process in envs.processes]
     assert len(pids) == 2
-    obs, _ = envs.reset(options={"episodes": EPISODES})
+    with caplog.at_level(logging.INFO):
+        obs, _ = envs.reset(options={"episodes": EPISODES})
+    assert "built 2 simulators" in caplog.text and "libero_spatial task 1, libero_spatial task 4" in caplog.text
+    assert [list(kept) for kept in envs.held.kept] == [[4], [1]]  # environments 0 and 2, and 1
     languages = task_languages("libero_spatial")
     assert Observation.from_vector_env(obs).instructions == (languages[4], languages[1], languages[4])
     assert obs["images"].shape == (3, 2, SIZE, SIZE, 3) and envs.observation_space.contains(obs)
@@ -228,9 +232,9 @@ def test_settings_reach_the_environments():
         envs = make_vector_env(config, 5, evaluation=evaluation)
         assert envs.num_workers == len(envs.processes) == 2
         worker = envs.workers.env_fns[1]()
-        assert list(worker.envs) == [1, 3]
+        assert list(worker.envs) == [4, 2]  # the end of the round 0 3 1 4 2
         assert (worker.simulators.limit, worker.simulators.cache_gb) == (3, 1.5)
-        env = worker.envs[3]
+        env = worker.envs[4]
         assert envs.single_observation_space["images"].shape == (2, 72, 72, 3)
         assert envs.single_action_space.shape == (5, 7)
         assert (env.task_suite, env.default_task_id, env.settle_steps) == ("libero_goal", 3, 4)
@@ -251,8 +255,22 @@ def test_there_are_as_many_workers_as_can_work(monkeypatch, cores, num_envs, ove
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     envs = make_vector_env(config_from_dict({}, "test"), num_envs, overlap=overlap)
     assert len(envs.processes) == num_workers
-    assert envs.workers.env_fns[0]().simulators.limit == envs.places  # enough for a task in each place
+    assert envs.workers.env_fns[0]().simulators.limit == envs.simulators_per_worker == envs.held.limit == 1  # one task
     envs.close()
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "num_workers", "num_tasks", "gigabytes", "kept"),
+    [
+        (8, 2, 1, 64, 1),  # no more than there are
+        (8, 2, 10, 64, 10),  # (32 / 2 - 0.4) / 0.6 = 26
+        (8, 2, 10, 16, 6),  # (8 / 2 - 0.4) / 0.6 = 6
+        (8, 2, 10, 2, 4),  # less than its environments can play at once would build at every turn
+        (16, 16, 90, 128, 6),  # (64 / 16 - 0.4) / 0.6
+    ],
+)
+def test_simulators_are_kept_where_half_of_the_memory_has_room(num_envs, num_workers, num_tasks, gigabytes, kept):
+    assert simulators_that_fit(num_envs, num_workers, num_tasks, gigabytes * 10**9) == kept
 
 
 @pytest.mark.parametrize(("render", "cores", "given", "seen"), [

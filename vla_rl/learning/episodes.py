@@ -7,14 +7,15 @@ the others are.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from gymnasium.vector import VectorEnv
 
 from vla_rl.run.progress import FinishedEpisode
-from vla_rl.types import Episode, Observation
+from vla_rl.types import Episode, Observation, place_in_round
 
 NOT_DEMONSTRATED = 1  # in the seeds: vla_rl.demonstrations draws without it, so no placement is seen there and here
 
@@ -25,6 +26,16 @@ class EpisodeSource(Protocol):
     def next(self, env_index: int) -> Episode | None: ...  # None: nothing left to play
 
     def coming(self, envs: Sequence[int]) -> dict[int, Episode]: ...  # what `next` will give them, where that is known
+
+    def task_of(self, env_index: int) -> int: ...  # of the episode that it plays
+
+    def generator_of(self, env_index: int) -> torch.Generator: ...  # that the episode's actions are sampled with
+
+
+class Held(Protocol):
+    """Which worker has which task's simulator; vla_rl.simulation.held_tasks.HeldTasks."""
+
+    def choose(self, env_index: int, waiting: Mapping[int, int]) -> int | None: ...
 
 
 class EpisodeSampler:
@@ -43,17 +54,21 @@ class EpisodeSampler:
 
 
 class EpisodeStreams:
-    """Endless episodes for each of num_envs environments (PPO).
+    """Endless episodes for each of N environments (PPO), and the generator that each samples from.
 
-    With at most as many tasks as environments, environment i always plays task i mod the number of tasks: no simulator is
-    ever rebuilt, and if the division has a rest some tasks are played by one environment more than others. With more
-    tasks than environments, all tasks together get equal turns.
+    T tasks are laid around a ring, N turns each; the environment at place p of the round has the T turns from p T on, again and
+    again. So the tasks get equally many episodes whatever N is (exactly, each time that all environments have played T), at any
+    time the environments are spread evenly over the ring, and each changes its task as seldom as can be: with T <= N it has
+    one or two, and neighbours have neighbouring tasks, of which one of W workers needs ceil(T / W) + 1 at most. None of it
+    depends on how many workers there are.
     """
 
     def __init__(self, sampler: EpisodeSampler, num_envs: int):
         self.sampler = sampler
         self.played = [0] * num_envs  # episodes handed out to each environment
         self.playing = dict.fromkeys(range(num_envs), -1)
+        seeds = np.random.SeedSequence(sampler.seed).generate_state(num_envs, np.uint64)
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def next(self, env_index: int) -> Episode:
         episode = self.coming([env_index])[env_index]
@@ -61,12 +76,18 @@ class EpisodeStreams:
         return episode
 
     def coming(self, envs: Sequence[int]) -> dict[int, Episode]:
-        tasks, num_envs, episodes = self.sampler.task_ids, len(self.played), {}
-        for index in envs:
-            number = self.played[index]
-            turn = index if len(tasks) <= num_envs else index + number * num_envs
-            episodes[index] = self.sampler.draw(index, number, tasks[turn % len(tasks)])
-        return episodes
+        played = self.played
+        return {i: self.sampler.draw(i, played[i], self.task_of(i, played[i])) for i in envs}
+
+    def task_of(self, env_index: int, number: int | None = None) -> int:
+        """Of the environment's episode `number`; of the one that it plays without."""
+        number = self.played[env_index] - 1 if number is None else number
+        tasks, num_envs = self.sampler.task_ids, len(self.played)
+        turn = place_in_round(env_index, num_envs) * len(tasks) + number % len(tasks)
+        return tasks[turn // num_envs]
+
+    def generator_of(self, env_index: int) -> torch.Generator:
+        return self.generators[env_index]
 
 
 class RunningEpisodes:
@@ -77,7 +98,13 @@ class RunningEpisodes:
         self.lengths = np.zeros(num_envs, dtype=np.int64)  # simulator steps
 
     def add(
-        self, playing: Sequence[int], rewards: np.ndarray, steps: np.ndarray, terminated: np.ndarray, done: np.ndarray
+        self,
+        source: EpisodeSource,
+        playing: Sequence[int],
+        rewards: np.ndarray,
+        steps: np.ndarray,
+        terminated: np.ndarray,
+        done: np.ndarray,
     ) -> list[FinishedEpisode]:
         """Counts a decision of the environments that play, arrays [N] in their order; returns the episodes that it ended."""
         self.returns[playing] += rewards
@@ -86,27 +113,54 @@ class RunningEpisodes:
         for row, index in enumerate(playing):
             if done[row]:
                 ret, length = float(self.returns[index]), int(self.lengths[index])
-                finished.append(FinishedEpisode(ret, length, success=bool(terminated[row])))
+                task = source.task_of(index)
+                finished.append(FinishedEpisode(ret, length, success=bool(terminated[row]), task_id=task))
                 self.returns[index] = self.lengths[index] = 0
         return finished
 
 
 class EpisodeQueue:
-    """A list of episodes, handed out in order to whichever environment is free (GRPO, evaluation)."""
+    """A list of episodes for whichever environment is free (GRPO, evaluation): in order, or of the tasks that its worker has.
 
-    def __init__(self, episodes: Iterable[Episode]):
-        self.waiting = deque(enumerate(episodes))
+    Args:
+        episodes: E of them.
+        held: says which task an environment takes; None takes the list's order.
+        generators: E, one an episode: what it samples depends on the episode alone, not on who plays it.
+    """
+
+    def __init__(
+        self, episodes: Sequence[Episode], held: Held | None = None, generators: Sequence[torch.Generator] = ()
+    ):
+        self.episodes, self.held, self.generators = list(episodes), held, generators
+        self.waiting: dict[int, deque[int]] = {}  # task -> indices of its episodes, in order
+        for number, episode in enumerate(self.episodes):
+            self.waiting.setdefault(episode.task_id, deque()).append(number)
         self.playing: dict[int, int] = {}  # env index -> index of the episode in the list
 
     def next(self, env_index: int) -> Episode | None:
-        if not self.waiting:
+        task = self._choose(env_index) if self.waiting else None
+        if task is None:
             self.playing.pop(env_index, None)
             return None
-        self.playing[env_index], episode = self.waiting.popleft()
-        return episode
+        number = self.waiting[task].popleft()
+        if not self.waiting[task]:
+            del self.waiting[task]
+        self.playing[env_index] = number
+        return self.episodes[number]
+
+    def _choose(self, env_index: int) -> int | None:
+        if self.held is None:
+            return min(self.waiting, key=lambda task: self.waiting[task][0])
+        return self.held.choose(env_index, {task: len(numbers) for task, numbers in self.waiting.items()})
 
     def coming(self, envs: Sequence[int]) -> dict[int, Episode]:
         return {}  # who ends first takes the next one
+
+    def task_of(self, env_index: int) -> int:
+        return self.episodes[self.playing[env_index]].task_id
+
+    def generator_of(self, env_index: int) -> torch.Generator:
+        return self.generators[self.playing[env_index]]
 
 
 def group_episodes(sampler: EpisodeSampler, first_group: int, num_groups: int, group_size: int) -> list[Episode]:
@@ -114,6 +168,16 @@ def group_episodes(sampler: EpisodeSampler, first_group: int, num_groups: int, g
     tasks = sampler.task_ids
     groups = range(first_group, first_group + num_groups)
     return [e for g in groups for e in [sampler.draw(0, g, tasks[g % len(tasks)])] * group_size]
+
+
+def group_queue(
+    sampler: EpisodeSampler, first_group: int, num_groups: int, group_size: int, held: Held | None
+) -> EpisodeQueue:
+    """The episodes of `group_episodes`, each with a generator of its own: whoever plays it samples the same."""
+    episodes = group_episodes(sampler, first_group, num_groups, group_size)
+    numbers = range(first_group * group_size, first_group * group_size + len(episodes))
+    seeds = [np.random.SeedSequence([sampler.seed, number]).generate_state(1, np.uint64)[0] for number in numbers]
+    return EpisodeQueue(episodes, held, [torch.Generator().manual_seed(int(seed)) for seed in seeds])
 
 
 def step_arguments(

@@ -81,7 +81,7 @@ def evaluate_policy(
     if envs.num_envs > len(episodes):
         raise ValueError(f"{envs.num_envs} evaluation environments for {len(episodes)} episodes; make fewer")
     generators = sampling_generators(episodes, seed)
-    queue = EpisodeQueue(episodes)
+    queue = EpisodeQueue(episodes, getattr(envs, "held", None))
     lengths = np.zeros(envs.num_envs, dtype=np.int64)
     frames: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
     recorded: set[bool] = set()  # outcomes whose frames are kept

@@ -189,12 +189,12 @@ class RolloutBuffer:
         following = torch.cat([values[1:], bootstrap[-1:]])  # [T, N]
         return torch.where(self.stack("truncated"), bootstrap, following)
 
-    def flatten(self, advantages: Tensor, returns: Tensor | None, usable: Tensor | None = None) -> Minibatch:
+    def flatten(self, advantages: Tensor, returns: Tensor | None, kept: Tensor | None = None) -> Minibatch:
         """The rows as one flat batch.
 
         Args:
             advantages, returns: [R], in the order of rows().
-            usable: [R] bool, rows to keep; None keeps all.
+            kept: int64, which rows, in which order; None keeps all as they are.
         """
         batch = Minibatch(
             inputs=PolicyInputs.concatenate([transition.inputs for transition in self.transitions]),
@@ -206,7 +206,7 @@ class RolloutBuffer:
             returns=returns,
             reference_logprobs=None,
         )
-        return batch if usable is None or usable.all() else batch.rows(usable.nonzero().flatten())
+        return batch if kept is None else batch.rows(kept)
 
 
 def minibatches(batch: Minibatch, size: int, generator: torch.Generator, epochs: int = 1) -> Iterator[Minibatch]:

@@ -51,7 +51,6 @@ class Trainer(Protocol):
     actor_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer | None
     schedule: ActorSchedule
-    sampling_generators: list[torch.Generator]  # one an environment
     order_generator: torch.Generator
     streams: EpisodeStreams
     running: RunningEpisodes
@@ -101,7 +100,7 @@ class TrainerState:
                     {"episode": state["episode"], "actions": torch.from_numpy(state["actions"])}
                     for state in (trainer.envs.episode_states() if between_rollouts else [])
                 ],
-                "sampling_generators": [generator.get_state() for generator in trainer.sampling_generators],
+                "sampling_generators": [generator.get_state() for generator in trainer.streams.generators],
                 "order_generator": trainer.order_generator.get_state(),
                 "adapter": list(trainer.actor_parameters),
                 "value_head": dict(trainer.value_head.state_dict()) if trainer.value_head is not None else None,
@@ -155,7 +154,7 @@ class TrainerState:
         trainer.streams.played = list(values["episodes_played"])
         trainer.running.returns = values["running_returns"].numpy().copy()
         trainer.running.lengths = values["running_lengths"].numpy().copy()
-        for generator, state in zip(trainer.sampling_generators, values["sampling_generators"], strict=True):
+        for generator, state in zip(trainer.streams.generators, values["sampling_generators"], strict=True):
             generator.set_state(state)
         trainer.order_generator.set_state(values["order_generator"])
         episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in values["episodes_under_way"]]

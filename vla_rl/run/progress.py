@@ -19,12 +19,19 @@ class FinishedEpisode:
     ret: float  # undiscounted return
     length: int  # simulator steps
     success: bool
+    task_id: int = 0
 
 
-def rollout_metrics(episodes: list[FinishedEpisode], env_steps: int) -> dict[str, Any]:
-    """rollout/* of the episodes that ended in this rollout; None if none did."""
+def rollout_metrics(episodes: list[FinishedEpisode], env_steps: int, num_tasks: int = 1) -> dict[str, Any]:
+    """rollout/* of the episodes that ended in this rollout; None if none did. With several tasks each one's, too."""
     successes = [episode.success for episode in episodes]
+    of_task: dict[int, list[bool]] = {}
+    for episode in sorted(episodes, key=lambda episode: episode.task_id):
+        of_task.setdefault(episode.task_id, []).append(episode.success)
+    tasks = of_task if num_tasks > 1 else {}
     return {
+        **{f"rollout/success_rate/task_{i}": float(np.mean(successes)) for i, successes in tasks.items()},
+        **{f"rollout/episodes/task_{i}": len(successes) for i, successes in tasks.items()},
         "rollout/episodes": len(episodes),
         "rollout/success_rate": float(np.mean(successes)) if episodes else None,
         "rollout/return": float(np.mean([episode.ret for episode in episodes])) if episodes else None,

@@ -177,7 +177,7 @@ class EnvConfig(Section):
     task_suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = Field(
         "libero_spatial", description="benchmark suite"
     )
-    task_ids: Indices = Field([0], min_length=1, description="tasks of the suite; environments take them in turn")
+    task_ids: Indices = Field([0], min_length=1, description="tasks of the suite; each gets as many episodes")
     initial_states: Literal["random"] | States = Field(
         "random", description="training episodes start from fresh random placements, or from these fixed states (0-49)"
     )
@@ -203,8 +203,8 @@ class EnvConfig(Section):
     simulators_per_worker: int | None = Field(
         None,
         ge=1,
-        description="tasks that a worker keeps in memory (0.6 GB each), of which it needs those that its environments play; "
-        "null: one an environment, and so enough; fewer rebuild simulators at each turn, seconds each",
+        description="tasks that a worker keeps in memory (0.6 GB each); null: all that half of the memory has room for, and at "
+        "least one an environment; fewer rebuild simulators at each turn, seconds each",
     )
     model_cache_gb: float = Field(
         3.0, ge=0, description="disk for compiled models in ~/.cache/vla_rl (0.25 GB a task); 0 for none"

@@ -23,6 +23,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
 from vla_rl.run.settings import TASK_SUITES
+from vla_rl.simulation.building import telling
 from vla_rl.simulation.libraries import import_simulator, naming_missing_modules
 from vla_rl.simulation.shaping import potential, shaped
 from vla_rl.simulation.suites import check_task, fixed_state, load_benchmark, task_languages
@@ -283,10 +284,11 @@ class Simulators:
     Args:
         limit: how many are kept; beyond it, the one that was used longest ago is closed.
         cache_gb: disk for compiled models (vla_rl.simulation.model_cache); 0 for none.
+        told: file that is told of each that is built (vla_rl.simulation.building).
     """
 
-    def __init__(self, limit: int = 1, cache_gb: float = 0):
-        self.limit, self.cache_gb = limit, cache_gb
+    def __init__(self, limit: int = 1, cache_gb: float = 0, told: str | None = None):
+        self.limit, self.cache_gb, self.told = limit, cache_gb, told
         self.kept: OrderedDict[tuple, Shared] = OrderedDict()
 
     def get(self, task_suite: str, task_id: int, cameras: Sequence[str], image_size: int, fast: bool) -> Shared:
@@ -302,7 +304,8 @@ class Simulators:
             while len(self.kept) >= self.limit:
                 self.kept.popitem(last=False)[1].simulator.close()
                 gc.collect()  # robosuite's objects refer to each other
-            self.kept[key] = Shared(build_simulator(*key, cache_gb=self.cache_gb))
+            with telling(self.told, f"{task_suite} task {task_id}"):
+                self.kept[key] = Shared(build_simulator(*key, cache_gb=self.cache_gb))
             atexit.unregister(self.close)
             atexit.register(self.close)  # PyOpenGL complains at interpreter exit about contexts that are still there
         self.kept.move_to_end(key)

@@ -6,7 +6,7 @@ what is an environment to it is a worker here.
 
 N environments, W workers, M = ceil(N / W) places in each (the last may be empty), C steps in a chunk, K images, S side of
 the model's image.
-Environment i is in place i // W of worker i % W, so that tasks that alternate over the environments meet in few workers.
+A worker has neighbours of vla_rl.types.place_in_round, which play the same or neighbouring tasks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -29,11 +29,14 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 from gymnasium.vector.utils import batch_space
 
+from vla_rl.run.machine import available_memory
 from vla_rl.run.settings import Config
-from vla_rl.simulation.libero_env import LiberoEnv, check_actions
+from vla_rl.simulation.building import BuildingBar
+from vla_rl.simulation.held_tasks import HeldTasks
+from vla_rl.simulation.libero_env import LiberoEnv, as_dict, check_actions
 from vla_rl.simulation.worker import EPISODE_ROW, MakeWorker, Shown, episode_row
 from vla_rl.simulation.worker_errors import WorkerError
-from vla_rl.types import Episode, ImageTransform, SimulatorDied
+from vla_rl.types import Episode, ImageTransform, SimulatorDied, place_in_round
 
 WORKER_GB = 0.4  # resident, of a worker without a simulator (docs/performance.md)
 SIMULATOR_GB = 0.6  # of each simulator in it
@@ -55,6 +58,10 @@ class LiberoVectorEnv(VectorEnv):
         simulators_per_worker: tasks that a worker keeps in memory; None: as many as it has environments.
         cache_gb: see vla_rl.simulation.libero_env.Simulators.
         image_transform, keep_frames: see Shown.
+        progress: a bar while simulators are built.
+
+    Attributes:
+        held: which worker has which task's simulator.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class LiberoVectorEnv(VectorEnv):
         cache_gb: float = 0,
         image_transform: ImageTransform | None = None,
         keep_frames: bool = False,
+        progress: bool = False,
     ):
         self.shown = Shown(image_transform, keep_frames)
         self.num_envs, self.num_workers = num_envs, min(num_workers, num_envs)
@@ -78,15 +86,23 @@ class LiberoVectorEnv(VectorEnv):
         self.action_space = batch_space(single.action_space, num_envs)
         self.places = -(-num_envs // self.num_workers)  # M
         self._instructions = [""] * num_envs
-        indices = [range(worker, num_envs, self.num_workers) for worker in range(self.num_workers)]
+        in_round = sorted(range(num_envs), key=lambda index: place_in_round(index, num_envs))
+        parts = [part.tolist() for part in np.array_split(in_round, self.num_workers)]
+        self._worker, self._place = np.zeros((2, num_envs), np.int64)
+        for worker, part in enumerate(parts):
+            self._worker[part], self._place[part] = worker, range(len(part))
+        self.simulators_per_worker = simulators_per_worker or self.places
+        self.held = HeldTasks(self._worker.tolist(), self.simulators_per_worker)
+        self._building = BuildingBar(progress)
         self.workers = WorkerProcesses(
             [
                 MakeWorker(
-                    *(env_kwargs, list(part), self.places, simulators_per_worker or self.places, cache_gb),
-                    *(self.shown, os.getpid()),
+                    *(env_kwargs, part, self.places, self.simulators_per_worker, cache_gb, self.shown),
+                    *(self._building.path, os.getpid()),
                 )
-                for part in indices
+                for part in parts
             ],
+            self._building,
             # 6 to 10 % faster where each core has a worker; exact images, which have four times the samples, are not
             draw_in_one_thread=single.render_quality == "fast" and self.num_workers >= len(os.sched_getaffinity(0)),
         )
@@ -106,6 +122,7 @@ class LiberoVectorEnv(VectorEnv):
         mask = options.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
         starts = {int(i): {"seed": seeds[i] if seeds else None, "options": options} for i in np.flatnonzero(mask)}
+        self._use({i: options["episodes"][i] for i in starts if i in options.get("episodes", {})})
         obs, infos = self.workers.reset(options={"starts": starts})
         self._update_instructions(infos)
         return self._in_order(obs), {}
@@ -130,7 +147,8 @@ class LiberoVectorEnv(VectorEnv):
         actions = check_actions(actions, self.action_space.shape)  # here, since an error in a worker ends the workers
         active = np.ones(self.num_envs, dtype=bool) if active is None else active
         following = np.zeros((self.num_envs, len(EPISODE_ROW)), np.int64)
-        for i, episode in (episodes or {}).items():
+        self._following = episodes or {}
+        for i, episode in self._following.items():
             following[i] = episode_row(episode)
         step = {"actions": actions, "active": active, "episodes": following}
         self.workers.step_async({name: self._by_worker(array) for name, array in step.items()})
@@ -144,6 +162,7 @@ class LiberoVectorEnv(VectorEnv):
         """
         obs, rewards, terminated, truncated, worker_infos = self.workers.step_wait()
         infos = {name: self._in_order(worker_infos[name]) for name in ("steps", "success", "begun")}
+        self._use({i: self._following[i] for i in np.flatnonzero(infos["begun"])})
         before = {"instruction": tuple(self._instructions)}
         self._update_instructions(worker_infos)
         ended = [pair for pairs in worker_infos["truncated"] for pair in pairs]
@@ -164,12 +183,18 @@ class LiberoVectorEnv(VectorEnv):
         if len(states) != self.num_envs:
             raise ValueError(f"{len(states)} episode states for {self.num_envs} environments")
         starts = {i: {"state": state} for i, state in enumerate(states) if state is not None}
+        self._use({i: start["state"]["episode"] for i, start in starts.items()})
         obs, infos = self.workers.reset(options={"starts": starts})
         self._update_instructions(infos)
         return self._in_order(obs)
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         self.workers.close(timeout=timeout, terminate=terminate)
+        self._building.close()  # the file; a second time does nothing
+
+    def _use(self, episodes: Mapping[int, Episode | Mapping[str, Any]]) -> None:
+        for i, episode in episodes.items():
+            self.held.use(i, as_dict(episode)["task_id"])
 
     def _update_instructions(self, infos: dict[str, Any]) -> None:
         for texts in infos["instructions"]:
@@ -183,13 +208,13 @@ class LiberoVectorEnv(VectorEnv):
             obs["instruction"] = tuple(self._instructions)
             mark = self.shown.image_transform
             return obs if mark is None else obs | {"image_transform": mark}
-        return np.array(value.swapaxes(0, 1), order="C").reshape(-1, *value.shape[2:])[: self.num_envs]
+        return value[self._worker, self._place]
 
     def _by_worker(self, value: np.ndarray) -> np.ndarray:
         """[N, ...] -> [W, M, ...], zeros in empty places."""
-        padded = np.zeros((self.places * self.num_workers, *value.shape[1:]), value.dtype)
-        padded[: self.num_envs] = value
-        return padded.reshape(self.places, self.num_workers, *value.shape[1:]).swapaxes(0, 1)
+        padded = np.zeros((self.num_workers, self.places, *value.shape[1:]), value.dtype)
+        padded[self._worker, self._place] = value
+        return padded
 
 
 class WorkerProcesses(AsyncVectorEnv):
@@ -197,7 +222,8 @@ class WorkerProcesses(AsyncVectorEnv):
 
     told: BaseException | None = None  # a worker's own error
 
-    def __init__(self, env_fns: Sequence[MakeWorker], draw_in_one_thread: bool):
+    def __init__(self, env_fns: Sequence[MakeWorker], building: BuildingBar, draw_in_one_thread: bool):
+        self.building = building
         with lean_workers(draw_in_one_thread):
             super().__init__(
                 env_fns,
@@ -215,6 +241,7 @@ class WorkerProcesses(AsyncVectorEnv):
 
     def reset_wait(self, timeout: float | None = None) -> tuple[dict, dict]:
         with self._naming_dead_workers():
+            self._show_building()
             return super().reset_wait(timeout)
 
     def step_async(self, actions: dict[str, np.ndarray]) -> None:
@@ -223,6 +250,7 @@ class WorkerProcesses(AsyncVectorEnv):
 
     def step_wait(self, timeout: float | None = None) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         with self._naming_dead_workers():
+            self._show_building()
             return super().step_wait(timeout)
 
     def call_async(self, name: str, /, *args: Any, **kwargs: Any) -> None:
@@ -232,6 +260,15 @@ class WorkerProcesses(AsyncVectorEnv):
     def call_wait(self, timeout: float | None = None) -> tuple[Any, ...]:
         with self._naming_dead_workers():
             return super().call_wait(timeout)
+
+    def _show_building(self) -> None:
+        """Until all workers have answered, or have died, which their pipes tell too."""
+        pipes = list(self.parent_pipes)
+        while pipes:
+            for pipe in wait(pipes, timeout=0.5):
+                pipes.remove(pipe)
+            self.building.update()
+        self.building.finish()
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         """Ends the workers. One that has died already is no error (a signal to the whole process group), and an answer
@@ -373,6 +410,20 @@ def make_vector_env(
         "bootstrap_truncated": config.algorithm.bootstrap_truncated,
     }
     num_workers = env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
+    kept = env.simulators_per_worker or simulators_that_fit(
+        num_envs, num_workers, len(env.task_ids), available_memory()
+    )
     keep_frames = evaluation and config.eval.video
-    options = (env.simulators_per_worker, env.model_cache_gb, image_transform, keep_frames)
+    options = (kept, env.model_cache_gb, image_transform, keep_frames, config.logging.progress)
     return LiberoVectorEnv(kwargs, num_envs, num_workers, *options)
+
+
+def simulators_that_fit(num_envs: int, num_workers: int, num_tasks: int, memory: int) -> int:
+    """Tasks that each worker keeps: all where half of the memory has room for them (training and evaluation have a vector each),
+    else what has room, but no fewer than its environments can play at once: a simulator built anew at each turn is worse.
+
+    Args:
+        memory: bytes that are available.
+    """
+    room = (memory / 2e9 / num_workers - WORKER_GB) / SIMULATOR_GB
+    return min(num_tasks, max(-(-num_envs // num_workers), int(room)))

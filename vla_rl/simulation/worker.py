@@ -140,10 +140,11 @@ class MakeWorker:
     simulators_per_worker: int
     cache_gb: float
     shown: Shown
+    told: str | None
     parent_pid: int
 
     def __call__(self) -> Worker:
         if os.getpid() != self.parent_pid:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-        simulators = Simulators(self.simulators_per_worker, self.cache_gb)
+        simulators = Simulators(self.simulators_per_worker, self.cache_gb, self.told)
         return Worker(self.env_kwargs, self.indices, self.places, simulators, self.shown)
