@@ -37,14 +37,17 @@ def explain(error: Exception) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory ran out, also while a kernel was compiled or loaded, of which other exceptions tell."""
+    """Whether a GPU's memory ran out, also while a kernel was compiled or loaded, of which other exceptions tell.
+
+    Not if a simulator died, which guesses at the host's memory, nor if it was said already.
+    """
     import torch
 
-    from vla_rl.types import OutOfMemory
+    from vla_rl.types import OutOfMemory, SimulatorDied
 
     said = ("out of memory", "OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED")
     told = isinstance(error, RuntimeError) and any(text in str(error) for text in said)
-    return isinstance(error, torch.OutOfMemoryError) or (told and not isinstance(error, OutOfMemory))
+    return isinstance(error, torch.OutOfMemoryError) or (told and not isinstance(error, (OutOfMemory, SimulatorDied)))
 
 
 def one_line(error: BaseException) -> str:
