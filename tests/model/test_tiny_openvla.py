@@ -22,7 +22,7 @@ from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network
 from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla, write_tiny_openvla
 from vla_rl.run.load_settings import load_config
-from vla_rl.run.settings import TASK_SUITES
+from vla_rl.run.task_suites import BASE_SUITES
 from vla_rl.simulation.vector_env import make_vector_env
 
 
@@ -93,7 +93,7 @@ def test_words_of_all_libero_instructions_are_one_token_each(folder):
     package = Path(importlib.util.find_spec("libero").submodule_search_locations[0])  # not imported: it asks questions
     source = (package / "libero" / "benchmark" / "libero_suite_task_map.py").read_text()
     tasks = ast.literal_eval(ast.parse(source).body[0].value)
-    for suite in TASK_SUITES:
+    for suite in BASE_SUITES:
         for name in tasks[suite]:
             words = re.sub(r"^[A-Z_]*SCENE\d+_", "", name).split("_")
             assert len(tokenizer.encode(" ".join(words).lower(), add_special_tokens=False).ids) == len(words), name
@@ -101,7 +101,7 @@ def test_words_of_all_libero_instructions_are_one_token_each(folder):
 
 def test_statistics_cover_every_suite(folder):
     statistics = json.loads((folder / "dataset_statistics.json").read_text())
-    assert set(statistics) == {f"{suite}_no_noops" for suite in TASK_SUITES}
+    assert set(statistics) == {f"{suite}_no_noops" for suite in BASE_SUITES}
     for entry in statistics.values():
         for key, size in (("action", 7), ("proprio", 8)):
             low, high = entry[key]["q01"], entry[key]["q99"]

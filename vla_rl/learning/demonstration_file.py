@@ -249,7 +249,7 @@ def read_demonstrations(
     Args:
         num_images: K, 1 is the agent view, 2 adds the wrist camera.
         filter_no_ops: leave out steps that do nothing (see no_ops), as OpenVLA's data have it.
-        instructions: of the benchmark's tasks, by name; a file's own are used for other tasks.
+        instructions: of the benchmark's tasks, by name (suites.task_instructions); a file's own are used for other tasks.
 
     Raises:
         ConfigError: the file or a demonstration in it is damaged, of another layout or in other units; names it.
@@ -428,9 +428,11 @@ def read_instruction(path: Path, demo: h5py.Group, data: h5py.Group, instruction
     """The benchmark's text of a task of the benchmark, which the BDDL file's name tells; it differs from the file's content
     for some tasks, and is what policies are trained and evaluated on. Of another task what problem_info says."""
     names = [read_text(owner, "bddl_file_name") for owner in (demo, data) if "bddl_file_name" in owner.attrs]
-    task = Path(names[0] if names else path.stem.removesuffix("_demo")).stem
-    if task in instructions:
-        return instructions[task]
+    file = Path(names[0] if names else path.stem.removesuffix("_demo"))
+    task = file.stem
+    for name in (f"{file.parent.name}/{task}", task):  # of a perturbed suite, and of LIBERO's own
+        if name in instructions:
+            return instructions[name]
     for owner in (demo, data):
         if "problem_info" in owner.attrs:
             return text_of_problem(read_text(owner, "problem_info"))

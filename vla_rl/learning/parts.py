@@ -34,7 +34,7 @@ def build_policy(config: Config) -> OpenVLAPolicy:
         dtype=getattr(torch, settings.dtype),
         chunk_size=settings.chunk_size,
         center_crop=settings.center_crop,
-        unnorm_key=settings.unnorm_key or config.env.task_suite,
+        unnorm_key=config.unnorm_key(),
         gradient_checkpointing="none" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing,
         compiled=compiles(settings.compile, config.run.device),
         quantization=settings.quantization,

@@ -116,7 +116,7 @@ def check_start(config: Config, resumed: bool) -> None:
     except ConfigError as error:
         raise (if_moved(error, "policy.checkpoint") if resumed else error) from None
     check_card(config, model)
-    read_statistics(model, settings.unnorm_key or config.env.task_suite, settings.use_proprio)
+    read_statistics(model, config.unnorm_key(), settings.use_proprio)
     read_tokenizer(model)
     check_trained_as(config, model, resumed)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from vla_rl.model.checkpoint_folder import save_checkpoint
 from vla_rl.model.prismatic import Prismatic
 from vla_rl.model.prismatic_config import read_config
-from vla_rl.run.settings import TASK_SUITES
+from vla_rl.run.task_suites import BASE_SUITES
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TRAINED = ASSETS / "tiny_openvla"  # in the repository: fine-tuned on libero_spatial, see its README.md
@@ -139,7 +139,7 @@ def make_config() -> dict:
 
 def make_statistics() -> dict:
     statistics = {}
-    for suite in TASK_SUITES:
+    for suite in BASE_SUITES:
         low, high = list(PROPRIO_Q01), list(PROPRIO_Q99)
         low[2], high[2] = PROPRIO_Z.get(suite, (low[2], high[2]))
         statistics[f"{suite}_no_noops"] = {

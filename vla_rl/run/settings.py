@@ -8,18 +8,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-# suite -> (number of tasks, step limit of an episode). The limit is the longest training demonstration rounded up
-# (openvla c8f03f4, experiments/robot/libero/run_libero_eval.py); settle steps are not counted.
-TASK_SUITES: dict[str, tuple[int, int]] = {
-    "libero_spatial": (10, 220),  # longest demonstration has 193 steps
-    "libero_object": (10, 280),  # 254
-    "libero_goal": (10, 300),  # 270
-    "libero_10": (10, 520),  # 505
-    "libero_90": (90, 400),  # 373
-}
-NUM_FIXED_STATES = 50  # initial states that the benchmark fixes for each task
+from vla_rl.run.task_suites import NUM_FIXED_STATES, TASK_SUITES, base_suite, check_states, check_suite
 
 
 class ConfigError(ValueError):
@@ -133,7 +133,10 @@ class PolicyConfig(Section):
     num_images: Literal[1, 2] = Field(1, description="1: agent view; 2: agent view and wrist camera")
     use_proprio: bool = Field(False, description="feed end-effector position, orientation and gripper (8 numbers)")
     center_crop: bool = Field(True, description="crop 90 % of the image's area, as after training with augmentation")
-    unnorm_key: str | None = Field(None, description="entry of dataset_statistics.json; null takes the task suite's")
+    unnorm_key: str | None = Field(
+        None,
+        description="entry of dataset_statistics.json; null takes the task suite's, of a perturbed one its base suite's",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the frozen base weights")
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
         "auto",
@@ -174,8 +177,10 @@ class ValueHeadConfig(Section):
 class EnvConfig(Section):
     """LIBERO tasks and how an episode of them starts, ends and is seen."""
 
-    task_suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = Field(
-        "libero_spatial", description="benchmark suite"
+    task_suite: Annotated[str, AfterValidator(check_suite)] = Field(
+        "libero_spatial",
+        description="libero_spatial, libero_object, libero_goal, libero_10, libero_90; all but the last also as LIBERO-PRO perturbs "
+        "them: with _lan, _object, _swap or _task behind (docs/libero.md has more)",
     )
     task_ids: Indices = Field([0], min_length=1, description="tasks of the suite; each gets as many episodes")
     initial_states: Literal["random"] | States = Field(
@@ -400,6 +405,9 @@ class Config(Section):
         wrong = [i for i in env.task_ids if i >= num_tasks]
         if wrong:
             raise ValueError(f"env.task_ids={wrong} outside {env.task_suite}, which has tasks 0 to {num_tasks - 1}")
+        check_states(env.task_suite, self.eval.states, "eval.states")
+        if env.initial_states != "random":
+            check_states(env.task_suite, env.initial_states, "env.initial_states")
         for key, indices in (("env.task_ids", env.task_ids), ("eval.states", self.eval.states)):
             twice = sorted({i for i in indices if indices.count(i) > 1})
             if twice:
@@ -450,6 +458,10 @@ class Config(Section):
     def max_episode_steps(self, evaluation: bool = False) -> int:
         """Simulator steps after which an episode is truncated."""
         return (self.eval if evaluation else self.env).max_steps or TASK_SUITES[self.env.task_suite][1]
+
+    def unnorm_key(self) -> str:
+        """The entry of a checkpoint's statistics, which may be there with _no_noops behind."""
+        return self.policy.unnorm_key or base_suite(self.env.task_suite)
 
 
 def check_decoder(policy: PolicyConfig) -> None:

@@ -22,7 +22,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
-from vla_rl.run.settings import TASK_SUITES
+from vla_rl.run.task_suites import TASK_SUITES, check_suite
 from vla_rl.simulation.building import telling
 from vla_rl.simulation.libraries import import_simulator, naming_missing_modules
 from vla_rl.simulation.shaping import potential, shaped
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vla_rl.simulation.simulator import Simulator, SimulatorState
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # in the order of OpenVLA-OFT's images
-MAX_INSTRUCTION = 200  # characters; the longest of the five suites has 88
+MAX_INSTRUCTION = 200  # characters; the longest of all suites has 90
 REST = np.array(
     [0, 0, 0, 0, 0, 0, -1], np.float64
 )  # arm at rest, gripper open (openvla run_libero_eval.py, dummy action)
@@ -82,8 +82,7 @@ class LiberoEnv(gymnasium.Env):
         index: int = 0,
         simulators: Simulators | None = None,
     ):
-        if task_suite not in TASK_SUITES:
-            raise ValueError(f"task_suite={task_suite!r} is unknown; choose one of {', '.join(TASK_SUITES)}")
+        check_suite(task_suite)
         if render not in ("exact", "fast"):
             raise ValueError(f"render={render!r} is unknown; choose exact or fast")
         if reward not in ("sparse", "dense"):
@@ -96,7 +95,7 @@ class LiberoEnv(gymnasium.Env):
         self.observation_space = Dict(
             images=Box(0, 255, (num_images, image_size, image_size, 3), np.uint8),
             proprio=Box(-np.inf, np.inf, (PROPRIO_DIM,), np.float32),
-            instruction=Text(MAX_INSTRUCTION, min_length=0, charset=string.ascii_letters + string.digits + " .,_-'"),
+            instruction=Text(MAX_INSTRUCTION, min_length=0, charset=string.ascii_letters + string.digits + " .,_-'’"),
         )
         self.action_space = Box(-1, 1, (chunk_size, ACTION_DIM), np.float32)
         self._simulators = simulators or Simulators()

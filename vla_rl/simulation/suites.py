@@ -1,7 +1,7 @@
-"""What the LIBERO benchmark says of its suites without a simulator: tasks, instructions, goals, fixed initial states.
+"""What LIBERO and LIBERO-PRO say of their suites without a simulator: tasks, instructions, goals, fixed initial states.
 
-Not here: the simulator (vla_rl.simulation.simulator), where things stand towards a goal (vla_rl.simulation.goals), how many
-tasks and steps a suite has (TASK_SUITES in vla_rl.run.settings: known before LIBERO is imported).
+Not here: the simulator (vla_rl.simulation.simulator), where things stand towards a goal (vla_rl.simulation.goals), which suites
+there are and how many tasks and steps they have (vla_rl.run.task_suites: known before LIBERO is imported).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vla_rl.run.settings import TASK_SUITES, ConfigError
+from vla_rl.run.settings import ConfigError
+from vla_rl.run.task_suites import BASE_SUITES, TASK_SUITES, perturbation
 from vla_rl.simulation.libraries import naming_missing_modules, prepare_environment
 
 
@@ -39,14 +40,44 @@ def load_benchmark(task_suite: str) -> Any:
         return get_benchmark(task_suite)()
 
 
+# perturbations that change the instruction. They change it in the task's file only: the benchmark makes its own of the file's
+# name, which they keep, so that it is still the base suite's (Zxy-MLlab/LIBERO-PRO issues 14 and 27)
+NEW_INSTRUCTION = ("lan", "task")
+
+
+@functools.cache
 def task_languages(task_suite: str) -> list[str]:
-    """The instruction of each task of the suite, in the benchmark's order. Builds no simulator."""
-    return [task.language for task in load_benchmark(task_suite).tasks]
+    """The instruction of each task of the suite, in the benchmark's order. Builds no simulator.
+
+    It is the benchmark's, by which policies are trained, which differs from the task file's in words ("pick the akita black
+    bowl"); of suites whose perturbation is in the instruction, the file's.
+    """
+    tasks = load_benchmark(task_suite).tasks
+    if perturbation(task_suite) in NEW_INSTRUCTION:
+        return [written_instruction(task_suite, task_id) for task_id in range(len(tasks))]
+    return [task.language for task in tasks]
+
+
+def written_instruction(task_suite: str, task_id: int) -> str:
+    """What stands in the task's file, as LIBERO reads it: in lower case. It is stock's `env.language_instruction`."""
+    return " ".join(re.search(r"\(:language([^()]*)\)", task_text(task_suite, task_id))[1].split())
+
+
+def task_text(task_suite: str, task_id: int) -> str:
+    """The task's BDDL file, in lower case."""
+    return Path(load_benchmark(task_suite).get_task_bddl_file_path(task_id)).read_text(encoding="utf-8").lower()
 
 
 def task_instructions() -> dict[str, str]:
-    """The instruction of every task of the benchmark, by the task's name, which is its BDDL file's."""
-    return {task.name: task.language for suite in TASK_SUITES for task in load_benchmark(suite).tasks}
+    """The instruction of every task, by the name of its BDDL file without .bddl; of perturbed suites, whose files have the names
+    of others, by suite/name."""
+    texts = {}
+    for suite in TASK_SUITES:
+        folder = "" if suite in BASE_SUITES else f"{suite}/"
+        texts |= {
+            folder + t.name: text for t, text in zip(load_benchmark(suite).tasks, task_languages(suite), strict=True)
+        }
+    return texts
 
 
 def num_tasks(task_suite: str) -> int:
@@ -74,7 +105,7 @@ def check_dense_reward(task_suite: str, task_ids: Sequence[int]) -> None:
 
 def goal_predicates(task_suite: str, task_id: int) -> list[str]:
     """What the goal of the task's BDDL file asks for, in lower case: ["on"], ["turnon", "on"], ... Builds no simulator."""
-    text = Path(load_benchmark(task_suite).get_task_bddl_file_path(task_id)).read_text().lower()
+    text = task_text(task_suite, task_id)
     return re.findall(r"\(\s*(?!and\b)(\w+)", text[text.index("(:goal") + len("(:goal") :])
 
 
@@ -91,5 +122,5 @@ def fixed_state(task_suite: str, task_id: int, index: int) -> np.ndarray:
 
 @functools.cache
 def fixed_states(task_suite: str, task_id: int) -> np.ndarray:
-    """float64 [50, 1 + nq + nv]."""
+    """float64 [vla_rl.run.task_suites.num_fixed_states, 1 + nq + nv]."""
     return load_benchmark(task_suite).get_task_init_states(task_id)
