@@ -19,6 +19,7 @@ FLOORS = [
     {"OpenVLA_PPO"},
     {"commands"},
     {"start_gae_ppo_training"},
+    {"integrations"},
 ]
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 
@@ -36,11 +37,13 @@ HOMES = {
     "matplotlib": {"run/metrics"},
     "h5py": {"learning/demonstration_file"},
     "cv2": {"learning/augmentation"},
+    "vla_eval": {"integrations/vla_eval_server"},
     "tensorflow": set(),
 }
 
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "__init__"]
 PROGRAMS = [path for path in (ROOT / "OpenVLA_PPO.py", ROOT / "start_gae_ppo_training.py") if path.exists()]
+INTEGRATIONS = [path for path in sorted((ROOT / "integrations").glob("*.py")) if path.stem != "__init__"]
 
 
 def name_of(path: Path) -> str:
@@ -48,7 +51,7 @@ def name_of(path: Path) -> str:
     return str((path.relative_to(PACKAGE) if PACKAGE in path.parents else path.relative_to(ROOT)).with_suffix(""))
 
 
-NAMES = {name_of(path): path for path in MODULES + PROGRAMS}
+NAMES = {name_of(path): path for path in MODULES + PROGRAMS + INTEGRATIONS}
 
 
 def part_of(name: str) -> str:
@@ -123,15 +126,16 @@ def test_no_file_is_longer_than_500_lines():
     assert too_long <= {"OpenVLA_PPO"}  # about 550
 
 
-@pytest.mark.parametrize("path", MODULES + PROGRAMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES + PROGRAMS + INTEGRATIONS, ids=lambda path: path.stem)
 def test_a_module_opens_with_what_it_is(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring and docstring.splitlines()[0].endswith((".", ":", '"'))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES + INTEGRATIONS, ids=lambda path: path.stem)
 def test_a_module_has_a_test_file_of_its_name_in_the_same_wing(path):
-    test = ROOT / "tests" / path.relative_to(PACKAGE).with_name(f"test_{path.name}")
+    inside = path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT)
+    test = ROOT / "tests" / inside.with_name(f"test_{path.name}")
     assert test.exists() and name_of(path) in own_imports(test)
 
 

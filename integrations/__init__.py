@@ -1,0 +1,1 @@
+"""Bridges to programs of others; they stand above everything, and nothing imports them."""
