@@ -289,6 +289,11 @@ def model(tmp_path) -> Path:
     return tmp_path / "model"
 
 
+def keep_statistics(model: Path, name: str) -> None:
+    path = model / "dataset_statistics.json"
+    path.write_text(json.dumps({name: json.loads(path.read_text())[name]}))
+
+
 @pytest.fixture
 def started(monkeypatch) -> list[Path]:
     """The run folders of starts that passed all checks; nothing is built."""
@@ -306,6 +311,11 @@ def started(monkeypatch) -> list[Path]:
         (lambda model: (model / "trained_as.json").write_text("[]"), [], "expected a JSON object"),
         (lambda model: (model / "model.safetensors").write_bytes(b"x"), [], "cut off"),
         (lambda model: None, ["policy.unnorm_key=x"], "unnorm_key=x"),
+        (
+            lambda model: keep_statistics(model, "libero_spatial_no_noops"),
+            ["--task-suite", "libero_goal_lan"],
+            "unnorm_key=libero_goal: the statistics of",
+        ),
         (lambda model: None, ["run.output_dir=/proc/1/runs"], "run.output_dir=/proc/1/runs"),
         (
             lambda model: None,

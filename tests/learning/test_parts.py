@@ -8,6 +8,12 @@ from vla_rl.run.load_settings import load_config
 TINY = "configs/tiny_gae_ppo.yaml"
 
 
+def test_a_policy_reads_a_perturbed_suite_with_its_base_suite_s_statistics():
+    assert (
+        build_policy(load_config(TINY, ["env.task_suite=libero_spatial_lan"])).unnorm_key == "libero_spatial_no_noops"
+    )
+
+
 def test_number_of_torch_threads_and_size_of_the_value_head_are_those_set():
     threads = torch.get_num_threads()
     try:

@@ -26,6 +26,9 @@ MORE_TASKS = [
     *(("libero_object", task) for task in (3, 8)),
     *(("libero_goal", task) for task in (0, 6)),
     *(("libero_10", task) for task in (2, 3, 8)),
+    # of each of LIBERO-PRO's kinds one: new words, other objects, things and fixtures that changed places, a stove to turn off
+    *(("libero_object_lan", 0), ("libero_spatial_object", 4), ("libero_10_object", 5), ("libero_goal_swap", 1)),
+    *(("libero_goal_task", 7), ("libero_spatial_with_mug", 0), ("libero_goal_with_milk", 0)),
 ]
 
 
@@ -65,6 +68,17 @@ def test_everything_equals_stock_and_resets_leave_nothing_behind(suite, task):
             sim.data.joint(name).qpos = sim.model.joint(name).range[1]  # drawers open, stoves on
         sim.step(random_actions(seed, 1)[0], render=False)
     assert_plays_like(sim, suite, episodes[0], plays[0], expected[0], "the first episode, after 20 resets")
+    sim.close()
+
+
+def test_a_perturbed_task_equals_stock():
+    """Of LIBERO-PRO, where the cream cheese and the stove have changed places; more of them above."""
+    suite, (episode,), actions = "libero_goal_swap", evaluation_episodes([7], [0]), random_actions(0, 2 * CHUNK)
+    env = stock_libero.make(suite, 7)
+    expected = stock_libero.play(env, suite, episode, actions, render_every=CHUNK)
+    env.close()
+    sim = build_simulator(suite, 7, CAMERAS, SIZE, fast=False)
+    assert_plays_like(sim, suite, episode, actions, expected, str(episode))
     sim.close()
 
 
