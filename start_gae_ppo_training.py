@@ -42,6 +42,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         f"On a CPU: start_gae_ppo_training.py --config {TINY_CONFIG} --task-id 0 --no-wandb",
     )
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    parser.add_argument(
+        "--check", action="store_true", help="train nothing: check what the run needs, and estimate what it takes"
+    )
     return parse(parser, argv)
 
 
@@ -128,11 +131,16 @@ def stop_on_signals(trainer) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: trained or stopped and saved; 1: the run failed; 2: a mistake in the settings or arguments; 130: interrupted."""
+    """0: trained or stopped and saved, or all checks passed; 1: the run or a check failed; 2: a mistake in the settings or
+    arguments; 130: interrupted."""
     args = parse_args(argv)
     configure_logging()
     try:
         config, checkpoint = settings_from(args)
+        if args.check:
+            from vla_rl.check import check_and_report
+
+            return check_and_report(config, resumed=checkpoint is not None)
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         with logging_redirect_tqdm():

@@ -372,7 +372,13 @@ def make_vector_env(
         "gamma": config.algorithm.gamma,
         "bootstrap_truncated": config.algorithm.bootstrap_truncated,
     }
-    num_workers = env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
+    num_workers = worker_count(config, num_envs, overlap)
     keep_frames = evaluation and config.eval.video
     options = (env.simulators_per_worker, env.model_cache_gb, image_transform, keep_frames)
     return LiberoVectorEnv(kwargs, num_envs, num_workers, *options)
+
+
+def worker_count(config: Config, num_envs: int, overlap: bool = False) -> int:
+    """Processes of so many environments: as many as were asked for, or one a CPU core that has something to do."""
+    asked = config.env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
+    return min(asked, num_envs)
