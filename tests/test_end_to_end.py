@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from start_gae_ppo_training import ROOT
 from tests.trainers import training_lines
 from vla_rl.run.checkpoint import list_checkpoints, verify
+from vla_rl.run.command_line import ROOT
 from vla_rl.run.metrics import read_metrics
 
 pytestmark = pytest.mark.libero

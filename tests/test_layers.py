@@ -149,7 +149,7 @@ def test_the_algorithm_needs_no_network_simulator_or_command_line():
 
 
 def test_settings_are_checked_before_torch_is_imported():
-    code = "import sys, start_gae_ppo_training as start; start.load_config(); print(*sys.modules)"
+    code = "import sys, start_gae_ppo_training as start; start.settings_from(start.parse_args([])); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     heavy = {"torch", "transformers", "gymnasium", "wandb", "matplotlib"}
     assert "pydantic" in loaded.split() and not heavy & set(loaded.split())

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from start_gae_ppo_training import (
     FIXED_ON_RESUME,
     FREE_ON_RESUME,
-    ROOT,
     main,
     parse_args,
     settings_from,
@@ -29,6 +28,7 @@ from vla_rl.learning import memory
 from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.model.trained_as import write_trained_as
 from vla_rl.run.checkpoint import write_manifest
+from vla_rl.run.command_line import ROOT
 from vla_rl.run.failures import explain
 from vla_rl.run.load_settings import list_settings, save_config
 from vla_rl.run.run_folder import changed_settings
@@ -528,7 +528,7 @@ def test_settings_too_large_for_the_card_are_refused_before_training_and_leave_n
 
     fit = memory.fit_to_card
     monkeypatch.setattr("vla_rl.learning.memory.fit_to_card", measured)
-    monkeypatch.setattr("vla_rl.simulation.vector_env.make_vector_env", envs)
+    monkeypatch.setattr("vla_rl.learning.parts.make_vector_env", envs)
     policy = FakePolicy()
     policy.processor = SimpleNamespace(image_transform=None, tokenize=lambda instructions: None)
     monkeypatch.setattr("vla_rl.learning.parts.build_policy", lambda config: policy)

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from safetensors.torch import load_file
 
-from start_gae_ppo_training import build_policy
 from vla_rl.learning.evaluation import evaluate_policy, evaluation_episodes
+from vla_rl.learning.parts import build_policy
 from vla_rl.run.checkpoint import list_checkpoints
 from vla_rl.run.load_settings import load_config
 from vla_rl.simulation.vector_env import make_vector_env

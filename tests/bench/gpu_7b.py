@@ -37,11 +37,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from OpenVLA_PPO import OpenVLAPPO
-from start_gae_ppo_training import ROOT
 from tests.bench.gpu_figures import busy_share, gpu_intervals, hours_per_million, table, timeline
 from tests.bench.gpu_model import SCALES, TASK, Bench, held_gib, release, use, with_settings
 from vla_rl.learning.memory import fit_to_card
 from vla_rl.learning.rollout_buffer import Minibatch
+from vla_rl.run.command_line import ROOT
 from vla_rl.run.failures import is_out_of_memory, one_line
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.progress import peak_memory_gib

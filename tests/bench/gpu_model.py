@@ -21,16 +21,17 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
 from OpenVLA_PPO import OpenVLAPPO
-from start_gae_ppo_training import ROOT, build_value_head
 from tests.bench.gpu_figures import Row, forward_flops
 from tests.fakes import FakeEnv, FakeVectorEnv
 from vla_rl.learning.micro_batches import Choice
+from vla_rl.learning.parts import build_value_head
 from vla_rl.model.execution import compiles
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import LlamaRotaryEmbedding, Prismatic, fill
 from vla_rl.model.prismatic_config import read_config
 from vla_rl.model.quantization import check_quantization
 from vla_rl.model.tiny_openvla import TRAINED, initialize, make_config
+from vla_rl.run.command_line import ROOT
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.progress import peak_memory_gib

@@ -25,13 +25,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from OpenVLA_PPO import OpenVLAPPO
-from start_gae_ppo_training import find_config
 from vla_rl.learning.advantages import compute_gae, normalize
 from vla_rl.learning.losses import approx_kl, explained_variance, token_mask
 from vla_rl.learning.micro_batches import MicroBatches
 from vla_rl.learning.parts import build_policy, build_value_head
 from vla_rl.learning.rollout_buffer import Minibatch, RolloutBuffer
 from vla_rl.model.value_head import ValueHead
+from vla_rl.run.command_line import find_config
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.settings import Config

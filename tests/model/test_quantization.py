@@ -69,7 +69,7 @@ def test_missing_bitsandbytes_is_told_before_anything_heavy(missing, monkeypatch
     message = (
         r"policy\.quantization=nf4 needs bitsandbytes, .*pip install -r requirements-4bit\.txt .*quantization=none"
     )
-    for module, name in ((policy_module, "load_network"), (preflight, "check_checkpoint"), (sft, "read_data")):
+    for module, name in ((policy_module, "load_network"), (preflight, "find_and_check"), (sft, "read_data")):
         monkeypatch.setattr(module, name, lambda *args: pytest.fail("too late"))
     with pytest.raises(ConfigError, match=message):
         make_policy(quantization="nf4")

@@ -15,7 +15,7 @@ from vla_rl.model.image_transform import OpenVLAImageTransform
 from vla_rl.run.load_settings import config_from_dict
 from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.simulation.suites import task_languages
-from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env, simulators_that_fit
+from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env, simulators_kept
 from vla_rl.simulation.worker import Shown
 from vla_rl.types import ACTION_DIM, Episode, Observation
 
@@ -233,7 +233,7 @@ def test_settings_reach_the_environments():
         assert envs.num_workers == len(envs.processes) == 2
         worker = envs.workers.env_fns[1]()
         assert list(worker.envs) == [4, 2]  # the end of the round 0 3 1 4 2
-        assert (worker.simulators.limit, worker.simulators.cache_gb) == (3, 1.5)
+        assert (worker.simulators.limit, worker.simulators.cache_gb) == (2, 1.5)  # no more than there are tasks
         env = worker.envs[4]
         assert envs.single_observation_space["images"].shape == (2, 72, 72, 3)
         assert envs.single_action_space.shape == (5, 7)
@@ -270,7 +270,8 @@ def test_there_are_as_many_workers_as_can_work(monkeypatch, cores, num_envs, ove
     ],
 )
 def test_simulators_are_kept_where_half_of_the_memory_has_room(num_envs, num_workers, num_tasks, gigabytes, kept):
-    assert simulators_that_fit(num_envs, num_workers, num_tasks, gigabytes * 10**9) == kept
+    config = config_from_dict({"env": {"task_suite": "libero_90", "task_ids": list(range(num_tasks))}}, "test")
+    assert simulators_kept(config, num_envs, num_workers, gigabytes * 10**9) == kept
 
 
 @pytest.mark.parametrize(("render", "cores", "given", "seen"), [

@@ -67,6 +67,13 @@ class Renderer:
         mujoco.mjr_readPixels(image, None, self.viewport, self.context)
         return image
 
+    def device(self) -> str:
+        """What draws, in OpenGL's words (GL_RENDERER): "NVIDIA H100 80GB HBM3/PCIe/SSE2", "llvmpipe (LLVM 15.0.6, 256 bits)"."""
+        from OpenGL import GL  # after MUJOCO_GL is settled
+
+        self.gl.make_current()
+        return GL.glGetString(GL.GL_RENDERER).decode()
+
     def close(self) -> None:
         self.gl.make_current()
         self.context.free()

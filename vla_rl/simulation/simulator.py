@@ -201,6 +201,11 @@ class Simulator:
         if self.renderer is not None:
             self.images = np.stack([self.renderer.render(camera) for camera in self.cameras])
 
+    def object_positions(self) -> np.ndarray:
+        """Of everything that can be moved, float64 [J, 3] in metres."""
+        free = np.flatnonzero(self.model.jnt_type == mujoco.mjtJoint.mjJNT_FREE)  # [J]
+        return self.data.qpos[self.model.jnt_qposadr[free, None] + np.arange(3)]
+
     # ----------------------------------------------------------------------------------------------------------- state
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -409,21 +409,27 @@ def make_vector_env(
         "gamma": config.algorithm.gamma,
         "bootstrap_truncated": config.algorithm.bootstrap_truncated,
     }
-    num_workers = env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
-    kept = env.simulators_per_worker or simulators_that_fit(
-        num_envs, num_workers, len(env.task_ids), available_memory()
-    )
+    num_workers = worker_count(config, num_envs, overlap)
+    kept = simulators_kept(config, num_envs, num_workers, available_memory())
     keep_frames = evaluation and config.eval.video
     options = (kept, env.model_cache_gb, image_transform, keep_frames, config.logging.progress)
     return LiberoVectorEnv(kwargs, num_envs, num_workers, *options)
 
 
-def simulators_that_fit(num_envs: int, num_workers: int, num_tasks: int, memory: int) -> int:
-    """Tasks that each worker keeps: all where half of the memory has room for them (training and evaluation have a vector each),
-    else what has room, but no fewer than its environments can play at once: a simulator built anew at each turn is worse.
+def worker_count(config: Config, num_envs: int, overlap: bool = False) -> int:
+    """Processes of so many environments: as many as were asked for, or one a CPU core that has something to do."""
+    asked = config.env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
+    return min(asked, num_envs)
+
+
+def simulators_kept(config: Config, num_envs: int, num_workers: int, memory: int) -> int:
+    """Tasks that each worker keeps: as many as were asked for, or all where half of the memory has room for them (training and
+    evaluation have a vector each), else what has room, but no fewer than its environments can play at once: a simulator built
+    anew at each turn is worse.
 
     Args:
         memory: bytes that are available.
     """
     room = (memory / 2e9 / num_workers - WORKER_GB) / SIMULATOR_GB
-    return min(num_tasks, max(-(-num_envs // num_workers), int(room)))
+    asked = config.env.simulators_per_worker or max(-(-num_envs // num_workers), int(room))
+    return min(len(config.env.task_ids), asked)
