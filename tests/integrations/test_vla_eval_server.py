@@ -292,16 +292,33 @@ def test_episodes_of_another_suite_fail_and_later_ones_are_answered_in_order(pol
 
 
 @needs_vla_eval
-def test_sessions_share_a_forward(policy):
+def test_sessions_share_forwards_and_each_gets_its_own_action(policy):
+    import anyio
+    from vla_eval.api import serve_background
+    from vla_eval.connection import Connection
+
     server = OpenVLAServer(policy, "libero_spatial", 128, temperature=1.0, max_batch_size=4)
     server.warm_up()
-    rows = as_sent(make_obs(3))
-    server.generators = dict(zip("abc", sampling_generators(evaluation_episodes([0], range(3)), 0), strict=True))
-    chunks = server.predict_batch(rows, [SimpleNamespace(session_id=name) for name in "abc"])
-    generators = sampling_generators(evaluation_episodes([0], range(3)), 0)
-    alone = [decide(policy, [row], 128, 1.0, [g])[0] for row, g in zip(rows, generators, strict=True)]
-    for chunk, expected in zip(chunks, alone, strict=True):
-        assert np.allclose(chunk["actions"], expected, atol=1e-6)
+    rows, actions, sizes = as_sent(make_obs(3)), {}, []
+    predict = server.predict_batch
+    server.predict_batch = lambda obs, ctx: sizes.append(len(obs)) or predict(obs, ctx)
+
+    async def one(url, index):
+        async with Connection(url, timeout=60) as connection:
+            await connection.start_episode(start(index))
+            actions[index] = [(await connection.act(rows[index]))["actions"] for _ in range(9)][::8]
+
+    async def all_at_once(url):
+        async with anyio.create_task_group() as tasks:
+            for index in range(3):
+                tasks.start_soon(one, url, index)
+
+    with serve_background(server) as handle:
+        anyio.run(all_at_once, handle.url)
+    assert sum(sizes) == 6  # two decisions of each
+    for index, generator in enumerate(sampling_generators(evaluation_episodes([0], range(3)), 0)):
+        alone = [decide(policy, [rows[index]], 128, 1.0, [generator])[0, 0] for _ in range(2)]
+        assert np.allclose(actions[index], alone, atol=1e-6)  # rows beside it change rounding
 
 
 @needs_vla_eval
