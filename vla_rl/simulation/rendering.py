@@ -67,6 +67,14 @@ class Renderer:
         mujoco.mjr_readPixels(image, None, self.viewport, self.context)
         return image
 
+    def name(self) -> str:
+        """Who draws: "llvmpipe (LLVM 15.0.7, 256 bits), OpenGL 4.5 ..." in software, the card's name on one."""
+        from OpenGL import GL
+
+        self.gl.make_current()
+        renderer, version = (GL.glGetString(number).decode() for number in (GL.GL_RENDERER, GL.GL_VERSION))
+        return f"{renderer}, OpenGL {version}"
+
     def close(self) -> None:
         self.gl.make_current()
         self.context.free()

@@ -168,6 +168,18 @@ class LiberoVectorEnv(VectorEnv):
         self._update_instructions(infos)
         return self._in_order(obs)
 
+    def replay(self, recordings: Sequence[tuple[Episode, np.ndarray]]) -> Iterator[tuple[np.ndarray, bool, str]]:
+        """LiberoEnv.replay of each recording (an episode, and its actions float [steps, 7]), in their order; every worker plays
+        one at a time. The environments stay where they are."""
+        for first in range(0, len(recordings), self.num_workers):
+            part = list(recordings[first : first + self.num_workers])
+            self.workers.set_attr("recording", part + [None] * (self.num_workers - len(part)))
+            yield from self.workers.call("replay")[: len(part)]
+
+    def renderer_name(self) -> str | None:
+        """Which OpenGL draws the images; None before the first episode."""
+        return next(filter(None, self.workers.call("renderer_name")), None)
+
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         self.workers.close(timeout=timeout, terminate=terminate)
 
@@ -224,6 +236,10 @@ class WorkerProcesses(AsyncVectorEnv):
     def step_wait(self, timeout: float | None = None) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         with self._naming_dead_workers():
             return super().step_wait(timeout)
+
+    def set_attr(self, name: str, values: Any) -> None:
+        with self._naming_dead_workers():
+            super().set_attr(name, values)
 
     def call_async(self, name: str, /, *args: Any, **kwargs: Any) -> None:
         with self._naming_dead_workers():
@@ -356,7 +372,6 @@ def make_vector_env(
         evaluation: images and length of an episode are eval's, not env's.
         overlap: halves of the environments will step in turns; each should fill the workers.
         image_transform: the policy's (`policy.processor.image_transform`), done in the workers; None: images as rendered.
-            Evaluation keeps the rendered agent view beside it if eval.video.
     """
     env = config.env
     kwargs = {
@@ -373,6 +388,5 @@ def make_vector_env(
         "bootstrap_truncated": config.algorithm.bootstrap_truncated,
     }
     num_workers = env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
-    keep_frames = evaluation and config.eval.video
-    options = (env.simulators_per_worker, env.model_cache_gb, image_transform, keep_frames)
+    options = (env.simulators_per_worker, env.model_cache_gb, image_transform)
     return LiberoVectorEnv(kwargs, num_envs, num_workers, *options)

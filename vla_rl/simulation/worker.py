@@ -87,6 +87,7 @@ class Worker(gymnasium.Env):
         self.observations = create_empty_array(arrays, places)
         self.simulators, self.shown = simulators, shown
         self.places = places
+        self.env_kwargs, self.recording = env_kwargs, None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any]) -> tuple[dict, dict]:
         """options: {"starts": {i: arguments of LiberoEnv.reset, or {"state": of LiberoEnv.restore_episode}}}."""
@@ -125,6 +126,18 @@ class Worker(gymnasium.Env):
 
     def episode_states(self) -> dict[int, dict[str, Any] | None]:
         return {i: env.episode_state() for i, env in self.envs.items()}
+
+    def replay(self) -> tuple[np.ndarray, bool, str] | None:
+        """LiberoEnv.replay of `recording`, which the vector has set: an episode and its actions, or None. In an environment of
+        its own: the others stay where they are."""
+        if self.recording is None:
+            return None
+        return LiberoEnv(**self.env_kwargs, simulators=self.simulators).replay(*self.recording)
+
+    def renderer_name(self) -> str | None:
+        """See vla_rl.simulation.rendering.Renderer.name; None before the first episode."""
+        renderers = (shared.simulator.renderer for shared in self.simulators.kept.values())
+        return next((renderer.name() for renderer in renderers if renderer is not None), None)
 
     def close(self) -> None:
         self.simulators.close()
