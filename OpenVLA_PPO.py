@@ -540,7 +540,10 @@ class OpenVLAPPO:
             start, prefix = time.perf_counter(), f"{self.timesteps:09d}"
             videos = self.logger.folder / "videos"
             with naming_what_fits(self.config, "eval"):
-                metrics = evaluate_modes(self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop)
+                metrics = evaluate_modes(
+                    *(self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop),
+                    predict_values=None if self.value_head is None else self.predict_values,
+                )
             metrics["time/eval_s"] = time.perf_counter() - start
             self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
             log.info("evaluation at %d timesteps: %s", self.timesteps, progress.evaluation_text(metrics))

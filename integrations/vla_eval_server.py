@@ -18,19 +18,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_rl.run.load_settings import config_from_dict, expand, full_path, merge
+from vla_rl.learning.evaluation import sampling_generators
+from vla_rl.learning.evaluation_subject import Subject, build_subject, of_checkpoint, of_run
+from vla_rl.learning.preflight import check_device, check_policy
+from vla_rl.run.failures import report
 from vla_rl.run.logs import configure_logging
-from vla_rl.run.run_folder import resumed_settings
-from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.settings import ConfigError
 from vla_rl.types import PROPRIO_DIM, Episode, Observation
 
 try:
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("vla_rl.vla_eval_server")
 
 CAMERAS = ("agentview", "wrist")  # vla-eval's names, in the order of ours
-POLICY_AS_TRAINED = ("decoder", "num_images", "use_proprio", "chunk_size", "center_crop")  # of trained_as.json
 
 
 # ------------------------------------------------------------------------------------------------- observations, actions
@@ -203,8 +202,6 @@ class OpenVLAServer(PredictModelServer):
         Raises nothing: vla-eval reads no answer to this message, and would take an error for that to its first observation.
         """
         await super().on_episode_start(config, ctx)
-        from vla_rl.learning.evaluation import sampling_generators
-
         task = config.get("task") or {}
         suite, indices = task.get("suite"), (task.get("task_id"), task.get("episode_idx"))
         for known in (self.generators, self.refused):
@@ -283,95 +280,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
-    """How the policy is built, and the adapter to load into it.
+def subject_of(args: argparse.Namespace) -> Subject:
+    """What is served, as vla_rl.evaluate would evaluate it.
 
     Raises:
         ConfigError: a setting is wrong, or the run, checkpoint or adapter is not there or torn.
     """
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    overrides = [f"run.device={device}", *args.overrides]
+    overrides = [*([f"run.device={args.device}"] if args.device else []), *args.overrides]
     flags = {"env.task_suite": args.task_suite}
     if args.run is None:
-        return settings_of_checkpoint(args.checkpoint, args.adapter, overrides, flags)
+        return of_checkpoint(args.checkpoint, args.adapter, overrides, flags)
     if args.adapter is not None:
         raise ConfigError("--adapter goes with --checkpoint; --run has an adapter of its own")
-    return settings_of_run(args.run, overrides, flags)
-
-
-def settings_of_run(run: str, overrides: list[str], flags: dict[str, Any]) -> tuple[Config, Path]:
-    if (Path(expand(run, "--run")) / "model" / "config.json").exists():
-        raise ConfigError(f"--run {run} is a fine-tuning run; serve what it made: --checkpoint {run}/model")
-    try:
-        _, config, checkpoint = resumed_settings(run, overrides, flags, Config)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--resume", "--run")) from None
-    return config, checkpoint / "adapter"
-
-
-def settings_of_checkpoint(
-    checkpoint: str, adapter: str | None, overrides: list[str], flags: dict[str, Any]
-) -> tuple[Config, Path | None]:
-    """Settings as the checkpoint was trained, where it tells; what it does not tell must be given."""
-    from vla_rl.model.find_checkpoint import check_checkpoint
-    from vla_rl.model.trained_as import read_trained_as
-
-    path = full_path("policy.checkpoint", checkpoint)
-    trained = {k: v for k, v in (read_trained_as(check_checkpoint(path)) or {}).items() if v is not None}
-    known = {f"policy.{name}": trained[name] for name in POLICY_AS_TRAINED if name in trained}
-    known |= {f"env.{name}": trained[name] for name in ("image_size", "render") if name in trained}
-    known |= {"eval.render": trained["render"]} if "render" in trained else {}
-    given = known.keys() | {override.partition("=")[0].strip() for override in overrides}
-    missing = [f"policy.{name}=..." for name in POLICY_AS_TRAINED if f"policy.{name}" not in given]
-    if missing:
-        raise ConfigError(
-            f"{checkpoint} does not tell how it was trained (it has no trained_as.json), and used otherwise it solves "
-            f"nothing: give {' '.join(missing)} (OpenVLA: policy.decoder=autoregressive policy.chunk_size=1; OpenVLA-OFT: "
-            "policy.decoder=parallel policy.chunk_size=8; the official ones: policy.center_crop=true)"
-        )
-    folder = None if adapter is None else Path(expand(adapter, "--adapter"))
-    known |= {"policy.checkpoint": path} | ({} if folder is None else lora_settings(folder))
-    values = merge(merge({}, flags=known), overrides, flags)
-    config = config_from_dict(values, "the command line")
-    if config.run.device == "cpu" and "policy.dtype" not in given:
-        config = config_from_dict(merge(values, ["policy.dtype=float32"]), "the command line")
-    return config, folder
-
-
-def lora_settings(folder: Path) -> dict[str, Any]:
-    """policy.lora.* of an adapter, from its files; whether all of it is right, loading it tells.
-
-    Raises:
-        ConfigError: there is none, or it is torn.
-    """
-    from vla_rl.model.checkpoint_folder import open_tensors
-    from vla_rl.model.prismatic_config import read_json
-
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).exists():
-            raise ConfigError(f"no {name} in {folder}; give a folder such as runs/NAME/checkpoints/ITERATION/adapter")
-    saved = read_json(folder / "adapter_config.json")
-    with open_tensors(folder / "adapter_model.safetensors") as file:
-        names = list(file.keys())
-    found = {"policy.lora.rank": saved.get("r"), "policy.lora.alpha": saved.get("lora_alpha")}
-    if all("language_model." in name for name in names):
-        layers = {
-            int(number) for name in names for number in re.findall(r"language_model\.model\.layers\.(\d+)\.", name)
-        }
-        found |= {"policy.lora.target_modules": "language-model"}
-        found |= {"policy.lora.last_layers": len(layers)} if 0 not in layers else {}
-    return found
-
-
-def build_policy_with(config: Config, adapter: Path | None) -> OpenVLAPolicy:
-    from vla_rl.learning.parts import build_policy
-
-    policy = build_policy(config)
-    if adapter is not None:
-        policy.load_adapter(adapter)
-    return policy
+    return of_run(args.run, overrides, flags)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -398,32 +319,24 @@ def main(argv: list[str] | None = None) -> int:
     """Serves until it is interrupted (130); 2: a mistake in the arguments or settings; 1: it failed."""
     args = parse_args(argv)
     configure_logging()
-    from vla_rl.run.failures import report
-
     try:
         check(args)
-        config, adapter = settings_from(args)
+        subject = subject_of(args)
         from vla_eval.model_servers.serve import serve
 
-        from vla_rl.learning.preflight import check_device, check_trained_as
-        from vla_rl.model.checkpoint_folder import read_statistics
-        from vla_rl.model.find_checkpoint import check_checkpoint
-
+        config, env = subject.config, subject.config.env
         check_device(config)
-        settings = config.policy
-        model = check_checkpoint(settings.checkpoint, settings.use_proprio)
-        check_trained_as(config, model, resumed=False)
-        if config.env.render != "exact":
-            log.warning("the policy was trained on images rendered %s; vla-eval renders exact ones", config.env.render)
-        read_statistics(model, settings.unnorm_key or config.env.task_suite, settings.use_proprio)
-        env, policy = config.env, build_policy_with(config, adapter)
+        check_policy(config, resumed=subject.run is not None)
+        if env.render != "exact":
+            log.warning("the policy was trained on images rendered %s; vla-eval renders exact ones", env.render)
+        policy, _ = build_subject(subject)
         sampling = args.temperature, config.run.seed, args.max_batch_size
         server = OpenVLAServer(policy, env.task_suite, env.image_size, *sampling)
         server.warm_up()
         how = "greedy" if args.temperature is None else f"sampled at temperature {args.temperature:g}"
         log.info(
             "serving %s for %s, %s, at ws://%s:%d",
-            *(adapter or config.policy.checkpoint, env.task_suite, how, args.host, args.port),
+            *(subject.name, env.task_suite, how, args.host, args.port),
         )
         serve(server, host=args.host, port=args.port)
     except ConfigError as error:

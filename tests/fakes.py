@@ -79,6 +79,16 @@ class FakeEnv(gymnasium.Env):
             obs, *_ = self.step(actions)
         return obs
 
+    def replay(self, episode, actions):
+        self.reset(options={"episodes": {self.index: episode}})
+        frames, success = [self.observe()["images"][0]], False
+        for number, action in enumerate(actions):
+            if number % CHUNK == 0:
+                decision = np.stack([*actions[number : number + CHUNK], *[action] * CHUNK][:CHUNK])
+                obs, _, success, *_ = self.step(decision)
+            frames.append(obs["images"][0])
+        return np.stack(frames), bool(success), obs["instruction"]
+
 
 class Resting:
     """An environment that does not take part in a step."""
@@ -127,6 +137,11 @@ class FakeVectorEnv(SyncVectorEnv):
     def step_wait(self):
         result, self.under_way = self.under_way, None
         return result
+
+    def replay(self, recordings):
+        assert self.under_way is None, "a replay while a step is under way"
+        for episode, actions in recordings:
+            yield FakeEnv(0, self.envs[0].unwrapped.max_steps, self.envs[0].unwrapped.needed).replay(episode, actions)
 
     def episode_states(self):
         assert self.under_way is None, "a question while a step is under way"

@@ -79,28 +79,15 @@ class Observation:
     proprio: np.ndarray  # float32 [N, 8], metres, radians (axis-angle), metres
     instructions: tuple[str, ...]  # N
     image_transform: ImageTransform | None = None  # that the images have been through
-    frames: np.ndarray | None = None  # uint8 [N, H, W, 3], the agent view as rendered, where it was asked for
 
     @classmethod
     def from_vector_env(cls, obs: dict) -> Observation:
         """The dict that a gymnasium.vector.VectorEnv over LiberoEnv returns. Arrays are copied: they are reused."""
-        frames = obs["frames"].copy() if "frames" in obs else None
         arrays = obs["images"].copy(), obs["proprio"].copy()
-        return cls(*arrays, tuple(obs["instruction"]), obs.get("image_transform"), frames)
+        return cls(*arrays, tuple(obs["instruction"]), obs.get("image_transform"))
 
     def __len__(self) -> int:
         return len(self.instructions)
-
-    @property
-    def agent_view(self) -> np.ndarray:
-        """uint8 [N, H, W, 3], as rendered.
-
-        Raises:
-            ValueError: there is only what a transform made of it.
-        """
-        if self.frames is None and self.image_transform is not None:
-            raise ValueError("the rendered images were not kept; make the environments with keep_frames=True")
-        return self.images[:, 0] if self.frames is None else self.frames
 
     def rows(self, indices: Sequence[int]) -> Observation:
         indices = list(indices)
@@ -109,7 +96,6 @@ class Observation:
             self.proprio[indices],
             tuple(self.instructions[i] for i in indices),
             self.image_transform,
-            None if self.frames is None else self.frames[indices],
         )
 
 

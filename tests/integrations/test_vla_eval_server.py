@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import shutil
 import socket
 from contextlib import closing
 from functools import partial
@@ -19,8 +17,7 @@ from integrations import vla_eval_server
 from integrations.vla_eval_server import OpenVLAServer, camera_image, decide, fit_image, is_of_suite, to_observation
 from tests.model.policies import make_obs, make_policy, move_adapters
 from vla_rl.learning.evaluation import evaluation_episodes, sampling_generators
-from vla_rl.model.tiny_openvla import TRAINED
-from vla_rl.run.load_settings import load_config, save_config
+from vla_rl.learning.evaluation_subject import build_subject
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.types import Observation
@@ -47,8 +44,8 @@ def policy():
     return make_policy("parallel", "tiny-openvla", lora=None, use_proprio=True)
 
 
-def settings(*argv: str):
-    return vla_eval_server.settings_from(vla_eval_server.parse_args(list(argv)))
+def subject(*argv: str):
+    return vla_eval_server.subject_of(vla_eval_server.parse_args(list(argv)))
 
 
 # observations and actions
@@ -135,63 +132,24 @@ def test_what_our_environment_shows_gives_the_chunk_that_the_policy_acts(policy)
 # settings
 
 
-def test_a_checkpoint_is_served_as_it_was_trained():
-    config, adapter = settings("--checkpoint", "tiny-openvla", "--device", "cpu")
-    read = json.loads((TRAINED / "trained_as.json").read_text())
-    assert adapter is None and {name: getattr(config.policy, name) for name in vla_eval_server.POLICY_AS_TRAINED} == {
-        name: read[name] for name in vla_eval_server.POLICY_AS_TRAINED
-    }
-    assert (config.env.image_size, config.env.render) == (128, "fast")
-    assert (config.policy.dtype, config.run.device, config.env.task_suite) == ("float32", "cpu", "libero_spatial")
-    assert settings("--checkpoint", "tiny-openvla", "policy.dtype=bfloat16")[0].policy.dtype == "bfloat16"
-
-
-def test_a_checkpoint_that_does_not_tell_how_it_was_trained_must_be_told(tmp_path):
-    folder = shutil.copytree(TRAINED, tmp_path / "model", ignore=shutil.ignore_patterns("trained_as.json"))
-    with pytest.raises(
-        ConfigError, match=r"give policy.num_images=... policy.use_proprio=... policy.center_crop=... \("
-    ):
-        settings("--checkpoint", str(folder), "policy.decoder=parallel", "policy.chunk_size=8")
-    told = ("policy.decoder=autoregressive", "policy.chunk_size=1", "policy.num_images=1", "policy.use_proprio=false")
-    assert settings("--checkpoint", str(folder), *told, "policy.center_crop=true")[0].policy.decoder == "autoregressive"
-
-
 @pytest.mark.parametrize("lora", [{}, {"target_modules": "language-model", "last_layers": 1}])
-def test_an_adapter_is_loaded_with_its_own_shape(tmp_path, lora):
+def test_a_checkpoint_is_served_as_it_was_trained_with_its_adapter(tmp_path, lora):
+    """Which settings that gives, tests/learning/test_evaluation_subject.py shows: it is what vla_rl.evaluate evaluates."""
     trained = make_policy("parallel", "tiny-openvla", lora=LoraConfig(rank=3, alpha=5, **lora), use_proprio=True)
     move_adapters(trained)
     trained.save_adapter(tmp_path)
-    config, folder = settings("--checkpoint", "tiny-openvla", "--adapter", str(tmp_path), "--device", "cpu")
-    assert (config.policy.lora.rank, config.policy.lora.alpha) == (3, 5)
-    served = vla_eval_server.build_policy_with(config, folder)
+    served = subject("--checkpoint", "tiny-openvla", "--adapter", str(tmp_path), "--device", "cpu")
+    policy, _ = build_subject(served)
     obs = make_obs(2)
-    assert np.array_equal(decide(served, as_sent(obs), 128), trained.act(obs, greedy=True).actions)
-    with pytest.raises(ConfigError, match="adapter_config"):
-        settings("--checkpoint", "tiny-openvla", "--adapter", str(tmp_path / "other"))
-
-
-def test_a_run_is_served_from_its_newest_checkpoint_with_its_own_settings(tmp_path):
-    from vla_rl.run.checkpoint import write_checkpoint
-
-    config = load_config("configs/tiny_gae_ppo.yaml", ["run.seed=7", "policy.lora.rank=4"])
-    for number in (2, 10):
-        name = f"iteration-{number:06d}"
-        write_checkpoint(tmp_path / "checkpoints", name, "0", lambda f: save_config(config, f / "config.yaml"), keep=3)
-    served, adapter = settings("--run", str(tmp_path))
-    assert adapter == tmp_path / "checkpoints/iteration-000010/adapter"
-    assert (served.run.seed, served.policy.lora.rank, served.env.image_size) == (7, 4, 128)
-    with pytest.raises(ConfigError, match=r"no run folder .*; --run takes a folder"):
-        settings("--run", str(tmp_path / "other"))
+    assert np.array_equal(
+        decide(policy, as_sent(obs), served.config.env.image_size), trained.act(obs, greedy=True).actions
+    )
     with pytest.raises(ConfigError, match="--adapter goes with --checkpoint"):
-        settings("--run", str(tmp_path), "--adapter", "x")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="fine-tuning run; serve what it made"):
-        settings("--run", str(tmp_path))
+        subject("--run", str(tmp_path), "--adapter", "x")
 
 
 def test_mistakes_end_with_status_2_before_anything_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr(vla_eval_server, "build_policy_with", None)
+    monkeypatch.setattr(vla_eval_server, "build_subject", None)
     monkeypatch.setattr(vla_eval_server, "PredictModelServer", object)
     assert vla_eval_server.main(["--checkpoint", "tiny-openvla"]) == 2
     assert "pip install -r requirements-vla-eval.txt" in capsys.readouterr().err

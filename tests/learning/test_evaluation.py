@@ -1,24 +1,26 @@
-"""Evaluation plays each episode once, in one queue, and leaves videos that can be watched."""
+"""Evaluation plays each episode once, in one queue, in batches of one shape, and keeps what it executed."""
 
-import sys
 from contextlib import closing
-from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 
 from tests.fakes import FakePolicy, make_envs
+from tests.trainers import settings
 from vla_rl.learning.evaluation import (
     EpisodeResult,
+    evaluate_modes,
     evaluate_policy,
     evaluation_episodes,
+    one_of_each_outcome,
+    recording,
     sampling_generators,
     success_metrics,
-    wilson_interval,
-    write_videos,
 )
+from vla_rl.learning.parts import build_policy
+from vla_rl.run.load_settings import load_config
+from vla_rl.simulation.vector_env import make_vector_env
 from vla_rl.types import Episode, PolicyOutput
 
 
@@ -56,6 +58,9 @@ class ScriptedVectorEnv:
         actions, active = self.under_way
         done, success, steps = (np.zeros(self.num_envs, dtype=kind) for kind in (bool, bool, np.int64))
         for i, episode in enumerate(self.episodes):
+            if episode is None:
+                assert not active[i], "an environment was played that was never reset"
+                continue
             played = self.decisions[i] <= episode.task_id
             assert played == active[i] == (actions[i] == 1).all(), (
                 "an idle environment was played or a playing one was not"
@@ -77,7 +82,8 @@ class OnesPolicy:
     def act(self, obs, *, temperature, greedy, generator):
         n = len(obs)
         assert len(generator) == n, "one generator a row"
-        draws = [torch.rand(1, generator=g).item() for g in generator]
+        fill = torch.Generator().initial_seed()  # of rows that are copies
+        draws = [None if g.initial_seed() == fill else torch.rand(1, generator=g).item() for g in generator]
         self.calls.append((obs.instructions, temperature, greedy, draws))
         return PolicyOutput(torch.zeros(n, 56), torch.zeros(n, 56), np.ones((n, 8, 7), np.float32), None, None)
 
@@ -120,12 +126,7 @@ def test_an_environment_takes_the_next_episode_as_soon_as_it_is_done():
     play(2, evaluation_episodes([3, 0], [0]) + evaluation_episodes([0], [1, 2]), policy)
     # env 0 plays task 3 for four decisions, env 1 three short episodes beside it, then nothing
     asked = [instructions for instructions, *_ in policy.calls]
-    assert asked == [("3 0", "0 0"), ("3 0", "0 1"), ("3 0", "0 2"), ("3 0",)]
-
-
-def test_more_environments_than_episodes_are_refused():
-    with pytest.raises(ValueError, match="10 evaluation environments for 9 episodes"):
-        play(10, EPISODES)
+    assert asked == [("3 0", "0 0"), ("3 0", "0 1"), ("3 0", "0 2"), ("3 0", "3 0")]  # a copy fills the batch
 
 
 def test_an_evaluation_may_be_stopped_before_any_decision():
@@ -157,7 +158,8 @@ def drawn(num_envs: int, episodes, seed: int = 0) -> dict[str, list[list[float]]
     play(num_envs, episodes, policy, greedy=False, seed=seed)
     for instructions, *_, numbers in policy.calls:
         for instruction, number in zip(instructions, numbers, strict=True):
-            draws.setdefault(instruction, []).append(number)
+            if number is not None:  # a copy that fills the batch
+                draws.setdefault(instruction, []).append(number)
     return draws
 
 
@@ -228,25 +230,8 @@ def test_a_sampled_evaluation_of_the_small_policy_repeats_itself_and_touches_no_
 # intervals and metrics
 
 
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [
-        # z = 1.959964, z^2 = 3.841459. Centre (p + z^2/2n)/(1 + z^2/n), half width z/(1 + z^2/n) sqrt(pq/n + z^2/4n^2)
-        # 8/10: (0.8 + 0.192073)/1.384146 = 0.716740; 1.416010 sqrt(0.016 + 0.009604) = 0.226577
-        (8, 10, 0.49016, 0.94332),
-        # 0/10: centre 0.192073/1.384146 = 0.138766 = half width
-        (0, 10, 0.0, 0.27753),
-        (10, 10, 0.72247, 1.0),
-        # 250/500: centre 0.5; 1.945020 sqrt(0.0005 + 0.0000038415) = 0.043660
-        (250, 500, 0.45634, 0.54366),
-    ],
-)
-def test_wilson_interval_by_hand(successes, trials, low, high):
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=2e-5)
-
-
-def result(task: int, success: bool, length: int, frames=None, state: int = 0) -> EpisodeResult:
-    return EpisodeResult(Episode(task, state, 0), success, length, frames)
+def result(task: int, success: bool, length: int, state: int = 0) -> EpisodeResult:
+    return EpisodeResult(Episode(task, state, 0), success, length, np.zeros((length, 7), np.float32))
 
 
 def test_metrics_of_one_task_by_hand():
@@ -269,134 +254,107 @@ def test_metrics_of_several_tasks_have_each_tasks_rate():
     assert len([name for name in metrics if "/task_" in name]) == 2
 
 
-# videos
+# what is kept of an episode
 
 
-def decode(path) -> tuple[list[np.ndarray], dict]:
-    reader = imageio_ffmpeg.read_frames(str(path))
-    meta = next(reader)
-    width, height = meta["size"]
-    return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader], meta
-
-
-def test_frames_are_what_the_policy_saw_and_the_last_state():
-    results, _ = play(2, [Episode(2, 5, 0), Episode(2, 5, 0)], record=True)  # three decisions each
-    assert [r.frames is None for r in results].count(False) == 1  # one of each outcome is enough: frames are large
-    frames = next(r.frames for r in results if r.frames)
-    assert [frame[0, 0].tolist() for frame in frames] == [[80, 5, 0], [80, 5, 40], [80, 5, 80], [80, 5, 120]]
-    assert frames[0].shape == (64, 64, 3) and frames[0].dtype == np.uint8
-
-
-def test_frames_are_kept_only_when_asked_for():
+def test_the_actions_of_an_episode_are_those_executed():
     results, _ = play(2, EPISODES)
-    assert all(r.frames is None for r in results)
+    assert [r.actions.shape for r in results] == [(r.length, 7) for r in results]
+    assert {r.actions.dtype for r in results} == {np.dtype(np.float32)} and all((r.actions == 1).all() for r in results)
 
 
-def test_a_video_of_the_first_success_and_failure_can_be_watched(tmp_path):
-    results, _ = play(2, EPISODES, record=True)
-    paths = write_videos(results, tmp_path / "videos", "000000100_greedy", chunk_size=8)
-    assert [path.name for path in paths] == [
-        "000000100_greedy_task3_state4_success.mp4",
-        "000000100_greedy_task3_state5_failure.mp4",
-    ]
-    assert sorted((tmp_path / "videos").iterdir()) == sorted(paths)  # nothing unfinished stays
-    for path, state in zip(paths, (4, 5), strict=True):
-        frames, meta = decode(path)
-        assert len(frames) == 5  # four decisions and the end
-        assert meta["fps"] == 2.5  # 20 steps a second / 8 steps a decision
-        assert meta["codec"] == "h264" and meta["pix_fmt"].startswith("yuv420p")  # what browsers play
-        assert meta["size"] == (256, 256)  # 64 pixels four times
-        for decision, frame in enumerate(frames):
-            # colours go through YUV and compression
-            np.testing.assert_allclose(frame.mean(axis=(0, 1)), [120, state, 40 * decision], atol=6)
+class CountingPolicy(OnesPolicy):
+    """Tells the decision by its actions and its hidden state, and which row of the batch it was."""
+
+    def act(self, obs, **kwargs):
+        output = super().act(obs, **kwargs)
+        seen = obs.images[:, 0, 0, 0].astype(np.float32)  # task, state, decision of each row
+        output.actions[:] = 1
+        return PolicyOutput(*[output.action_tokens, output.logprobs, output.actions], torch.from_numpy(seen), None)
 
 
-@pytest.mark.parametrize(("side", "size"), [(256, (256, 256)), (128, (256, 256)), (101, (202, 202)), (257, (256, 256))])
-def test_frames_of_any_size_become_a_video(tmp_path, side, size):
-    frames = [np.full((side, side, 3), 128, np.uint8)] * 3
-    (path,) = write_videos([result(0, True, 3, frames)], tmp_path, "x", chunk_size=1)
-    decoded, meta = decode(path)
-    assert len(decoded) == 3 and meta["size"] == size and meta["fps"] == 20
+def test_values_are_of_the_episodes_own_decisions():
+    results, _ = play(3, EPISODES, CountingPolicy(), predict_values=lambda hidden: hidden @ torch.tensor([0.0, 100, 1]))
+    for r in results:  # the picture has 40 a decision in its third channel
+        assert r.values == [100 * r.episode.initial_state + 40 * k for k in range(r.episode.task_id + 1)]
 
 
-def test_without_a_failure_there_is_one_video_and_without_frames_none(tmp_path):
-    frames = [np.zeros((64, 64, 3), np.uint8)] * 2
-    assert len(write_videos([result(0, True, 3, frames)], tmp_path, "a", 8)) == 1
-    assert write_videos([result(0, True, 3), result(0, False, 3)], tmp_path, "b", 8) == []
+def test_without_a_value_head_there_are_no_values():
+    results, _ = play(2, EPISODES, CountingPolicy())
+    assert {r.values for r in results} == {None}
 
 
-FRAMES = [np.zeros((64, 64, 3), np.uint8)] * 3
-BOTH = [result(0, True, 3, FRAMES), result(0, False, 3, FRAMES)]
+def test_every_forward_has_a_row_for_each_environment_and_the_fill_draws_from_no_episode():
+    for num_envs in (4, 12):  # of 9 episodes
+        policy = OnesPolicy()
+        results, _ = play(num_envs, EPISODES, policy, greedy=False)
+        assert {len(instructions) for instructions, *_ in policy.calls} == {num_envs}
+        assert [(r.success, r.length) for r in results] == [(r.success, r.length) for r in play(1, EPISODES)[0]]
 
 
-@pytest.mark.parametrize("name", ["a:b", "http:x", "-x", "a b", "100%d", "file:", "'q'", "ä"])
-def test_a_relative_folder_of_any_name_gets_its_videos(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    (path,) = write_videos([result(0, True, 3, FRAMES)], Path(name), "x", 8)
-    assert len(decode(tmp_path / path)[0]) == 3
-    assert [file.name for file in Path(name).iterdir()] == ["x_task0_state0_success.mp4"]
+def test_results_are_told_as_they_come():
+    told = []
+    results, _ = play(2, EPISODES, on_result=told.append)
+    assert len(told) == 9 and {id(r) for r in told} == {id(r) for r in results}
+    assert told != results  # the order of their ends, not of the list
 
 
-def fake_ffmpeg(script: str):
-    def install(folder, monkeypatch):
-        (folder / "ffmpeg").write_text(f"#!/bin/sh\nfor last; do :; done\n{script}\n")
-        (folder / "ffmpeg").chmod(0o755)
-        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(folder / "ffmpeg"))
-
-    return install
+def test_one_of_each_outcome_is_the_first_of_the_list():
+    results = [result(0, False, 3), result(0, True, 4), result(1, True, 5), result(1, False, 6)]
+    assert one_of_each_outcome(results) == [results[1], results[0]]
+    assert one_of_each_outcome(results[1:3]) == [results[1]] and one_of_each_outcome([]) == []
 
 
-def raises(error: Exception):
-    def replace(*_):
-        raise error
-
-    return lambda folder, monkeypatch: monkeypatch.setattr("vla_rl.learning.evaluation.os.replace", replace)
+def test_a_recording_names_its_file_by_what_it_shows():
+    shown = recording(result(3, False, 5, state=7), "000000100_greedy", "greedy", 8)
+    assert shown.name == "000000100_greedy_task3_state7_failure" and (shown.label, shown.chunk_size) == ("greedy", 8)
 
 
-FAILURES = {
-    "ffmpeg is not there": (lambda _, patch: patch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg"), "/nowhere/ffmpeg"),
-    "ffmpeg cannot be executed": (
-        lambda _, patch: patch.setenv("IMAGEIO_FFMPEG_EXE", "/dev/null"),
-        "Permission denied",
-    ),
-    "the package is missing": (lambda _, patch: patch.setitem(sys.modules, "imageio_ffmpeg", None), "imageio_ffmpeg"),
-    "it reads nothing": (fake_ffmpeg("echo No such filter >&2; exit 3"), "status 3: No such filter"),
-    "the disk is full at the end": (
-        fake_ffmpeg('cat >"${last#file:}"; printf "trailer:\nNo space left" >&2; exit 1'),
-        "status 1: trailer: No space left",
-    ),
-    "it is killed": (fake_ffmpeg('echo torn >"${last#file:}"; kill -9 $$'), "status -9"),
-    "it writes nothing": (fake_ffmpeg("cat >/dev/null"), "No such file"),
-    "no permission": (raises(PermissionError(13, "Permission denied")), "Permission denied"),
-    "the folder is a file": (lambda folder, _: (folder / "videos").write_text(""), "videos"),
-    "an error without words": (raises(ValueError()), "ValueError"),
-}
+# an evaluation of the trainer
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_a_video_that_fails_is_one_warning_that_names_it_and_leaves_nothing_torn(
-    tmp_path, monkeypatch, caplog, capfd, failure
-):
-    fail, words = FAILURES[failure]
-    fail(tmp_path, monkeypatch)
-    assert write_videos(BOTH, tmp_path / "videos", "x", 8) == []
-    for record, outcome in zip(caplog.records, ("success", "failure"), strict=True):
-        message = record.getMessage()
-        assert record.levelname == "WARNING" and "\n" not in message
-        assert f"{tmp_path}/videos/x_task0_state0_{outcome}.mp4: " in message and words in message
-    assert not list(tmp_path.glob("videos/*")) and not list(tmp_path.glob("videos/.*"))
-    assert capfd.readouterr().err == ""  # ffmpeg itself says nothing on the terminal
+def test_a_mode_leaves_a_video_of_a_success_and_of_a_failure_at_the_speed_of_the_robot(tmp_path):
+    config = settings(eval={"states": "0-7", "video": True})
+    with closing(make_envs(2, needed=2)) as envs:
+        metrics = evaluate_modes(FakePolicy(), envs, config, tmp_path, "000000064", lambda: None)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert 0 < metrics["eval/success_rate_sampled"] < 1 and metrics["eval/episodes_greedy"] == 8
+    assert len([n for n in names if n.startswith("000000064_sampled_task0_state")]) == 2
+    assert {n.rpartition("_")[2] for n in names if "sampled" in n} == {"success.mp4", "failure.mp4"} and len(names) <= 4
 
 
-def test_a_failed_video_does_not_keep_the_next_from_being_written(tmp_path):
-    (tmp_path / "x_task0_state0_success.mp4").mkdir()  # in the way
-    (path,) = write_videos(BOTH, tmp_path, "x", 8)
-    assert path.name == "x_task0_state0_failure.mp4" and len(decode(path)[0]) == 3
-    assert len(list(tmp_path.iterdir())) == 2
+def test_a_stop_ends_the_evaluation_before_a_replay(tmp_path):
+    calls, config = [], settings(eval={"states": "0-7", "video": True, "modes": ["sampled"]})
+
+    def decisions(count):
+        calls.append(1)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+
+    with closing(make_envs(2, needed=2)) as envs:
+        evaluate_modes(FakePolicy(), envs, config, tmp_path, "a", lambda: decisions(1000))
+        asked = len(calls)
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_modes(FakePolicy(), envs, config, tmp_path, "b", lambda: decisions(asked - 1))
+    assert len(list(tmp_path.glob("a_*"))) == 2 and len(list(tmp_path.glob("b_*"))) == 1
 
 
-def test_a_stop_while_a_video_is_written_still_stops(tmp_path, monkeypatch):
-    raises(KeyboardInterrupt())(tmp_path, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        write_videos(BOTH, tmp_path / "videos", "x", 8)
-    assert not list((tmp_path / "videos").iterdir())
+# the real simulator and the small OpenVLA
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize("workers", [(1, 2), pytest.param((2, 4), marks=pytest.mark.slow)])
+def test_greedy_episodes_are_the_same_for_any_number_of_workers_and_can_be_played_again(workers):
+    config = load_config("configs/tiny_gae_ppo.yaml", ["eval.max_steps=24", "env.settle_steps=2", "env.image_size=64"])
+    policy, episodes, played = build_policy(config, adapted=False), evaluation_episodes([0], range(6)), []
+    transform = policy.processor.image_transform
+    for number in workers:
+        config = config.model_copy(update={"env": config.env.model_copy(update={"num_workers": number})})
+        with closing(make_vector_env(config, 4, evaluation=True, image_transform=transform)) as envs:
+            results = evaluate_policy(policy, envs, episodes, greedy=True, temperature=1.0, seed=0, progress=False)
+            played.append([(r.success, r.length, r.actions.tobytes()) for r in results])
+            assert [r.length for r in results] == [24] * 6 and len({r.actions.tobytes() for r in results}) == 6
+            (frames, success, _), *_ = envs.replay([(r.episode, r.actions) for r in results[:1]])
+            assert (len(frames), success) == (25, False)
+    assert played[0] == played[1]

@@ -25,3 +25,8 @@ def test_number_of_torch_threads_and_size_of_the_value_head_are_those_set():
         assert build_value_head(load_config("configs/tiny_grpo.yaml"), 128) is None
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_is_only_evaluated_needs_no_adapter():
+    policy = build_policy(load_config(TINY), adapted=False)
+    assert policy.adapter is None and policy.trainable_parameters() == []

@@ -77,3 +77,28 @@ def test_images_prepared_for_another_policy_are_refused():
         ValueError, match=r"center_crop=False.*this policy reads.*center_crop=True.*image_transform=policy"
     ):
         policy.prepare(obs)
+
+
+def test_prompts_are_padded_to_the_longest_of_those_told_until_others_are(parallel):
+    processor = Processor.__new__(Processor)
+    processor.__dict__ |= vars(parallel.processor) | {"prompt_ids": {}}
+    lengths = [processor.tokenize((text,))[0].shape[1] for text in TASKS]
+    assert len(set(lengths)) > 1
+    processor.pad_to(TASKS)
+    assert {processor.tokenize((text,))[0].shape[1] for text in TASKS} == {max(lengths)}
+    processor.pad_to(TASKS[:1])
+    assert [processor.tokenize((text,))[0].shape[1] for text in TASKS] == [max(n, lengths[0]) for n in lengths]
+
+
+def test_in_batches_of_one_shape_a_rows_numbers_depend_on_no_other_row():
+    """In float32 on a CPU. What an evaluation's outcomes do not depend on: which episodes end first, how many workers there are."""
+    policy = make_policy(lora=None)
+    policy.processor.pad_to(TASKS)
+    obs = make_obs(8)
+    alone = {}
+    for rows in ([0, 1, 2, 3], [3, 0, 7, 1], [2, 2, 2, 2], [5, 4, 0, 3], [1, 6, 7, 5]):
+        tensors = policy.tensors(policy.prepare(obs.rows(rows)))
+        logits, hidden = policy.forward_logits(*tensors[:3], proprio=tensors[3])
+        for place, row in enumerate(rows):
+            for name, value in (("logits", logits[place]), ("hidden", hidden[place])):
+                assert torch.equal(alone.setdefault((name, row), value), value), f"{name} of row {row} in place {place}"

@@ -1,8 +1,13 @@
 """Memory that can still be taken: the machine's, or less where a control group has a limit."""
 
-import pytest
+import re
+import subprocess
 
-from vla_rl.run.machine import available_memory
+import numpy as np
+import pytest
+import torch
+
+from vla_rl.run.machine import available_memory, commit, versions
 
 GIB = 2**30
 
@@ -63,3 +68,19 @@ def test_version_1_of_control_groups(machine):
 
 def test_this_machine_has_some():
     assert 0 < available_memory() < 2**50
+
+
+def test_versions_are_those_installed_and_the_commit_is_that_of_the_folder(tmp_path, monkeypatch):
+    found = versions()
+    assert found["numpy"] == np.__version__ and torch.__version__.startswith(found["torch"])
+    monkeypatch.setattr("vla_rl.run.machine.PACKAGES", ("no-such-package",))
+    assert versions()["no-such-package"] is None
+    assert commit(tmp_path) is None and commit(tmp_path / "nowhere") is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "f").write_text("1")
+    for words in (["init", "-q"], ["add", "f"], ["commit", "-qm", "x"], ["tag", "v1"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "f").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{40}-changed", commit(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert commit(tmp_path) is None

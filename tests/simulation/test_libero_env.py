@@ -348,3 +348,26 @@ def test_step_before_reset_is_refused():
 
     with pytest.raises(gymnasium.error.ResetNeeded, match="reset"):
         LiberoEnv("libero_goal", chunk_size=8).step(REST)
+
+
+@libero
+def test_a_replay_shows_every_step_and_ends_as_the_episode_did(env):
+    actions = random_actions(0)
+    rows = run(env, FIXED, actions)
+    before = physics(env)
+    frames, success, instruction = env.replay(FIXED, np.concatenate(actions))
+    assert frames.shape == (len(actions) * CHUNK + 1, SIZE, SIZE, 3) and frames.dtype == np.uint8 and success is False
+    for frame, (_, images, _) in zip(frames[::CHUNK], rows, strict=True):
+        np.testing.assert_array_equal(frame, images[0])  # of the agent's camera, where a chunk ends
+    np.testing.assert_array_equal(physics(env), before)
+    assert instruction == task_languages("libero_spatial")[4]
+    assert (frames[1:] != frames[:-1]).any(axis=(1, 2, 3)).all()
+
+
+@libero
+def test_a_replay_ends_where_its_episode_does(env, monkeypatch):
+    monkeypatch.setattr(env, "max_steps", 3)
+    frames, success, _ = env.replay(FIXED, np.zeros((5, ACTION_DIM)))
+    assert len(frames) == 4 and not success
+    with pytest.raises(ValueError, match="actions have shape"):
+        env.replay(FIXED, np.zeros((5, 6)))

@@ -148,9 +148,9 @@ def test_the_next_episode_begins_in_the_step_that_ends_one(alone):
 
 
 @libero
-def test_workers_prepare_the_policys_images_bit_for_bit_and_keep_frames_for_videos(alone):
+def test_workers_prepare_the_policys_images_bit_for_bit(alone):
     policy = make_policy(num_images=2, lora=None)
-    envs = LiberoVectorEnv(SETTINGS, 3, 2, image_transform=policy.processor.image_transform, keep_frames=True)
+    envs = LiberoVectorEnv(SETTINGS, 3, 2, image_transform=policy.processor.image_transform)
     obs, _ = envs.reset(options={"episodes": EPISODES})
     shown = [obs, envs.step(random_actions(0))[0]]
     shown.append(envs.restore_episodes(envs.episode_states()))
@@ -167,7 +167,29 @@ def test_workers_prepare_the_policys_images_bit_for_bit_and_keep_frames_for_vide
         ours, expected = policy.prepare(prepared), policy.prepare(raw)
         assert ours.images.equal(expected.images) and ours.proprio.equal(expected.proprio)
         assert ours.instructions == expected.instructions
-        np.testing.assert_array_equal(prepared.agent_view, raw.images[:, 0])
+
+
+@libero
+def test_recordings_are_replayed_in_their_order_and_the_environments_stay_where_they_are(alone):
+    envs = LiberoVectorEnv(SETTINGS, num_envs=2, num_workers=2)
+    assert envs.renderer_name() is None
+    episodes = {i: EPISODES[i] for i in range(2)}
+    envs.reset(options={"episodes": episodes})
+    envs.step(random_actions(0, num_envs=2))
+    states = envs.episode_states()
+    recordings = [(EPISODES[i], states[i]["actions"]) for i in (1, 0)] + [(EPISODES[0], states[0]["actions"][:3])]
+    played = list(envs.replay(recordings))
+    assert [len(frames) for frames, *_ in played] == [CHUNK + 1, CHUNK + 1, 4]
+    for (frames, success, _), i in zip(played, (1, 0), strict=False):
+        assert not success
+        np.testing.assert_array_equal(frames[-1], alone[i][1]["images"][0])
+    np.testing.assert_array_equal(played[2][0], played[1][0][:4])
+    obs, *_ = envs.step(random_actions(1, num_envs=2))
+    for i in range(2):
+        np.testing.assert_array_equal(obs["images"][i], alone[i][2]["images"])
+    assert "OpenGL" in envs.renderer_name()
+    assert list(envs.replay([])) == []
+    envs.close()
 
 
 @libero
@@ -239,11 +261,11 @@ def test_settings_reach_the_environments():
         assert envs.single_action_space.shape == (5, 7)
         assert (env.task_suite, env.default_task_id, env.settle_steps) == ("libero_goal", 3, 4)
         assert (env.max_steps, env.gamma, env.bootstrap_truncated) == (max_steps, 0.9, False)
-        assert env.render_quality == render and envs.shown == Shown(None, keep_frames=evaluation)
+        assert env.render_quality == render and envs.shown == Shown()
         envs.close()
     transform = OpenVLAImageTransform(56, center_crop=False)
     envs = make_vector_env(config, 2, image_transform=transform)
-    assert envs.workers.env_fns[0]().shown == envs.shown == Shown(transform, keep_frames=False)  # videos: evaluation's
+    assert envs.workers.env_fns[0]().shown == envs.shown == Shown(transform)
     assert envs.single_observation_space["images"].shape == (2, 56, 56, 3)
     envs.close()
 

@@ -1,34 +1,30 @@
 """Success of a policy over tasks x fixed initial states, with intervals and videos.
 
-N environments, E episodes.
+Not here: intervals (vla_rl.learning.statistics), pictures (vla_rl.learning.videos), the command that evaluates a run or a
+checkpoint (vla_rl.evaluate).
+
+N environments, E episodes, C steps in a chunk.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from torch import Tensor
 from tqdm import tqdm
 
 from vla_rl.learning.episodes import EpisodeQueue, reset_finished, step_arguments
-from vla_rl.run.failures import one_line
+from vla_rl.learning.statistics import wilson_interval
+from vla_rl.learning.videos import Recording, write_replays
 from vla_rl.run.settings import Config
 from vla_rl.types import Episode, Observation, Policy
-
-log = logging.getLogger(__name__)
-
-CONTROL_HZ = 20  # LIBERO's control frequency: simulator steps per second of robot time
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,8 @@ class EpisodeResult:
     episode: Episode
     success: bool
     length: int  # simulator steps
-    frames: list[np.ndarray] | None  # uint8 [H, W, 3], one a decision; None unless recorded
+    actions: np.ndarray  # float32 [length, 7], those executed: the episode can be played again
+    values: list[float] | None = None  # V(s) at each decision, if there is a value head
 
 
 def evaluation_episodes(task_ids: Sequence[int], states: Sequence[int]) -> list[Episode]:
@@ -59,32 +56,35 @@ def evaluate_policy(
     greedy: bool,
     temperature: float,
     seed: int,
-    record: bool = False,
+    predict_values: Callable[[Tensor], Tensor] | None = None,
     progress: bool = True,
     on_decision: Callable[[], None] = lambda: None,
+    on_result: Callable[[EpisodeResult], None] = lambda result: None,
 ) -> list[EpisodeResult]:
     """Plays each episode once; an environment that is done takes the next from one queue.
 
     Each episode samples from a generator of its own: what it draws depends neither on the number of environments nor on the
-    episodes beside it, and an evaluation does not change the training that follows it.
+    episodes beside it, and an evaluation does not change the training that follows it. Every forward has N rows, row i that of
+    environment i or, where that has nothing left to play, a copy of another's: a batch of another size rounds otherwise, and
+    then greedy tokens would depend on which episodes happen to end last.
 
     Args:
-        envs: at most as many environments as episodes.
+        envs: N environments; more than episodes are left idle.
         temperature: of the sampled mode; greedy ignores it.
         seed: of the sampling, 0 or more.
-        record: keep the frames of the success and of the failure that end first.
+        predict_values: hidden states [N, D] -> V [N]; None keeps no values.
         on_decision: called before each decision; may raise to stop the evaluation.
+        on_result: called with each episode as it ends.
 
     Returns:
         E results in the order of `episodes`.
     """
-    if envs.num_envs > len(episodes):
-        raise ValueError(f"{envs.num_envs} evaluation environments for {len(episodes)} episodes; make fewer")
     generators = sampling_generators(episodes, seed)
+    unused = torch.Generator()  # of the rows that only fill the batch
     queue = EpisodeQueue(episodes, getattr(envs, "held", None))
     lengths = np.zeros(envs.num_envs, dtype=np.int64)
-    frames: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
-    recorded: set[bool] = set()  # outcomes whose frames are kept
+    actions: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
+    values: list[list[float]] = [[] for _ in range(envs.num_envs)]
     results: list[EpisodeResult | None] = [None] * len(episodes)
     description = "evaluate greedy" if greedy else f"evaluate T={temperature:g}"
     bar = tqdm(total=len(episodes), desc=description, unit="ep", disable=not progress, mininterval=1)
@@ -94,30 +94,37 @@ def evaluate_policy(
         while queue.playing:
             on_decision()
             playing = sorted(queue.playing)
+            rows = [index if index in queue.playing else playing[0] for index in range(envs.num_envs)]
             output = policy.act(
-                obs.rows(playing),
+                obs.rows(rows),
                 temperature=temperature,
                 greedy=greedy,
-                generator=[generators[queue.playing[index]] for index in playing],
+                generator=[
+                    generators[queue.playing[index]] if index in queue.playing else unused
+                    for index in range(envs.num_envs)
+                ],
             )
-            if record:
+            envs.step_async(*step_arguments(output.actions[playing], playing, envs.action_space.shape))
+            if predict_values is not None and output.hidden is not None:  # while the simulators step
+                with torch.no_grad():
+                    predicted = predict_values(output.hidden).tolist()
                 for index in playing:
-                    frames[index].append(obs.agent_view[index].copy())  # not a view that keeps all environments' images
-            envs.step_async(*step_arguments(output.actions, playing, envs.action_space.shape))
+                    values[index].append(predicted[index])
             raw_obs, _, terminated, truncated, info = envs.step_wait()
             obs = Observation.from_vector_env(raw_obs)
             lengths += info["steps"]
+            for index in playing:
+                actions[index].append(output.actions[index, : info["steps"][index]])
             finished = np.zeros(envs.num_envs, dtype=bool)
             finished[playing] = (terminated | truncated)[playing]
-            for index in np.flatnonzero(finished):
-                number = queue.playing[int(index)]
-                success = bool(terminated[index])
-                shown = None
-                if record and success not in recorded:
-                    recorded.add(success)
-                    shown = [*frames[index], obs.agent_view[index].copy()]
-                results[number] = EpisodeResult(episodes[number], success, int(lengths[index]), shown)
-                lengths[index], frames[index] = 0, []
+            for index in map(int, np.flatnonzero(finished)):
+                number = queue.playing[index]
+                played, told = np.concatenate(actions[index]).astype(np.float32), values[index] or None
+                results[number] = EpisodeResult(
+                    episodes[number], bool(terminated[index]), int(lengths[index]), played, told
+                )
+                on_result(results[number])
+                lengths[index], actions[index], values[index] = 0, [], []
                 bar.update()
                 bar.set_postfix_str(f"succ={np.mean([r.success for r in results if r is not None]):.1%}")
             obs = reset_finished(envs, finished, queue) or obs
@@ -138,14 +145,21 @@ def sampling_generators(episodes: Sequence[Episode], seed: int) -> list[torch.Ge
 
 
 def evaluate_modes(
-    policy: Policy, envs: VectorEnv, config: Config, videos: Path, prefix: str, on_decision: Callable[[], None]
+    policy: Policy,
+    envs: VectorEnv,
+    config: Config,
+    videos: Path,
+    prefix: str,
+    on_decision: Callable[[], None],
+    predict_values: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Every task from the fixed states that eval.states names, greedy and sampled as eval.modes says: eval/* metrics.
 
     Args:
         videos: folder for an MP4 of one success and one failure of each mode, if eval.video.
         prefix: of their names.
-        on_decision: called before each decision; may raise to stop the evaluation.
+        on_decision: called before each decision and replay; may raise to stop the evaluation.
+        predict_values: see evaluate_policy.
     """
     settings = config.eval
     metrics: dict[str, Any] = {"eval/render": settings.render}
@@ -157,22 +171,28 @@ def evaluate_modes(
             greedy=mode == "greedy",
             temperature=settings.temperature or config.rollout.temperature,
             seed=config.run.seed,
-            record=settings.video,
+            predict_values=predict_values,
             progress=config.logging.progress,
             on_decision=on_decision,
         )
         metrics |= success_metrics(results, mode)
         if settings.video:
-            write_videos(results, videos, f"{prefix}_{mode}", policy.chunk_size)
+            shown = [recording(r, f"{prefix}_{mode}", mode, policy.chunk_size) for r in one_of_each_outcome(results)]
+            write_replays(envs, shown, videos, config.max_episode_steps(evaluation=True), on_decision)
     return metrics
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a success rate (Wilson 1927), from SciPy; both ends in 0..1."""
-    from scipy.stats import binomtest  # a second to import
+def one_of_each_outcome(results: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+    """The first success and the first failure, as far as there are any."""
+    firsts = (next((r for r in results if r.success is outcome), None) for outcome in (True, False))
+    return [result for result in firsts if result is not None]
 
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+
+def recording(result: EpisodeResult, prefix: str, label: str, chunk_size: int) -> Recording:
+    """What a video of the episode is made of; prefix begins its file's name, label is written into it."""
+    episode, outcome = result.episode, "success" if result.success else "failure"
+    name = f"{prefix}_task{episode.task_id}_state{episode.initial_state}_{outcome}"
+    return Recording(name, label, episode, result.actions, result.success, result.values, chunk_size)
 
 
 def success_metrics(results: Sequence[EpisodeResult], mode: str) -> dict[str, float]:
@@ -192,72 +212,3 @@ def success_metrics(results: Sequence[EpisodeResult], mode: str) -> dict[str, fl
             rates = [r.success for r in results if r.episode.task_id == task_id]
             metrics[f"eval/success_rate_{mode}/task_{task_id}"] = float(np.mean(rates))
     return metrics
-
-
-def write_videos(results: Sequence[EpisodeResult], folder: Path, prefix: str, chunk_size: int) -> list[Path]:
-    """An MP4 of the first success and of the first failure, as far as there are any.
-
-    One frame a decision, shown at the speed of the robot: 20 / chunk_size frames a second.
-
-    No failure of a picture ends a run: a video that cannot be written is a warning.
-
-    Returns:
-        The files written.
-    """
-    written = []
-    for outcome, success in (("success", True), ("failure", False)):
-        result = next((r for r in results if r.success is success and r.frames), None)
-        if result is not None:
-            episode = result.episode
-            path = folder / f"{prefix}_task{episode.task_id}_state{episode.initial_state}_{outcome}.mp4"
-            try:
-                write_video(result.frames, path, fps=CONTROL_HZ / chunk_size)
-                written.append(path)
-            except Exception as error:
-                log.warning("no video %s: %s", path, one_line(error))
-    return written
-
-
-def write_video(frames: Sequence[np.ndarray], path: Path, fps: float) -> None:
-    """H.264 MP4 that browsers play, whole or not at all. Small frames are doubled until 256 pixels, sides made even.
-
-    Args:
-        frames: uint8 [H, W, 3] each.
-
-    Raises:
-        OSError: the folder cannot be made or written, or ffmpeg is not there.
-        RuntimeError: ffmpeg failed; the message is its own.
-    """
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scale = max(1, 256 // frames[0].shape[0])
-    frames = [frame.repeat(scale, axis=0).repeat(scale, axis=1) for frame in frames]
-    height, width = (side - side % 2 for side in frames[0].shape[:2])
-    unfinished = path.with_name(f".{path.name}")
-    options = [
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{width}x{height}",
-        "-r",
-        str(Fraction(fps).limit_denominator(1000)),
-        "-i",
-        "-",
-    ]
-    options += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "25", "-f", "mp4"]
-    # file: and an absolute path, else a folder "a:b" is a protocol and "-x" an option
-    command = [get_ffmpeg_exe(), "-y", "-v", "error", *options, f"file:{unfinished.absolute()}"]
-    pixels = b"".join(frame[:height, :width].tobytes() for frame in frames)
-    try:
-        # in a session of its own: Ctrl-C is for the run, which ends when it has saved
-        ffmpeg = subprocess.run(command, input=pixels, capture_output=True, start_new_session=True)
-        if ffmpeg.returncode != 0:
-            said = ffmpeg.stderr.decode(errors="replace").strip()
-            raise RuntimeError(f"ffmpeg ended with status {ffmpeg.returncode}: {said[-300:]}")
-        os.replace(unfinished, path)
-    finally:
-        with suppress(OSError):  # nothing torn stays
-            unfinished.unlink(missing_ok=True)

@@ -59,7 +59,8 @@ def instructions_of(config: Config) -> list[str]:
     return [languages[task_id] for task_id in config.env.task_ids]
 
 
-def build_policy(config: Config) -> OpenVLAPolicy:
+def build_policy(config: Config, adapted: bool = True) -> OpenVLAPolicy:
+    """adapted: with the LoRA weights of the settings, as they begin; else nothing can be trained."""
     if config.run.torch_threads is not None:
         torch.set_num_threads(config.run.torch_threads)
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
@@ -70,7 +71,7 @@ def build_policy(config: Config) -> OpenVLAPolicy:
         decoder=settings.decoder,
         num_images=settings.num_images,
         use_proprio=settings.use_proprio,
-        lora=settings.lora,
+        lora=settings.lora if adapted else None,
         device=config.run.device,
         dtype=getattr(torch, settings.dtype),
         chunk_size=settings.chunk_size,

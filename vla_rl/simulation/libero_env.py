@@ -184,6 +184,25 @@ class LiberoEnv(gymnasium.Env):
         state = states[self.index]
         return None if state is None else self.restore_episode(state)
 
+    def replay(self, episode: Episode | Mapping[str, Any], actions: np.ndarray) -> tuple[np.ndarray, bool, str]:
+        """Plays recorded actions again, bit for bit, and renders every step: what a video shows.
+
+        Args:
+            actions: float [steps, 7], those executed (`episode_state`).
+
+        Returns:
+            The agent view uint8 [steps + 1, H, W, 3], fewer if the episode ends before its actions do; whether it
+            succeeded; its instruction.
+        """
+        self._start(as_dict(episode), render=True)
+        frames = [self._observe()["images"][0]]
+        for action in check_actions(actions, (len(actions), ACTION_DIM)):
+            if self._terminated or self._truncated:
+                break
+            self._execute(action[None])
+            frames.append(self._observe()["images"][0])
+        return np.stack(frames), self._terminated, self._instruction
+
     def close(self) -> None:
         """Frees the simulators and their OpenGL contexts."""
         self._simulators.close()

@@ -76,7 +76,7 @@ def render_first_task(config: Config) -> Rendered:
         backend = os.environ["MUJOCO_GL"]
         devices = tuple(egl_devices()) if backend == "egl" else ()
         index = int(os.environ.get("MUJOCO_EGL_DEVICE_ID") or 0)
-        return Rendered(backend, sim.renderer.device(), frame, float(np.median(seconds)), devices, index)
+        return Rendered(backend, sim.renderer.name(), frame, float(np.median(seconds)), devices, index)
     finally:
         sim.close()
 

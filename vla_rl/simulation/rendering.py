@@ -67,12 +67,13 @@ class Renderer:
         mujoco.mjr_readPixels(image, None, self.viewport, self.context)
         return image
 
-    def device(self) -> str:
-        """What draws, in OpenGL's words (GL_RENDERER): "NVIDIA H100 80GB HBM3/PCIe/SSE2", "llvmpipe (LLVM 15.0.6, 256 bits)"."""
-        from OpenGL import GL  # after MUJOCO_GL is settled
+    def name(self) -> str:
+        """Who draws: "llvmpipe (LLVM 15.0.7, 256 bits), OpenGL 4.5 ..." in software, the card's name on one."""
+        from OpenGL import GL
 
         self.gl.make_current()
-        return GL.glGetString(GL.GL_RENDERER).decode()
+        renderer, version = (GL.glGetString(number).decode() for number in (GL.GL_RENDERER, GL.GL_VERSION))
+        return f"{renderer}, OpenGL {version}"
 
     def close(self) -> None:
         self.gl.make_current()

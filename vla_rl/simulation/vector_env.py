@@ -50,14 +50,14 @@ class LiberoVectorEnv(VectorEnv):
     names their next episodes with the step, whose workers then begin them where one ends, without another round.
 
     Observations are LiberoEnv's, stacked. With an image_transform, images are uint8 [N, K, S, S, 3], and the dict also has
-    "image_transform" (not in the space), by which a policy knows them, and with keep_frames "frames" uint8 [N, H, W, 3].
+    "image_transform" (not in the space), by which a policy knows them.
 
     Args:
         env_kwargs: of each LiberoEnv.
         num_workers: W, processes.
         simulators_per_worker: tasks that a worker keeps in memory; None: as many as it has environments.
         cache_gb: see vla_rl.simulation.libero_env.Simulators.
-        image_transform, keep_frames: see Shown.
+        image_transform: see Shown.
         progress: a bar while simulators are built.
 
     Attributes:
@@ -72,10 +72,9 @@ class LiberoVectorEnv(VectorEnv):
         simulators_per_worker: int | None = None,
         cache_gb: float = 0,
         image_transform: ImageTransform | None = None,
-        keep_frames: bool = False,
         progress: bool = False,
     ):
-        self.shown = Shown(image_transform, keep_frames)
+        self.shown = Shown(image_transform)
         self.num_envs, self.num_workers = num_envs, min(num_workers, num_envs)
         single = LiberoEnv(**env_kwargs)
         self.metadata = single.metadata | {"autoreset_mode": AutoresetMode.DISABLED}
@@ -188,6 +187,18 @@ class LiberoVectorEnv(VectorEnv):
         self._update_instructions(infos)
         return self._in_order(obs)
 
+    def replay(self, recordings: Sequence[tuple[Episode, np.ndarray]]) -> Iterator[tuple[np.ndarray, bool, str]]:
+        """LiberoEnv.replay of each recording (an episode, and its actions float [steps, 7]), in their order; every worker plays
+        one at a time. The environments stay where they are."""
+        for first in range(0, len(recordings), self.num_workers):
+            part = list(recordings[first : first + self.num_workers])
+            self.workers.set_attr("recording", part + [None] * (self.num_workers - len(part)))
+            yield from self.workers.call("replay")[: len(part)]
+
+    def renderer_name(self) -> str | None:
+        """Which OpenGL draws the images; None before the first episode."""
+        return next(filter(None, self.workers.call("renderer_name")), None)
+
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         self.workers.close(timeout=timeout, terminate=terminate)
         self._building.close()  # the file; a second time does nothing
@@ -252,6 +263,10 @@ class WorkerProcesses(AsyncVectorEnv):
         with self._naming_dead_workers():
             self._show_building()
             return super().step_wait(timeout)
+
+    def set_attr(self, name: str, values: Any) -> None:
+        with self._naming_dead_workers():
+            super().set_attr(name, values)
 
     def call_async(self, name: str, /, *args: Any, **kwargs: Any) -> None:
         with self._naming_dead_workers():
@@ -393,7 +408,6 @@ def make_vector_env(
         evaluation: images and length of an episode are eval's, not env's.
         overlap: halves of the environments will step in turns; each should fill the workers.
         image_transform: the policy's (`policy.processor.image_transform`), done in the workers; None: images as rendered.
-            Evaluation keeps the rendered agent view beside it if eval.video.
     """
     env = config.env
     kwargs = {
@@ -411,8 +425,7 @@ def make_vector_env(
     }
     num_workers = worker_count(config, num_envs, overlap)
     kept = simulators_kept(config, num_envs, num_workers, available_memory())
-    keep_frames = evaluation and config.eval.video
-    options = (kept, env.model_cache_gb, image_transform, keep_frames, config.logging.progress)
+    options = (kept, env.model_cache_gb, image_transform, config.logging.progress)
     return LiberoVectorEnv(kwargs, num_envs, num_workers, *options)
 
 

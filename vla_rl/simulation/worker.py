@@ -28,11 +28,9 @@ class Shown:
 
     Args:
         image_transform: gives the policy's images in place of the rendered ones.
-        keep_frames: with a transform, the agent view as rendered too (for videos).
     """
 
     image_transform: ImageTransform | None = None
-    keep_frames: bool = False
 
     def space(self, space: Dict) -> Dict:
         """Of LiberoEnv's observation space: the arrays, without the instruction, which is a text."""
@@ -40,16 +38,12 @@ class Shown:
         shown = {"images": rendered, "proprio": space["proprio"]}
         if self.image_transform is not None:
             shown["images"] = Box(0, 255, (rendered.shape[0], size, size, 3), np.uint8)
-            if self.keep_frames:
-                shown["frames"] = Box(0, 255, rendered.shape[1:], np.uint8)
         return Dict(shown)
 
     def __call__(self, obs: dict[str, Any]) -> dict[str, np.ndarray]:
         shown = {"images": obs["images"], "proprio": obs["proprio"]}
         if self.image_transform is not None:
             shown["images"] = np.stack([self.image_transform(image) for image in obs["images"]])
-            if self.keep_frames:
-                shown["frames"] = obs["images"][0]
         return shown
 
 
@@ -87,6 +81,7 @@ class Worker(gymnasium.Env):
         self.observations = create_empty_array(arrays, places)
         self.simulators, self.shown = simulators, shown
         self.places = places
+        self.env_kwargs, self.recording = env_kwargs, None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any]) -> tuple[dict, dict]:
         """options: {"starts": {i: arguments of LiberoEnv.reset, or {"state": of LiberoEnv.restore_episode}}}."""
@@ -125,6 +120,18 @@ class Worker(gymnasium.Env):
 
     def episode_states(self) -> dict[int, dict[str, Any] | None]:
         return {i: env.episode_state() for i, env in self.envs.items()}
+
+    def replay(self) -> tuple[np.ndarray, bool, str] | None:
+        """LiberoEnv.replay of `recording`, which the vector has set: an episode and its actions, or None. In an environment of
+        its own: the others stay where they are."""
+        if self.recording is None:
+            return None
+        return LiberoEnv(**self.env_kwargs, simulators=self.simulators).replay(*self.recording)
+
+    def renderer_name(self) -> str | None:
+        """See vla_rl.simulation.rendering.Renderer.name; None before the first episode."""
+        renderers = (shared.simulator.renderer for shared in self.simulators.kept.values())
+        return next((renderer.name() for renderer in renderers if renderer is not None), None)
 
     def close(self) -> None:
         self.simulators.close()
