@@ -60,7 +60,7 @@ class Visit:
 
     def __init__(self, config: Config, resumed: bool = False):
         self.config, self.resumed = config, resumed
-        self.on_gpu = config.run.device == "cuda"
+        self.on_gpu = config.run.device == "cuda" and torch.cuda.is_available()
         self.available = available_memory()  # before anything is built
 
     def __enter__(self) -> Visit:
