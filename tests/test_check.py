@@ -285,7 +285,7 @@ def test_parts_that_do_not_fit_leave_nothing_behind(tmp_path, monkeypatch):
 
 
 TINY_UPDATE = ["learning rates", "rollout", "update", "advantages", "hidden state", "value head", "values", "gradients"]
-TINY_UPDATE += ["saved checkpoint", "evaluation", "figures", "disk", "memory of the run"]
+TINY_UPDATE += ["saved checkpoint", "evaluation", "update speed", "disk", "memory of the run"]
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_an_update_off_policy_fails_and_what_needs_it_is_not_run(tried, monkeypa
     assert "the ratio is 2" in results["update"].found
     assert {name for name, result in results.items() if result.ok is None} == {
         *("advantages", "hidden state", "value head", "values", "gradients", "saved checkpoint"),
-        *("figures", "disk", "memory of the run"),
+        *("update speed", "disk", "memory of the run"),
     }
     assert (
         results["evaluation"].ok

@@ -60,7 +60,7 @@ class Visit:
 
     def __init__(self, config: Config, resumed: bool = False):
         self.config, self.resumed = config, resumed
-        self.on_gpu = config.run.device == "cuda"
+        self.on_gpu = config.run.device == "cuda" and torch.cuda.is_available()
         self.available = available_memory()  # before anything is built
 
     def __enter__(self) -> Visit:
@@ -285,8 +285,8 @@ def evaluation(visit: Visit) -> str:
 # ------------------------------------------------------------------------------------------------------------ the whole run
 
 
-@CHECKS.add("figures", "saved checkpoint", "evaluation")
-def figures(visit: Visit) -> str:
+@CHECKS.add("update speed", "saved checkpoint", "evaluation")
+def update_speed(visit: Visit) -> str:
     tried = visit.trial
     tried.measure()
     start_s = visit.build_s + tried.build_s + tried.eval_build_s
@@ -296,12 +296,12 @@ def figures(visit: Visit) -> str:
     return f"{1 / tried.row_s:.0f} rows/s in the update"
 
 
-@CHECKS.add("disk", "figures")
+@CHECKS.add("disk", "update speed")
 def disk(visit: Visit) -> str:
     return preflight.check_disk(visit.config, visit.pieces.checkpoint_bytes, visit.estimate.other_bytes)
 
 
-@CHECKS.add("memory of the run", "figures")
+@CHECKS.add("memory of the run", "update speed")
 def memory_of_the_run(visit: Visit) -> str:
     needed, available = visit.estimate.host_peak_gib, visit.available / 2**30
     trainer, workers = visit.estimate.trainer_host_gib, visit.pieces.workers_gib

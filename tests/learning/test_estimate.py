@@ -51,7 +51,7 @@ def test_ppo_by_hand():
     assert found.total_s == pytest.approx(10 + 3 * (found.rollout_s + found.update_s) + 3 * found.eval_s + 3 * 2.0)
     assert found.gpu_peak_gib is None and found.trainer_host_gib == pytest.approx(1 + 2 * 992 / 1024)
     assert found.host_peak_gib == pytest.approx(found.trainer_host_gib + 2.5)
-    assert found.other_bytes == 3 * 2 * 2 * 25 * 10 + 2_000_000 + 3 * 2000
+    assert found.other_bytes == 3 * 2 * 2 * 25 * 10 + 500_000 + 3 * 2000
     assert found.disk_bytes == 3000 + found.other_bytes
 
 

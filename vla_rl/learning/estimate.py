@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vla_rl.run.settings import Config
 
-LOGS_BYTES = 2_000_000  # curves and the like
+LOGS_BYTES = 500_000  # curves and the like
 LINE_BYTES = 2_000  # of metrics.jsonl, an iteration
 BUFFER_COPIES = 2  # of a rollout's rows, by decision and flat
 
@@ -96,7 +96,7 @@ def estimate(config: Config, pieces: Pieces) -> Estimate:
         trainer_host_gib=trainer_host_gib,
         trainer_peak_gib=pieces.peak_gib if on_gpu else trainer_host_gib,
         other_bytes=other_bytes,
-        disk_bytes=config.logging.keep_checkpoints * pieces.checkpoint_bytes + other_bytes,
+        disk_bytes=min(saves, config.logging.keep_checkpoints) * pieces.checkpoint_bytes + other_bytes,
     )
 
 

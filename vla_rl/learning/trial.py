@@ -31,7 +31,7 @@ from vla_rl.run.settings import Config, ConfigError
 DECISIONS = 4  # T
 EPOCHS = 2  # LoRA begins with one factor at 0: the other one's gradient is 0 in the first step
 CRITIC_EPOCHS = 2
-TIMED_MICRO_BATCHES = 2
+TIMED_PASSES = 3  # of one micro-batch
 GAE_TOLERANCE = 1e-4  # float32 sums in another order
 
 
@@ -250,13 +250,14 @@ class Trial:
     def measure(self) -> None:
         """Seconds of an update's pieces at the run's own sizes, and the memory that all of it took. Steps once more."""
         trainer, config = self.trainer, self.config
-        rows = min(config.algorithm.minibatch_size, TIMED_MICRO_BATCHES * trainer.micro_batches.rows)
-        minibatch = self.repeated(rows)
+        minibatch = self.repeated(min(config.algorithm.minibatch_size, trainer.micro_batches.rows))
         if trainer.device.type == "cuda":  # compiled and cached for this many rows
             trainer.micro_batches.run(trainer.minibatch_gradients, minibatch, True, True)
-        self.row_s = self.seconds(
-            lambda: trainer.micro_batches.run(trainer.minibatch_gradients, minibatch, True, True)
-        ) / len(minibatch)
+        passes = [
+            self.seconds(lambda: trainer.micro_batches.run(trainer.minibatch_gradients, minibatch, True, True))
+            for _ in range(TIMED_PASSES)
+        ]
+        self.row_s = statistics.median(passes) / len(minibatch)
         self.step_s = self.seconds(lambda: trainer.optimizer_steps(minibatch, True))
         self.score_s = 0.0
         if config.algorithm.kl_coef > 0 or config.algorithm.recompute_logprobs:
