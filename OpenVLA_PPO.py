@@ -543,7 +543,8 @@ class OpenVLAPPO:
             with naming_what_fits(self.config, "eval"):
                 metrics = evaluate_modes(self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop)
             metrics["time/eval_s"] = time.perf_counter() - start
-            self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
+            entry = {"iteration": self.iteration, "timesteps": self.timesteps, **metrics}
+            self.logger.log_evaluation(entry, sorted(videos.glob(f"{prefix}_*.mp4")))
             log.info("evaluation at %d timesteps: %s", self.timesteps, progress.evaluation_text(metrics))
         self.evaluated_iteration = self.iteration
         self.boundary.set_evaluated()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.run.load_settings import expand, load_config, settings_help
-from vla_rl.run.logs import configure_logging
+from vla_rl.run.logs import WARNINGS_FILE, configure_logging, warnings_kept
 from vla_rl.run.run_folder import (
     changed_settings,
     make_run_folder,
@@ -144,7 +144,8 @@ def train(config: Config, checkpoint: Path | None) -> None:
 
 def is_untouched(folder: Path) -> bool:
     """Whether a run folder has nothing but what a start makes: a checkpoint at 0 timesteps is the settings again."""
-    made = {path.name for path in folder.iterdir()} <= {"config.yaml", ".lock", "wandb", "wandb_id", "checkpoints"}
+    by_start = {"config.yaml", ".lock", WARNINGS_FILE, "wandb", "wandb_id", "tensorboard", "checkpoints"}
+    made = {path.name for path in folder.iterdir()} <= by_start
     return made and all("iteration-000000" in path.name for path in folder.glob("checkpoints/*"))
 
 
@@ -157,6 +158,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
     from vla_rl.simulation.vector_env import make_vector_env
 
     with ExitStack() as cleanup:
+        cleanup.enter_context(warnings_kept(folder))
         logger = MetricsLogger(folder, config)
         cleanup.callback(logger.close)
         log.info("run folder %s", folder)

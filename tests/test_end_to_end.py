@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from start_gae_ppo_training import ROOT
 from tests.trainers import training_lines
 from vla_rl.run.checkpoint import list_checkpoints, verify
-from vla_rl.run.metrics import read_metrics
+from vla_rl.run.records import read_metrics
 
 pytestmark = pytest.mark.libero
 

@@ -21,9 +21,9 @@ from vla_rl.model.execution import compiles
 from vla_rl.model.find_checkpoint import check_checkpoint
 from vla_rl.model.quantization import check_quantization
 from vla_rl.model.trained_as import differences
-from vla_rl.run.metrics import check_wandb
 from vla_rl.run.run_folder import check_run_folder, if_moved, setting
 from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.weights_and_biases import check_wandb
 from vla_rl.simulation.suites import check_dense_reward
 
 log = logging.getLogger(__name__)
