@@ -3,21 +3,18 @@
 import json
 import logging
 import re
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.browser import check_in_browser, needs_chromium
 from tests.trainers import make_trainer
 from vla_rl.run.load_settings import config_from_dict, load_config
 from vla_rl.run.logs import warnings_kept
 from vla_rl.run.report import EMBEDDED_BYTES, all_settings, find_videos, is_outdated, render, write_report
 from vla_rl.run.settings import Config
 from vla_rl.run.sft_settings import SftConfig
-
-ROOT = Path(__file__).parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -124,43 +121,6 @@ def test_a_page_is_outdated_by_later_lines_and_warnings(tmp_path):
     assert is_outdated(tmp_path)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+@needs_chromium
 def test_a_browser_shows_the_curves_and_plays_the_video(run):
     check_in_browser(run / "report.html", curves=12)
-
-
-def check_in_browser(path: Path, curves: int) -> None:
-    """Opens the page in headless Chromium, wide and as on a phone."""
-    from playwright.sync_api import sync_playwright
-
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        page = browser.new_page(viewport={"width": 1300, "height": 900}, color_scheme="dark")
-        said, asked = [], []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(path.as_uri())
-        # plays by itself: the time goes on
-        page.wait_for_function("document.querySelector('video').currentTime > 0.1", timeout=20_000)
-        video = page.evaluate(
-            "(({videoWidth, paused, muted}) => ({videoWidth, paused, muted}))(document.querySelector('video'))"
-        )
-        assert video["videoWidth"] > 0 and not video["paused"] and video["muted"]
-        drawn = page.evaluate(
-            """[...document.querySelectorAll('#curves svg')].map(svg => {
-                const {width, height} = svg.getBoundingClientRect()
-                const lines = [...svg.querySelectorAll('g[id^=line2d] > path')].map(line => line.getBBox())
-                return {width, height, lines: lines.filter(box => box.width > 50).length,
-                        ink: getComputedStyle(svg.querySelector('text')).fill}
-            })"""
-        )
-        assert len(drawn) >= curves
-        ink = page.evaluate("getComputedStyle(document.body).color")
-        for svg in drawn:
-            assert svg["width"] > 200 and svg["height"] > 100 and svg["lines"] >= 1 and svg["ink"] == ink
-        page.set_viewport_size({"width": 390, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing to scroll sideways
-        browser.close()
-    assert said == [] and [url for url in asked if not url.startswith(("file:", "data:"))] == []
