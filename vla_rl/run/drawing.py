@@ -96,7 +96,9 @@ def draw_panel(axis: Axes, drawn: DrawnPanel, x_name: str, ink: str = "black", m
         smoothed = not np.array_equal(line.y, line.smooth)
         if smoothed:
             step = -(-len(line.x) // max_points) if max_points else 1
-            axis.plot(line.x[::step], line.y[::step], color=color, alpha=0.35, linewidth=0.6)
+            axis.plot(
+                line.x[::step], line.y[::step], color=color, alpha=0.35, linewidth=0.6 if len(line.x) > 200 else 1
+            )
         axis.plot(line.x, line.smooth, color=color, label=line.name, marker=marker, linewidth=1.8 if smoothed else 1.2)
         if line.band is not None:
             axis.fill_between(line.x, *line.band, color=color, alpha=0.15, linewidth=0)
