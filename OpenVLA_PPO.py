@@ -545,7 +545,8 @@ class OpenVLAPPO:
                     predict_values=None if self.value_head is None else self.predict_values,
                 )
             metrics["time/eval_s"] = time.perf_counter() - start
-            self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
+            entry = {"iteration": self.iteration, "timesteps": self.timesteps, **metrics}
+            self.logger.log_evaluation(entry, sorted(videos.glob(f"{prefix}_*.mp4")))
             log.info("evaluation at %d timesteps: %s", self.timesteps, progress.evaluation_text(metrics))
         self.evaluated_iteration = self.iteration
         self.boundary.set_evaluated()

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vla_rl.run.command_line import TINY_CONFIG, flag_settings, new_run_settings, parse, settings_parser
-from vla_rl.run.logs import configure_logging
+from vla_rl.run.logs import WARNINGS_FILE, configure_logging, warnings_kept
 from vla_rl.run.run_folder import (
     changed_settings,
     make_run_folder,
@@ -91,7 +91,8 @@ def train(config: Config, checkpoint: Path | None) -> None:
 
 def is_untouched(folder: Path) -> bool:
     """Whether a run folder has nothing but what a start makes: a checkpoint at 0 timesteps is the settings again."""
-    made = {path.name for path in folder.iterdir()} <= {"config.yaml", ".lock", "wandb", "wandb_id", "checkpoints"}
+    by_start = {"config.yaml", ".lock", WARNINGS_FILE, "wandb", "wandb_id", "tensorboard", "checkpoints"}
+    made = {path.name for path in folder.iterdir()} <= by_start
     return made and all("iteration-000000" in path.name for path in folder.glob("checkpoints/*"))
 
 
@@ -102,6 +103,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
     from vla_rl.run.metrics import MetricsLogger
 
     with ExitStack() as cleanup:
+        cleanup.enter_context(warnings_kept(folder))
         logger = MetricsLogger(folder, config)
         cleanup.callback(logger.close)
         log.info("run folder %s", folder)

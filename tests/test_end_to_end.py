@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.browser import check_in_browser, needs_chromium
 from tests.trainers import training_lines
 from vla_rl.run.checkpoint import list_checkpoints, verify
 from vla_rl.run.command_line import ROOT
-from vla_rl.run.metrics import read_metrics
+from vla_rl.run.records import read_metrics
 
 pytestmark = pytest.mark.libero
 
@@ -46,18 +47,19 @@ def command(folder: Path, *args: str) -> list[str]:
     return [sys.executable, str(ROOT / "start_gae_ppo_training.py"), "--no-wandb", f"run.output_dir={folder}", *args]
 
 
-def start(folder: Path, *args: str) -> subprocess.Popen:
+def start(folder: Path, *args: str, **variables: str) -> subprocess.Popen:
     fresh = ["--config", "configs/tiny_gae_ppo.yaml", *SETTINGS]
     args = args if "--resume" in args else (*fresh, *args)
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(folder, *args), cwd=folder, start_new_session=True, **output)
+    env = os.environ | variables
+    return subprocess.Popen(command(folder, *args), cwd=folder, env=env, start_new_session=True, **output)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, str]:
     """A run of three iterations that nobody stops: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
-    process = start(folder, "--timesteps", "70", "run.name=whole")
+    process = start(folder, "--timesteps", "70", "run.name=whole", MPLCONFIGDIR=str(folder / "fresh"))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return folder / "whole", output
@@ -89,6 +91,11 @@ def test_overlap_and_another_number_of_workers_give_the_same_run(whole, tmp_path
         assert line["critic/value_mean"] == pytest.approx(other["critic/value_mean"], rel=1e-3, abs=1e-5)
 
 
+@needs_chromium
+def test_the_report_of_a_real_run_shows_curves_and_plays_a_video_in_a_browser(whole):
+    check_in_browser(whole[0] / "report.html", curves=10)
+
+
 def test_training_run_leaves_what_the_readme_promises(whole):
     run, output = whole
     lines = read_metrics(run / "metrics.jsonl")
@@ -104,6 +111,8 @@ def test_training_run_leaves_what_the_readme_promises(whole):
     assert all(line["eval/episodes_sampled"] == 2 for line in evaluations)
     for bar in ("rollout: 100%", "update: 100%", "evaluate greedy: 100%", "eps=2, succ=0.0%, len=20"):
         assert bar in output
+    for noise in ("fontManager", "font cache", "WARN:"):  # matplotlib's first picture on a machine, gymnasium
+        assert noise not in output
     assert (run / "curves.png").exists()
     assert list((run / "videos").glob("*_failure.mp4"))
     newest = list_checkpoints(run / "checkpoints")[-1]

@@ -26,7 +26,7 @@ from vla_rl.model.image_transform import crop_center
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.trained_as import read_trained_as
 from vla_rl.run.load_settings import load_config, read_yaml
-from vla_rl.run.metrics import read_metrics
+from vla_rl.run.records import read_metrics
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.sft import main
 

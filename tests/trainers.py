@@ -36,8 +36,16 @@ def settings(**changes):
 
 
 def make_trainer(
-    folder: Path, policy=None, evaluate=False, max_steps=3 * CHUNK, needed=3, policy_settings=None, **changes
+    folder: Path,
+    policy=None,
+    evaluate=False,
+    max_steps=3 * CHUNK,
+    needed=3,
+    policy_settings=None,
+    report=False,
+    **changes,
 ):
+    """report: also write report.html, which takes half a second each time."""
     config = settings(policy=policy_settings or {}, **changes)
     folder.mkdir(parents=True, exist_ok=True)
     policy = policy or FakePolicy()
@@ -45,13 +53,16 @@ def make_trainer(
     head = None
     if config.algorithm.estimator == "gae":
         head = ValueHead(policy.hidden_size, config.value_head.hidden_sizes, generator)
+    logger = MetricsLogger(folder, config)
+    if not report:
+        logger.write_report = lambda: None
     return OpenVLAPPO(
         config,
         policy,
         head,
         make_envs(config.rollout.num_envs, max_steps=max_steps, needed=needed),
         make_envs(config.eval.num_envs, max_steps=max_steps, needed=needed) if evaluate else None,
-        MetricsLogger(folder, config),
+        logger,
     )
 
 

@@ -30,8 +30,8 @@ from vla_rl.model.quantization import check_quantization
 from vla_rl.run.checkpoint import locked
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand, load_config, settings_help
-from vla_rl.run.logs import configure_logging
-from vla_rl.run.metrics import MetricsLogger, check_wandb
+from vla_rl.run.logs import configure_logging, warnings_kept
+from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.run_folder import (
     changed_settings,
     check_run_folder,
@@ -42,6 +42,7 @@ from vla_rl.run.run_folder import (
 )
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.sft_settings import SftConfig
+from vla_rl.run.weights_and_biases import check_wandb
 from vla_rl.simulation.suites import task_instructions
 
 log = logging.getLogger("vla_rl.sft")
@@ -146,7 +147,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     del demonstrations, training, held_out
 
     folder = make_run_folder(config, automatic_name(config)) if checkpoint is None else checkpoint.parent.parent
-    with locked(folder), closing(MetricsLogger(folder, config)) as logger:
+    with locked(folder), warnings_kept(folder), closing(MetricsLogger(folder, config)) as logger:
         trainer = SupervisedFineTuning(config, policy, train, validation, logger)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)

@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from scipy import stats
 
-from vla_rl.run.metrics import read_metrics
+from vla_rl.run.curves import GREEDY, evaluations, success_of_last_episodes
+from vla_rl.run.drawing import draw_seeds
+from vla_rl.run.records import read_metrics
 
 HERE = Path(__file__).parent
 WINDOW = 160  # episodes
@@ -58,30 +60,6 @@ def load(name: str) -> dict[str, list[dict]]:
     return {path.stem.removeprefix(f"{name}_seed"): read_metrics(path) for path in paths}
 
 
-def success_curve(records: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Timesteps, minutes and success of the last WINDOW episodes after each iteration that ended one."""
-    seconds, counts, rates, rows = 0.0, [], [], []
-    for record in records:
-        seconds += record.get("time/rollout_s", 0) + record.get("time/update_s", 0)
-        if record.get("rollout/episodes"):
-            counts.append(record["rollout/episodes"])
-            rates.append(record["rollout/success_rate"])
-            # whole iterations from the last one backwards, the oldest in part
-            before = np.cumsum(counts[::-1]) - counts[::-1]
-            weights = np.clip(WINDOW - before, 0, counts[::-1])
-            rows.append((record["timesteps"], seconds / 60, weights @ rates[::-1] / weights.sum()))
-    return tuple(np.array(rows).T) if rows else (np.zeros(0), np.zeros(0), np.zeros(0))
-
-
-def mean_and_interval(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, mean and half width of the 95 % t interval (0 with fewer than 3) of curves (x, y), where all of them are."""
-    x = np.linspace(max(c[0][0] for c in curves), min(c[0][-1] for c in curves), 100)
-    y = np.stack([np.interp(x, *curve) for curve in curves])
-    n = len(curves)
-    half = stats.t.ppf(0.975, n - 1) * y.std(axis=0, ddof=1) / np.sqrt(n) if n > 2 else np.zeros(len(x))
-    return x, y.mean(axis=0), half
-
-
 def draw(figure: str, runs: dict[str, str]) -> None:
     import matplotlib
 
@@ -105,24 +83,14 @@ def draw_axis(axis: Any, runs: dict[str, str], column: int) -> None:
     """Against timesteps (column 0, with the evaluations) or minutes (1)."""
     for label, name in runs.items():
         seeds = list(load(name).values())
-        curves = [(curve[column], curve[2]) for curve in map(success_curve, seeds)]
-        x, mean, half = mean_and_interval(curves)
-        (line,) = axis.plot(
-            x, mean, linewidth=2.2, label=f"{label}, training episodes ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-        )
-        for curve in curves:
-            axis.plot(*curve, linewidth=0.8, alpha=0.5, color=line.get_color())
-        axis.fill_between(x, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1), alpha=0.15, color=line.get_color())
+        curves = [(curve[column], curve[2]) for curve in (success_of_last_episodes(s, WINDOW) for s in seeds)]
+        color = draw_seeds(axis, f"{label}, training episodes", curves)
         for number, records in enumerate(seeds if column == 0 else ()):
-            points = [(r["timesteps"], r[GREEDY]) for r in records if r.get(GREEDY) is not None]
+            x, _, y = evaluations(records, GREEDY)
             note = f"{label}, greedy on fixed states" if number == 0 else None
-            axis.plot(
-                *zip(*points, strict=True), "x--", linewidth=0.6, markersize=5, color=line.get_color(), label=note
-            )
-    axis.grid(alpha=0.3)
+            axis.plot(x, y, "x--", linewidth=0.6, markersize=5, color=color, label=note)
 
 
-GREEDY = "eval/success_rate_greedy"
 COLUMNS = (
     "",
     "seed",
@@ -142,7 +110,7 @@ def report(label: str, name: str) -> None:
     """A line of the Markdown table for each seed. Seconds are medians. Steadiness: standard deviation of success between
     iterations, over that of as many independent episodes; 1 if the policy's changes add nothing."""
     for seed, records in load(name).items():
-        timesteps, minutes, success = success_curve(records)
+        timesteps, minutes, success = success_of_last_episodes(records, WINDOW)
         iterations = [r for r in records if r.get("rollout/episodes")]
         column = {
             key: np.array([r[key] for r in iterations]) for key in ("timesteps", "time/rollout_s", "time/update_s")

@@ -26,7 +26,7 @@ from vla_rl.learning.trial import private_gib
 from vla_rl.run.checklist import lines_of
 from vla_rl.run.command_line import ROOT, TINY_CONFIG, find_config
 from vla_rl.run.load_settings import load_config
-from vla_rl.run.metrics import read_metrics
+from vla_rl.run.records import read_metrics
 from vla_rl.run.settings import Config
 
 SMALL = [

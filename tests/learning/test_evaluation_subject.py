@@ -287,7 +287,7 @@ def test_a_suite_that_is_none_has_its_neighbour_named():
         ConfigError, match=r"--task-suite: no task suite 'libero_spacial'; did you mean libero_spatial\?"
     ):
         check_suite("libero_spacial")
-    with pytest.raises(ConfigError, match="there are libero_{spatial"):
+    with pytest.raises(ConfigError, match=r"there are libero_\{spatial"):
         check_suite("bridge")
 
 

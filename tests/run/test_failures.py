@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vla_rl.run.checkpoint import save_tensors, save_torch
-from vla_rl.run.failures import explain, is_out_of_memory, one_line
+from vla_rl.run.failures import explain, is_out_of_memory, one_line, warn_of_failure
 from vla_rl.simulation.vector_env import describe_death
 from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, RenderingError, SimulatorDied
 
@@ -53,3 +53,9 @@ def test_memory_of_a_gpu_that_ran_out_is_told_by_several_exceptions(error, is_on
     assert is_out_of_memory(error) is is_one
     if is_one:
         assert "micro_batch_size" in explain(error)
+
+
+def test_what_must_not_end_a_run_is_a_warning_of_one_line(caplog):
+    warn_of_failure("no picture", lambda a, b: a / b, 1, 0)
+    warn_of_failure("no list", list, (1, 2))
+    assert [record.getMessage() for record in caplog.records] == ["no picture: division by zero"]

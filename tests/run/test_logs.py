@@ -1,5 +1,6 @@
 """The log of a command line shows what we say, and of libraries only what they warn of."""
 
+import logging
 import subprocess
 import sys
 import textwrap
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_rl.run.logs import OURS
+from vla_rl.run.logs import OURS, warnings_kept
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,12 +55,44 @@ def test_libraries_show_warnings_alone(redirected):
 def test_the_font_list_of_a_first_picture_is_not_announced(tmp_path):
     code = """
         from pathlib import Path
-        from vla_rl.run.metrics import plot_curves
+        from vla_rl.run.drawing import plot_curves
         plot_curves([{"iteration": 1, "timesteps": 1, "actor/entropy": 1.0}], Path("%s"))
     """
     variables = {"MPLCONFIGDIR": str(tmp_path / "empty"), "HOME": str(tmp_path)}
     assert logged(code % (tmp_path / "curves.png"), **variables) == []
     assert list((tmp_path / "empty").glob("fontlist*")) and (tmp_path / "curves.png").exists()
+
+
+def test_matplotlib_and_gymnasium_do_not_speak_of_themselves():
+    """On a slow machine matplotlib warns that it builds its font cache; gymnasium warns in yellow, its errors in red."""
+    code = """
+        import gymnasium, warnings
+        logging.getLogger("matplotlib.font_manager").warning("Matplotlib is building the font cache")
+        gymnasium.logger.warn("a box has lost precision")
+        warnings.warn("of another", UserWarning)
+        logging.getLogger("matplotlib.font_manager").error("no font")
+    """
+    shown = logged(code)
+    assert [line for line in shown if "Matplotlib" in line or "precision" in line] == []
+    assert "no font" in shown and any("of another" in line for line in shown)
+
+
+def test_a_run_keeps_its_warnings_a_line_each_also_when_it_goes_on(tmp_path):
+    log = logging.getLogger("vla_rl.test")
+    for number in (1, 2):
+        with warnings_kept(tmp_path):
+            log.info("not this")
+            log.warning("number %d\nof two", number)
+            logging.getLogger("matplotlib").warning("nor this")
+    log.warning("after the run")
+    lines = (tmp_path / "warnings.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [f"WARNING vla_rl.test: number {n} of two" for n in (1, 2)]
+
+
+def test_a_run_without_a_warning_leaves_no_file(tmp_path):
+    with warnings_kept(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_torch_is_imported_for_it():

@@ -1,6 +1,6 @@
 """Success of a policy over tasks x fixed initial states, with intervals and videos.
 
-Not here: intervals (vla_rl.learning.statistics), pictures (vla_rl.learning.videos), the command that evaluates a run or a
+Not here: intervals (vla_rl.run.statistics), pictures (vla_rl.learning.videos), the command that evaluates a run or a
 checkpoint (vla_rl.evaluate).
 
 N environments, E episodes, C steps in a chunk.
@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vla_rl.learning.episodes import EpisodeQueue, reset_finished, step_arguments
-from vla_rl.learning.statistics import wilson_interval
 from vla_rl.learning.videos import Recording, write_replays
 from vla_rl.run.settings import Config
+from vla_rl.run.statistics import wilson_interval
 from vla_rl.types import Episode, Observation, Policy
 
 

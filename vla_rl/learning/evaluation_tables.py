@@ -1,6 +1,6 @@
 """Tables of an evaluation: success with intervals, drops within a family of suites, what changed from a baseline.
 
-For the terminal as aligned text, for a paper as Markdown. Not here: the intervals (vla_rl.learning.statistics).
+For the terminal as aligned text, for a paper as Markdown. Not here: the intervals (vla_rl.run.statistics).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vla_rl.learning.evaluation_results import Key
-from vla_rl.learning.statistics import mcnemar_exact, paired_difference, unpaired_difference, wilson_interval
+from vla_rl.run.statistics import mcnemar_exact, paired_difference, unpaired_difference, wilson_interval
 
 Rows = Mapping[Key, Mapping[str, Any]]  # "success" and "length" of each episode
 

@@ -32,9 +32,9 @@ from vla_rl.model.trained_as import differences, read_trained_as
 from vla_rl.run.command_line import ROOT, TINY_CONFIG
 from vla_rl.run.failures import one_line
 from vla_rl.run.machine import available_memory
-from vla_rl.run.metrics import check_wandb, wandb_mode
 from vla_rl.run.run_folder import check_run_folder, if_moved, setting
 from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.weights_and_biases import check_wandb, wandb_mode
 from vla_rl.simulation.probe import Rendered, Settled, egl_problem
 from vla_rl.simulation.suites import check_dense_reward
 from vla_rl.simulation.vector_env import SIMULATOR_GB, WORKER_GB, simulators_kept, worker_count

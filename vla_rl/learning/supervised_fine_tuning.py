@@ -46,16 +46,6 @@ from vla_rl.types import NonFiniteError, PolicyInputs
 
 log = logging.getLogger(__name__)
 
-CURVES = {
-    "cross-entropy (nats a token)": ["sft/loss", "validation/loss"],
-    "token accuracy": ["validation/token_accuracy"],
-    "L1 of normalised actions": ["validation/l1"],
-    "gripper accuracy": ["validation/gripper_accuracy"],
-    "value loss": ["validation/value_loss"],
-    "gradient norm": ["sft/grad_norm"],
-    "learning rate": ["sft/learning_rate"],
-}
-
 
 def soft_labels(index: Tensor, num_bins: int, sigma: float, spread: Tensor) -> Tensor:
     """Target distributions over the bins: a Gaussian around the label, cut at the ends and normalised; or one-hot.
@@ -170,12 +160,14 @@ class SupervisedFineTuning:
                     metrics |= self.evaluate() if measured and self.validation is not None else {}
                     self.logger.log({"iteration": self.step, "step": self.step, **metrics})
                     losses = []
+                if measured and self.step < training.steps:
+                    self.logger.draw_curves()
                 if measured:
                     log.info(summary(self.step, training.steps, metrics))
                 if self.step % training.checkpoint_interval == 0 and self.step < training.steps:
                     self.save_checkpoint()
         self.save_checkpoint()
-        self.logger.draw_curves(CURVES, x="step")
+        self.logger.draw_curves()
         if self.stop_requested:
             log.warning("stopped at step %d, saved; --resume continues", self.step)
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
+from collections.abc import Callable
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def report(error: Exception) -> int:
@@ -53,3 +58,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """What an error says, on one line of a log and at most 300 characters; its kind if it says nothing."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def warn_of_failure(said: str, action: Callable[..., None], *arguments: Any) -> None:
+    """metrics.jsonl has what counts: no failure of the rest ends a run."""
+    try:
+        action(*arguments)
+    except Exception as error:
+        log.warning("%s: %s", said, one_line(error))

@@ -1,10 +1,18 @@
-"""What the command lines log: our own lines from INFO on, those of libraries from WARNING on."""
+"""What the command lines log: our own lines from INFO on, those of libraries from WARNING on. A run keeps its warnings."""
 
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 OURS = ("vla_rl", "OpenVLA_PPO", "start_gae_ppo_training")  # loggers, and all below them
+# libraries whose warnings are of themselves: that a font cache is built, that a home folder cannot be written to
+QUIET = ("matplotlib",)
+
+WARNINGS_FILE = "warnings.log"
 
 
 def configure_logging() -> None:
@@ -14,7 +22,31 @@ def configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler])
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
+    # gymnasium's "WARN: ...", in yellow, through Python's warnings; its errors still show
+    warnings.filterwarnings("ignore", message="\x1b\\[33mWARN: ")
 
 
 def is_shown(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.name.split(".")[0] in OURS
+    library = record.name.split(".")[0]
+    return library in OURS or record.levelno >= (logging.ERROR if library in QUIET else logging.WARNING)
+
+
+@contextmanager
+def warnings_kept(folder: Path) -> Iterator[None]:
+    """Adds what is logged from WARNING on to RUN/warnings.log, a line each, which a resumed run goes on with."""
+    handler = logging.FileHandler(folder / WARNINGS_FILE, delay=True, encoding="utf-8")
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(is_shown)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+class OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return " ".join(super().format(record).split())

@@ -368,6 +368,7 @@ class ProgressConfig(Section):
     """What any run shows and sends."""
 
     progress: bool = Field(True, description="tqdm bars")
+    tensorboard: bool = Field(False, description="write TensorBoard files to the run folder")
     wandb: bool = Field(False, description="log to Weights & Biases")
     wandb_project: str = Field("openvla-ppo", description="project")
     wandb_entity: str | None = Field(None, description="user or team; null takes your default")

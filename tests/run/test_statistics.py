@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binom, norm
 
-from vla_rl.learning.statistics import Z95, mcnemar_exact, paired_difference, unpaired_difference, wilson_interval
+from vla_rl.run.statistics import Z95, mcnemar_exact, paired_difference, unpaired_difference, wilson_interval
 
 
 @pytest.mark.parametrize(
