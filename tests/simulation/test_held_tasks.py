@@ -57,6 +57,15 @@ def test_what_is_held_is_taken_first_then_what_nobody_has():
     assert held.choose(3, {6: 2}) == 6
 
 
+def test_recordings_are_played_by_those_who_have_their_task():
+    held = HeldTasks([0, 0, 1, 1, 2, 2], limit=2)
+    for env, task in ((0, 7), (2, 8), (4, 9)):
+        held.use(env, task)
+    assert held.workers_for([9, 7]) == [2, 0]
+    assert held.workers_for([5, 8, 8]) == [0, 1, 2]  # one of task 8 has to be built, and 5
+    assert [set(kept) for kept in held.kept] == [{7, 5}, {8}, {9, 8}]
+
+
 def test_what_was_used_longest_ago_is_forgotten_as_the_worker_closes_it():
     held = HeldTasks([0, 0], limit=2)
     for task in (1, 2, 1, 3):

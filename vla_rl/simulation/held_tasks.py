@@ -30,6 +30,19 @@ class HeldTasks:
         while len(kept) > self.limit:
             kept.popitem(last=False)
 
+    def workers_for(self, task_ids: Sequence[int]) -> list[int]:
+        """A worker for each task, no worker twice: one that has the task, where one is left. At most as many as there are."""
+        chosen: dict[int, int] = {}  # place in task_ids -> worker
+        for place, task in enumerate(task_ids):
+            holders = [w for w, kept in enumerate(self.kept) if task in kept and w not in chosen.values()]
+            if holders:
+                chosen[place] = holders[0]
+        for place, task in enumerate(task_ids):
+            if place not in chosen:
+                chosen[place] = next(w for w in range(len(self.kept)) if w not in chosen.values())
+                self.use(self.worker_of.index(chosen[place]), task)
+        return [chosen[place] for place in range(len(task_ids))]
+
     def choose(self, env_index: int, waiting: Mapping[int, int]) -> int | None:
         """The task of an environment's next episode: one that its worker has, else one that no worker has, else the one of
         which most episodes wait, if they are more than its worker's environments play next: fewer are sooner played by those who

@@ -189,11 +189,14 @@ class LiberoVectorEnv(VectorEnv):
 
     def replay(self, recordings: Sequence[tuple[Episode, np.ndarray]]) -> Iterator[tuple[np.ndarray, bool, str]]:
         """LiberoEnv.replay of each recording (an episode, and its actions float [steps, 7]), in their order; every worker plays
-        one at a time. The environments stay where they are."""
+        one at a time, if it can be of a task that it has. The environments stay where they are."""
         for first in range(0, len(recordings), self.num_workers):
-            part = list(recordings[first : first + self.num_workers])
-            self.workers.set_attr("recording", part + [None] * (self.num_workers - len(part)))
-            yield from self.workers.call("replay")[: len(part)]
+            part = recordings[first : first + self.num_workers]
+            workers = self.held.workers_for([episode.task_id for episode, _ in part])
+            given = dict(zip(workers, part, strict=True))
+            self.workers.set_attr("recording", [given.get(worker) for worker in range(self.num_workers)])
+            played = self.workers.call("replay")
+            yield from (played[worker] for worker in workers)
 
     def renderer_name(self) -> str | None:
         """Which OpenGL draws the images; None before the first episode."""
