@@ -22,6 +22,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from vla_rl.evaluation.play import evaluate_modes
 from vla_rl.learning import losses
 from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize
 from vla_rl.learning.episodes import (
@@ -34,7 +35,6 @@ from vla_rl.learning.episodes import (
     reset_finished,
     step_arguments,
 )
-from vla_rl.learning.evaluation import evaluate_modes
 from vla_rl.learning.guards import check_finite, check_first_minibatch, check_rescored
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
 from vla_rl.learning.optimizer import adamw, clip_gradient
@@ -42,8 +42,8 @@ from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, m
 from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
+from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run import progress
-from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.settings import Config
 from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyInputs, PolicyOutput, SimulatorDied
 

@@ -73,7 +73,7 @@ def automatic_name(config: Config) -> str:
 
 def train(config: Config, checkpoint: Path | None) -> None:
     """Checks what the settings need, makes the run folder, and trains in it."""
-    from vla_rl.learning.preflight import check_start
+    from vla_rl.preflight.needs import check_start
     from vla_rl.run.checkpoint import locked
 
     check_start(config, resumed=checkpoint is not None)
@@ -100,7 +100,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
     from OpenVLA_PPO import OpenVLAPPO
     from vla_rl.learning.memory import fit_to_card
     from vla_rl.learning.parts import build_trainer, instructions_of
-    from vla_rl.run.metrics import MetricsLogger
+    from vla_rl.reports.metrics import MetricsLogger
 
     with ExitStack() as cleanup:
         cleanup.enter_context(warnings_kept(folder))

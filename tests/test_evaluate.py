@@ -15,7 +15,7 @@ import torch
 from tests.fakes import CHUNK, FakePolicy, FakeVectorEnv, make_envs
 from vla_rl import evaluate as command
 from vla_rl.evaluate import main
-from vla_rl.learning.evaluation_results import JOURNAL
+from vla_rl.evaluation.results import JOURNAL
 from vla_rl.run.settings import TASK_SUITES
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +178,7 @@ def test_episodes_are_the_first_states_and_a_folder_is_named_by_what_is_measured
 def test_a_family_is_one_table_with_the_drop_from_its_base(tmp_path, capsys, monkeypatch, small_parts):
     kinds = [f"libero_spatial_{kind}" for kind in ("lan", "object", "swap", "task")]
     known = dict(TASK_SUITES) | dict.fromkeys(kinds, (10, 220))
-    for module in ("learning.evaluation_subject", "run.settings", "evaluate"):
+    for module in ("evaluation.subject", "run.settings", "evaluate"):
         monkeypatch.setattr(f"vla_rl.{module}.TASK_SUITES", known)
     arguments = [
         "--checkpoint",

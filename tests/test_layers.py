@@ -14,8 +14,10 @@ PACKAGE = ROOT / "vla_rl"
 FLOORS = [
     {"types"},
     {"run"},
-    {"simulation", "model"},
+    {"reports", "simulation", "model"},
     {"learning"},
+    {"fine_tuning", "preflight"},
+    {"evaluation"},
     {"OpenVLA_PPO"},
     {"commands"},
     {"start_gae_ppo_training"},
@@ -33,12 +35,12 @@ HOMES = {
     "libero": {"simulation/suites", "simulation/simulator"},
     "robosuite": {"simulation/simulator", "simulation/arm_control", "simulation/rendering"},
     "mujoco": {"simulation/simulator", "simulation/arm_control", "simulation/rendering", "simulation/model_cache"},
-    "wandb": {"run/weights_and_biases"},
-    "tensorboardX": {"run/tensorboard"},
-    "matplotlib": {"run/drawing"},
-    "jinja2": {"run/report"},
-    "h5py": {"learning/demonstration_file"},
-    "cv2": {"learning/augmentation"},
+    "wandb": {"reports/weights_and_biases"},
+    "tensorboardX": {"reports/tensorboard"},
+    "matplotlib": {"reports/drawing"},
+    "jinja2": {"reports/report"},
+    "h5py": {"fine_tuning/demonstration_file"},
+    "cv2": {"fine_tuning/augmentation"},
     "vla_eval": {"integrations/vla_eval_server"},
     "tensorflow": set(),
 }
@@ -104,7 +106,8 @@ def test_modules_of_one_part_do_not_import_in_a_circle(part):
 
 def test_every_folder_of_the_package_is_a_wing_that_says_what_it_holds():
     wings = {path.parent.name: ast.get_docstring(ast.parse(path.read_text())) for path in PACKAGE.glob("*/__init__.py")}
-    assert set(wings) == {"run", "simulation", "model", "learning"} and all(wings.values())
+    assert set(wings) == {part for part in FLOOR_OF if (PACKAGE / part).is_dir()} and all(wings.values())
+    assert len(wings) == 8 and all(len(list((PACKAGE / wing).glob("*.py"))) <= 18 for wing in wings)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if part_of(name) == "commands"])
@@ -147,7 +150,9 @@ def test_the_algorithm_needs_no_network_simulator_or_command_line():
         needed |= fresh
         fresh = {name for module in fresh for name in own_imports(NAMES[module])} - needed
     assert "learning/losses" in needed
-    assert {part_of(name) for name in needed - {"model/value_head"}} == {"types", "run", "learning", "OpenVLA_PPO"}
+    assert {part_of(name) for name in needed - {"model/value_head"}} == {
+        *("types", "run", "reports", "learning", "evaluation", "OpenVLA_PPO"),
+    }
 
 
 def test_settings_are_checked_before_torch_is_imported():

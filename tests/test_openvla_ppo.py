@@ -10,7 +10,7 @@ from tests.fakes import CHUNK
 from tests.trainers import make_trainer, training_lines, with_values
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.model.policy import OpenVLAPolicy
-from vla_rl.run.records import read_metrics
+from vla_rl.reports.records import read_metrics
 from vla_rl.run.settings import LoraConfig
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.fakes import CHUNK
 from tests.trainers import final_state, make_trainer
-from vla_rl.run.records import read_metrics
+from vla_rl.reports.records import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

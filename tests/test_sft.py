@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.learning.test_demonstration_file import arrays
-from vla_rl.learning.augmentation import augment
-from vla_rl.learning.demonstration_file import DemonstrationFile
-from vla_rl.learning.samples import Samples
-from vla_rl.learning.supervised_fine_tuning import (
+from tests.fine_tuning.test_demonstration_file import arrays
+from vla_rl.fine_tuning.augmentation import augment
+from vla_rl.fine_tuning.demonstration_file import DemonstrationFile
+from vla_rl.fine_tuning.samples import Samples
+from vla_rl.fine_tuning.supervised_fine_tuning import (
     SupervisedFineTuning,
 )
 from vla_rl.model.image_transform import crop_center
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.trained_as import read_trained_as
+from vla_rl.reports.records import read_metrics
 from vla_rl.run.load_settings import load_config, read_yaml
-from vla_rl.run.records import read_metrics
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.sft import main
 
@@ -112,7 +112,9 @@ def test_images_are_augmented_in_training_and_cropped_in_the_middle_otherwise():
 @pytest.mark.parametrize(("setting", "changes"), [("true", True), ("false", False)])
 def test_the_setting_decides_whether_images_are_augmented(data, tmp_path, monkeypatch, setting, changes):
     calls = []
-    monkeypatch.setattr("vla_rl.learning.supervised_fine_tuning.augment", lambda image, rng: calls.append(1) or image)
+    monkeypatch.setattr(
+        "vla_rl.fine_tuning.supervised_fine_tuning.augment", lambda image, rng: calls.append(1) or image
+    )
     assert main(arguments(data, tmp_path, f"data.augment={setting}", f"policy.center_crop={setting}", steps=1)) == 0
     assert bool(calls) is changes
 

@@ -131,7 +131,7 @@ def test_unknown_rendering_back_end_is_named_with_those_that_work(capsys, tmp_pa
 
 
 def test_rendering_library_that_is_missing_is_told_with_its_package(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("vla_rl.learning.preflight.can_load", lambda library: library != "OSMesa")
+    monkeypatch.setattr("vla_rl.preflight.needs.can_load", lambda library: library != "OSMesa")
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 2
     assert "the library OSMesa" in (error := capsys.readouterr().err) and "apt-get install -y libosmesa6" in error
@@ -266,7 +266,7 @@ def test_resume_that_fails_leaves_the_run(run, monkeypatch):
 
 def test_wandb_is_finished_when_the_start_fails(tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr("vla_rl.run.metrics.MetricsLogger.close", lambda logger: closed.append(logger))
+    monkeypatch.setattr("vla_rl.reports.metrics.MetricsLogger.close", lambda logger: closed.append(logger))
 
     def fails(config):
         raise ConfigError("no such thing")

@@ -10,8 +10,8 @@ import torch
 from OpenVLA_PPO import OpenVLAPPO
 from tests.fakes import CHUNK, FakePolicy, make_envs
 from vla_rl.model.value_head import ValueHead
+from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.load_settings import config_from_dict
-from vla_rl.run.metrics import MetricsLogger
 
 SETTINGS = {
     "run": {"timesteps": 3 * 4 * 8 * CHUNK, "seed": 3, "device": "cpu"},  # three iterations

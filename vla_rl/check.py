@@ -6,8 +6,8 @@
 A line a check, with a tick or a cross, what was found and, at a cross, the remedy. One that fails hides no other, but for
 those that need what it could not give, which say so. No run folder is made; what is written to try it is removed.
 
-Not here: what is checked before a training (vla_rl.learning.preflight), the tiny update (vla_rl.learning.trial), the
-arithmetic of the estimate (vla_rl.learning.estimate).
+Not here: what is checked before a training (vla_rl.preflight.needs), the tiny update (vla_rl.preflight.trial), the
+arithmetic of the estimate (vla_rl.preflight.estimate).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pathlib import Path
 import torch
 
 from OpenVLA_PPO import OpenVLAPPO
-from vla_rl.learning import preflight, trial
-from vla_rl.learning.estimate import Estimate, Pieces, estimate
 from vla_rl.learning.memory import fit_to_card
 from vla_rl.learning.parts import build_trainer, instructions_of
-from vla_rl.learning.trial import Trial, trial_settings
 from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer
 from vla_rl.model.execution import compiles
 from vla_rl.model.quantization import check_quantization
-from vla_rl.run.checklist import Checklist, lines_of
+from vla_rl.preflight import needs, trial
+from vla_rl.preflight.checklist import Checklist, lines_of
+from vla_rl.preflight.estimate import Estimate, Pieces, estimate
+from vla_rl.preflight.trial import Trial, trial_settings
+from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.command_line import TINY_CONFIG, new_run_settings, parse, settings_parser
 from vla_rl.run.logs import configure_logging
 from vla_rl.run.machine import available_memory
-from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.run_folder import check_run_folder
 from vla_rl.run.settings import Config, ConfigError
 from vla_rl.simulation.probe import Probe, Rendered, render_first_task, settle_tasks
@@ -90,8 +90,8 @@ def settings(visit: Visit) -> str:
 
 @CHECKS.add("device")
 def device(visit: Visit) -> str:
-    preflight.check_device(visit.config)
-    return preflight.describe_device(visit.config)
+    needs.check_device(visit.config)
+    return needs.describe_device(visit.config)
 
 
 @CHECKS.add("compile, 4 bit", "device")
@@ -112,17 +112,17 @@ def run_folder(visit: Visit) -> str:
 
 @CHECKS.add("host memory")
 def host_memory(visit: Visit) -> str:
-    return preflight.check_host_memory(visit.config, visit.available)
+    return needs.check_host_memory(visit.config, visit.available)
 
 
 @CHECKS.add("/dev/shm")
 def shared_memory(visit: Visit) -> str:
-    return preflight.check_shared_memory(visit.config)
+    return needs.check_shared_memory(visit.config)
 
 
 @CHECKS.add("wandb")
 def wandb(visit: Visit) -> str:
-    return preflight.check_wandb_reachable(visit.config)
+    return needs.check_wandb_reachable(visit.config)
 
 
 # ----------------------------------------------------------------------------------------------------------- the simulator
@@ -130,25 +130,25 @@ def wandb(visit: Visit) -> str:
 
 @CHECKS.add("simulator packages")
 def versions(visit: Visit) -> str:
-    return preflight.check_versions()
+    return needs.check_versions()
 
 
 @CHECKS.add("OpenGL library")
 def rendering(visit: Visit) -> str:
-    return preflight.check_rendering()
+    return needs.check_rendering()
 
 
 @CHECKS.add("renderer", "OpenGL library")
 def renderer(visit: Visit) -> str:
     visit.rendered = visit.probe(render_first_task, visit.config)
-    return preflight.check_renderer(visit.rendered, visit.on_gpu)
+    return needs.check_renderer(visit.rendered, visit.on_gpu)
 
 
 @CHECKS.add("frame", "OpenGL library")
 def frame(visit: Visit) -> str:
     if not hasattr(visit, "rendered"):
         raise ConfigError("nothing was drawn; see the renderer")
-    return preflight.check_frame(visit.rendered)
+    return needs.check_frame(visit.rendered)
 
 
 @CHECKS.add("EGL and CUDA device", "device", "OpenGL library")
@@ -158,12 +158,12 @@ def egl_device(visit: Visit) -> str:
     if not hasattr(visit, "rendered"):
         raise ConfigError("nothing was drawn; see the renderer")
     uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
-    return preflight.check_egl_device(visit.rendered, None if uuid is None else str(uuid))
+    return needs.check_egl_device(visit.rendered, None if uuid is None else str(uuid))
 
 
 @CHECKS.add("tasks settle", "OpenGL library")
 def settle(visit: Visit) -> str:
-    return preflight.check_settled(visit.probe(settle_tasks, visit.config))
+    return needs.check_settled(visit.probe(settle_tasks, visit.config))
 
 
 @CHECKS.add("reward")
@@ -179,19 +179,19 @@ def reward(visit: Visit) -> str:
 
 @CHECKS.add("checkpoint")
 def checkpoint(visit: Visit) -> str:
-    visit.model, visit.names = preflight.find_model(visit.config, visit.resumed)
+    visit.model, visit.names = needs.find_model(visit.config, visit.resumed)
     read_tokenizer(visit.model)
     return f"whole, {visit.model}"
 
 
 @CHECKS.add("weights", "checkpoint", "device")
 def weights(visit: Visit) -> str:
-    return preflight.check_card(visit.config, visit.model)
+    return needs.check_card(visit.config, visit.model)
 
 
 @CHECKS.add("action head", "checkpoint")
 def head(visit: Visit) -> str:
-    return preflight.check_head(visit.config, visit.model, visit.names)
+    return needs.check_head(visit.config, visit.model, visit.names)
 
 
 @CHECKS.add("statistics", "checkpoint")
@@ -203,7 +203,7 @@ def statistics(visit: Visit) -> str:
 
 @CHECKS.add("used as trained", "checkpoint")
 def trained_as(visit: Visit) -> str:
-    return preflight.check_trained_as(visit.config, visit.model, visit.resumed)
+    return needs.check_trained_as(visit.config, visit.model, visit.resumed)
 
 
 # ------------------------------------------------------------------------------------------------------------ a tiny update
@@ -272,7 +272,7 @@ def gradients(visit: Visit) -> str:
 def saved_checkpoint(visit: Visit) -> str:
     visit.trial.save()
     files, size = visit.trial.checkpoint_files, visit.trial.checkpoint_bytes
-    return f"{len(files)} files, whole, {preflight.size_text(size)} in {visit.trial.save_s:.1f} s"
+    return f"{len(files)} files, whole, {needs.size_text(size)} in {visit.trial.save_s:.1f} s"
 
 
 @CHECKS.add("evaluation", "rollout")
@@ -298,7 +298,7 @@ def update_speed(visit: Visit) -> str:
 
 @CHECKS.add("disk", "update speed")
 def disk(visit: Visit) -> str:
-    return preflight.check_disk(visit.config, visit.pieces.checkpoint_bytes, visit.estimate.other_bytes)
+    return needs.check_disk(visit.config, visit.pieces.checkpoint_bytes, visit.estimate.other_bytes)
 
 
 @CHECKS.add("memory of the run", "update speed")
@@ -331,7 +331,7 @@ def estimate_lines(config: Config, expected: Estimate, pieces: Pieces, available
         f"  run         {seconds_text(expected.total_s):>8}  {expected.iterations} iterations, {expected.evaluations} evaluations, "
         f"{seconds_text(pieces.start_s)} to start",
         f"  memory      {memory}",
-        f"  disk        {preflight.size_text(expected.disk_bytes)}",
+        f"  disk        {needs.size_text(expected.disk_bytes)}",
     ]
 
 

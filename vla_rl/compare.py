@@ -5,7 +5,7 @@
 Runs whose settings differ in nothing but the seed are seeds of one setting: their mean is drawn, with a 95 % t interval over
 the seeds from three on. The table goes to the terminal and, with the figure, to --out.
 
-Not here: the numbers of a curve (vla_rl.run.curves), the drawing (vla_rl.run.drawing).
+Not here: the numbers of a curve (vla_rl.reports.curves), the drawing (vla_rl.reports.drawing).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from vla_rl.run.curves import GREEDY, SAMPLED, evaluations, success_of_last_episodes, t_half_width
-from vla_rl.run.drawing import plot_comparison
+from vla_rl.reports.curves import GREEDY, SAMPLED, evaluations, success_of_last_episodes, t_half_width
+from vla_rl.reports.drawing import plot_comparison
+from vla_rl.reports.records import METRICS_FILE, Records, read_metrics
+from vla_rl.reports.report import as_text
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import config_from_dict, expand, list_settings, read_yaml, way_out
-from vla_rl.run.records import METRICS_FILE, Records, read_metrics
-from vla_rl.run.report import as_text
 from vla_rl.run.run_folder import setting
 from vla_rl.run.settings import Config, ConfigError
 

@@ -6,7 +6,7 @@ Only successes are kept. Now and then the arm is pushed aside or lets go of what
 a policy will get into by its own errors, while the expert's own actions are what is written to be learned (DART: Laskey et
 al. 2017). Episodes start from random placements; evaluation has the benchmark's fixed states.
 
-Not here: the expert (vla_rl.simulation.expert), the file's layout (vla_rl.learning.demonstration_file).
+Not here: the expert (vla_rl.simulation.expert), the file's layout (vla_rl.fine_tuning.demonstration_file).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vla_rl.learning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
+from vla_rl.fine_tuning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand
 from vla_rl.run.logs import configure_logging
@@ -74,7 +74,7 @@ class Outcome:
 
     episode: Episode
     success: bool
-    arrays: dict[str, np.ndarray] | None  # of vla_rl.learning.demonstration_file; None of a failure
+    arrays: dict[str, np.ndarray] | None  # of vla_rl.fine_tuning.demonstration_file; None of a failure
     attributes: dict[str, Any]
 
 

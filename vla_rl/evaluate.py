@@ -6,8 +6,7 @@
 The official protocol: of each task its 50 fixed states, placements of seed 0, 10 settle steps, the suite's step limit. What was
 played is kept at once: whatever ends an evaluation, the same command goes on.
 
-Not here: playing (vla_rl.learning.evaluation), what is evaluated (evaluation_subject), what is left (evaluation_results),
-tables (evaluation_tables), videos (videos).
+Not here: playing (vla_rl.evaluation.play), what is evaluated, what is left of it, tables and videos (beside it).
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vla_rl.learning import evaluation_tables as tables
-from vla_rl.learning.evaluation import (
+from vla_rl.evaluation import tables
+from vla_rl.evaluation.play import (
     EpisodeResult,
     evaluate_policy,
     evaluation_episodes,
     one_of_each_outcome,
     recording,
 )
-from vla_rl.learning.evaluation_results import (
+from vla_rl.evaluation.results import (
     RESULTS,
     Baseline,
     Journal,
@@ -45,7 +44,7 @@ from vla_rl.learning.evaluation_results import (
     read_baseline,
     write_whole,
 )
-from vla_rl.learning.evaluation_subject import (
+from vla_rl.evaluation.subject import (
     Subject,
     build_subject,
     check_subject,
@@ -57,7 +56,7 @@ from vla_rl.learning.evaluation_subject import (
     of_run,
     suite_settings,
 )
-from vla_rl.learning.videos import Recording, write_grid, write_replays
+from vla_rl.evaluation.videos import Recording, write_grid, write_replays
 from vla_rl.run.checkpoint import locked
 from vla_rl.run.failures import one_line, report
 from vla_rl.run.load_settings import expand, from_root

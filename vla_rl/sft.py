@@ -4,7 +4,7 @@
 
 The result, runs/NAME/model, is a checkpoint in the official layout with the statistics of its data: what PPO starts from.
 
-Not here: the training (vla_rl.learning.supervised_fine_tuning), the data's layout (vla_rl.learning.demonstration_file).
+Not here: the training (vla_rl.fine_tuning.supervised_fine_tuning), the data's layout (vla_rl.fine_tuning.demonstration_file).
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from pathlib import Path
 
 import torch
 
-from vla_rl.learning.demonstration_file import Demonstration, find_files, read_demonstrations
-from vla_rl.learning.samples import data_statistics, make_samples, split
-from vla_rl.learning.supervised_fine_tuning import SupervisedFineTuning
+from vla_rl.fine_tuning.demonstration_file import Demonstration, find_files, read_demonstrations
+from vla_rl.fine_tuning.samples import data_statistics, make_samples, split
+from vla_rl.fine_tuning.supervised_fine_tuning import SupervisedFineTuning
 from vla_rl.model.execution import compiles
 from vla_rl.model.find_checkpoint import check_checkpoint
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.quantization import check_quantization
+from vla_rl.reports.metrics import MetricsLogger
+from vla_rl.reports.weights_and_biases import check_wandb
 from vla_rl.run.checkpoint import locked
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand, load_config, settings_help
 from vla_rl.run.logs import configure_logging, warnings_kept
-from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.run_folder import (
     changed_settings,
     check_run_folder,
@@ -42,7 +43,6 @@ from vla_rl.run.run_folder import (
 )
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.sft_settings import SftConfig
-from vla_rl.run.weights_and_biases import check_wandb
 from vla_rl.simulation.suites import task_instructions
 
 log = logging.getLogger("vla_rl.sft")

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from scipy import stats
 
-from vla_rl.run.curves import GREEDY, evaluations, success_of_last_episodes
-from vla_rl.run.drawing import draw_seeds
-from vla_rl.run.records import read_metrics
+from vla_rl.reports.curves import GREEDY, evaluations, success_of_last_episodes
+from vla_rl.reports.drawing import draw_seeds
+from vla_rl.reports.records import read_metrics
 
 HERE = Path(__file__).parent
 WINDOW = 160  # episodes

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from safetensors.torch import load_file
 
-from vla_rl.learning.evaluation import evaluate_policy, evaluation_episodes
+from vla_rl.evaluation.play import evaluate_policy, evaluation_episodes
 from vla_rl.learning.parts import build_policy
 from vla_rl.run.checkpoint import list_checkpoints
 from vla_rl.run.load_settings import load_config

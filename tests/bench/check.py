@@ -21,12 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vla_rl.check import CHECKS, Visit
-from vla_rl.learning.estimate import Estimate, Pieces
-from vla_rl.learning.trial import private_gib
-from vla_rl.run.checklist import lines_of
+from vla_rl.preflight.checklist import lines_of
+from vla_rl.preflight.estimate import Estimate, Pieces
+from vla_rl.preflight.trial import private_gib
+from vla_rl.reports.records import read_metrics
 from vla_rl.run.command_line import ROOT, TINY_CONFIG, find_config
 from vla_rl.run.load_settings import load_config
-from vla_rl.run.records import read_metrics
 from vla_rl.run.settings import Config
 
 SMALL = [

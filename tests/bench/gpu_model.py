@@ -31,9 +31,9 @@ from vla_rl.model.prismatic import LlamaRotaryEmbedding, Prismatic, fill
 from vla_rl.model.prismatic_config import read_config
 from vla_rl.model.quantization import check_quantization
 from vla_rl.model.tiny_openvla import TRAINED, initialize, make_config
+from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.command_line import ROOT
 from vla_rl.run.load_settings import load_config
-from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.settings import Config
 from vla_rl.simulation.vector_env import make_vector_env

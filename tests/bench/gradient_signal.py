@@ -31,9 +31,9 @@ from vla_rl.learning.micro_batches import MicroBatches
 from vla_rl.learning.parts import build_policy, build_value_head
 from vla_rl.learning.rollout_buffer import Minibatch, RolloutBuffer
 from vla_rl.model.value_head import ValueHead
+from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.command_line import find_config
 from vla_rl.run.load_settings import load_config
-from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.settings import Config
 from vla_rl.simulation.vector_env import make_vector_env
 from vla_rl.types import ACTION_DIM

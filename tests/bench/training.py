@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from OpenVLA_PPO import OpenVLAPPO
 from vla_rl.learning.memory import fit_to_card
 from vla_rl.learning.parts import build_policy, build_value_head
+from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.command_line import find_config
 from vla_rl.run.load_settings import load_config
-from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.settings import Config
 from vla_rl.simulation.suites import task_languages

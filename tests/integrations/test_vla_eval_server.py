@@ -16,8 +16,8 @@ import torch
 from integrations import vla_eval_server
 from integrations.vla_eval_server import OpenVLAServer, camera_image, decide, fit_image, is_of_suite, to_observation
 from tests.model.policies import make_obs, make_policy, move_adapters
-from vla_rl.learning.evaluation import evaluation_episodes, sampling_generators
-from vla_rl.learning.evaluation_subject import build_subject
+from vla_rl.evaluation.play import evaluation_episodes, sampling_generators
+from vla_rl.evaluation.subject import build_subject
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.types import Observation
@@ -134,7 +134,7 @@ def test_what_our_environment_shows_gives_the_chunk_that_the_policy_acts(policy)
 
 @pytest.mark.parametrize("lora", [{}, {"target_modules": "language-model", "last_layers": 1}])
 def test_a_checkpoint_is_served_as_it_was_trained_with_its_adapter(tmp_path, lora):
-    """Which settings that gives, tests/learning/test_evaluation_subject.py shows: it is what vla_rl.evaluate evaluates."""
+    """Which settings that gives, tests/evaluation/test_subject.py shows: it is what vla_rl.evaluate evaluates."""
     trained = make_policy("parallel", "tiny-openvla", lora=LoraConfig(rank=3, alpha=5, **lora), use_proprio=True)
     move_adapters(trained)
     trained.save_adapter(tmp_path)

@@ -12,8 +12,8 @@ from tests.fakes import CUDA_SAID, FakePolicy, WatchedPolicy
 from tests.trainers import final_state, make_trainer, training_lines
 from vla_rl.learning.micro_batches import MODES, SIZES, Choice, naming_what_fits, what_ran_out
 from vla_rl.model.execution import GRADIENT_CHECKPOINTING, ROW_SIZES
+from vla_rl.reports.records import read_metrics
 from vla_rl.run.failures import explain
-from vla_rl.run.records import read_metrics
 from vla_rl.types import OutOfMemory
 
 

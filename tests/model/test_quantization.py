@@ -13,7 +13,6 @@ from torch.nn import functional as F
 import start_gae_ppo_training as start
 from tests.model.policies import DECODERS, make_obs, make_policy, move_adapters
 from vla_rl import sft
-from vla_rl.learning import preflight
 from vla_rl.model import policy as policy_module
 from vla_rl.model import prismatic, quantization
 from vla_rl.model.adapter import digest_base
@@ -28,6 +27,7 @@ from vla_rl.model.quantization import (
     unpack,
 )
 from vla_rl.model.tiny_openvla import ensure_tiny_openvla
+from vla_rl.preflight import needs
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import ConfigError
@@ -69,13 +69,13 @@ def test_missing_bitsandbytes_is_told_before_anything_heavy(missing, monkeypatch
     message = (
         r"policy\.quantization=nf4 needs bitsandbytes, .*pip install -r requirements-4bit\.txt .*quantization=none"
     )
-    for module, name in ((policy_module, "load_network"), (preflight, "find_and_check"), (sft, "read_data")):
+    for module, name in ((policy_module, "load_network"), (needs, "find_and_check"), (sft, "read_data")):
         monkeypatch.setattr(module, name, lambda *args: pytest.fail("too late"))
     with pytest.raises(ConfigError, match=message):
         make_policy(quantization="nf4")
     config = load_config("configs/tiny_gae_ppo.yaml", ["policy.quantization=nf4", f"run.output_dir={tmp_path}"])
     with pytest.raises(ConfigError, match=message) as error:
-        preflight.check_start(config, resumed=False)
+        needs.check_start(config, resumed=False)
     assert "\n" not in str(error.value)
     overrides = ["data.files=[x.hdf5]", "policy.quantization=nf4", f"run.output_dir={tmp_path}"]
     with pytest.raises(ConfigError, match=message):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from vla_rl.learning.evaluation import evaluate_policy, evaluation_episodes
+from vla_rl.evaluation.play import evaluate_policy, evaluation_episodes
 from vla_rl.model import tiny_openvla
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network

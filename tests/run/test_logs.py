@@ -21,7 +21,7 @@ def logged(code: str, **variables: str) -> list[str]:
     return [line.split(" ", 1)[1] for line in result.stderr.splitlines()]
 
 
-@pytest.mark.parametrize("name", [*OURS, "vla_rl.sft", "vla_rl.run.metrics"])
+@pytest.mark.parametrize("name", [*OURS, "vla_rl.sft", "vla_rl.reports.metrics"])
 def test_our_loggers_show_information(name):
     assert logged(f"log = logging.getLogger('{name}'); log.info('of ours'); log.debug('too much')") == ["of ours"]
 
@@ -55,7 +55,7 @@ def test_libraries_show_warnings_alone(redirected):
 def test_the_font_list_of_a_first_picture_is_not_announced(tmp_path):
     code = """
         from pathlib import Path
-        from vla_rl.run.drawing import plot_curves
+        from vla_rl.reports.drawing import plot_curves
         plot_curves([{"iteration": 1, "timesteps": 1, "actor/entropy": 1.0}], Path("%s"))
     """
     variables = {"MPLCONFIGDIR": str(tmp_path / "empty"), "HOME": str(tmp_path)}

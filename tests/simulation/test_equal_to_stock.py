@@ -8,7 +8,7 @@ import pytest
 
 from tests.simulation import stock_libero
 from tests.simulation.stock_libero import CAMERAS, SIZE, Row, assert_equal, random_actions, reset, row
-from vla_rl.learning.evaluation import evaluation_episodes
+from vla_rl.evaluation.play import evaluation_episodes
 from vla_rl.simulation.libero_env import build_simulator
 from vla_rl.types import Episode
 

@@ -1,1 +1,1 @@
-"""Advantages, losses, rollouts, updates, evaluation: what the algorithms are made of."""
+"""Advantages, losses, rollouts, updates: what the algorithms are made of."""

@@ -16,7 +16,7 @@ from vla_rl.model.execution import compiles
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.quantization import count_weights
 from vla_rl.model.value_head import ValueHead
-from vla_rl.run.metrics import MetricsLogger
+from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.settings import Config
 from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import make_vector_env

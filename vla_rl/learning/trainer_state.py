@@ -16,6 +16,7 @@ from vla_rl.learning.episodes import EpisodeStreams, RunningEpisodes
 from vla_rl.learning.optimizer import load_optimizer
 from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.model.value_head import ValueHead
+from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.checkpoint import (
     CheckpointError,
     cpu_copy,
@@ -29,7 +30,6 @@ from vla_rl.run.checkpoint import (
     write_checkpoint,
 )
 from vla_rl.run.load_settings import save_config
-from vla_rl.run.metrics import MetricsLogger
 from vla_rl.run.settings import Config
 from vla_rl.types import Observation, Policy
 

@@ -1,1 +1,1 @@
-"""What every run has, whatever it trains: settings, checkpoints on disk, metrics, progress, words for failures."""
+"""What every run has, whatever it trains: settings, checkpoints on disk, progress, words for failures."""

@@ -1,6 +1,6 @@
 """A run's folder: whether a new one can be made, a name for it, and the settings of an old one that is continued.
 
-Not here: what lies in it (vla_rl.run.checkpoint, vla_rl.run.metrics).
+Not here: what lies in it (vla_rl.run.checkpoint, vla_rl.reports.metrics).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A separate process because the one that trains has no OpenGL, and because a driver that crashes takes only this one along.
 
-Not here: whether what is found is good (vla_rl.learning.preflight). No torch.
+Not here: whether what is found is good (vla_rl.preflight.needs). No torch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,59 @@
+"""Lines of metrics.jsonl survive kills and resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vla_rl.reports.records import read_metrics, set_aside_later_lines
+from vla_rl.run.settings import ConfigError
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def write(path: Path, *iterations: int) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps({"iteration": i, "timesteps": 100 * i}) + "\n" for i in iterations)
+
+
+def iterations(path: Path) -> list[int]:
+    return [record["iteration"] for record in read_metrics(path)]
+
+
+def test_a_torn_last_line_is_left_out(path):
+    write(path, 1, 2)
+    path.write_text(path.read_text()[:-10])
+    assert iterations(path) == [1]
+
+
+def test_a_damaged_line_in_the_middle_is_refused_by_number(path):
+    write(path, 1, 2, 3)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:-5], lines[2]]) + "\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 is damaged"):
+        read_metrics(path)
+
+
+def test_no_file_has_no_records(path):
+    assert read_metrics(path) == []
+
+
+def test_later_lines_are_set_aside_and_none_is_lost(path):
+    write(path, 0, 1, 2, 3, 4)
+    set_aside_later_lines(path, 2)
+    write(path, 3)
+    assert iterations(path) == [0, 1, 2, 3]
+    assert iterations(path.with_name("metrics.superseded.jsonl")) == [3, 4]
+
+
+def test_an_evaluation_that_is_done_again_is_later_than_its_iteration(path):
+    write(path, 1)
+    with path.open("a") as file:
+        file.write(json.dumps({"iteration": 1, "timesteps": 100, "eval/success_rate_greedy": 0.5}) + "\n")
+    set_aside_later_lines(path, 1, evaluated=True)
+    assert len(read_metrics(path)) == 2
+    set_aside_later_lines(path, 1, evaluated=False)
+    assert read_metrics(path) == [{"iteration": 1, "timesteps": 100}]

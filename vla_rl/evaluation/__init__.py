@@ -1,0 +1,1 @@
+"""Success from fixed initial states: playing, results that can be continued and compared, tables, videos."""

@@ -1,0 +1,214 @@
+"""Success of a policy over tasks x fixed initial states, with intervals and videos.
+
+Not here: intervals (vla_rl.reports.statistics), pictures (vla_rl.evaluation.videos), the command that evaluates a run or a
+checkpoint (vla_rl.evaluate).
+
+N environments, E episodes, C steps in a chunk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+from tqdm import tqdm
+
+from vla_rl.evaluation.videos import Recording, write_replays
+from vla_rl.learning.episodes import EpisodeQueue, reset_finished, step_arguments
+from vla_rl.reports.statistics import wilson_interval
+from vla_rl.run.settings import Config
+from vla_rl.types import Episode, Observation, Policy
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One evaluated episode."""
+
+    episode: Episode
+    success: bool
+    length: int  # simulator steps
+    actions: np.ndarray  # float32 [length, 7], those executed: the episode can be played again
+    values: list[float] | None = None  # V(s) at each decision, if there is a value head
+
+
+def evaluation_episodes(task_ids: Sequence[int], states: Sequence[int]) -> list[Episode]:
+    """Every task from every fixed state, with the fixtures where the official evaluation has them.
+
+    A state does not hold them: each reset draws them anew. openvla (c8f03f4, experiments/robot/libero/run_libero_eval.py)
+    seeds a task's environment once with 0 and resets it before each trial, trial i with state i. In the few tasks that begin
+    with something open or on, stock LIBERO then draws other places (docs/libero.md, departures).
+    """
+    return [Episode(task_id, state, seed=0, resets=state + 1) for task_id in task_ids for state in states]
+
+
+def evaluate_policy(
+    policy: Policy,
+    envs: VectorEnv,
+    episodes: Sequence[Episode],
+    *,
+    greedy: bool,
+    temperature: float,
+    seed: int,
+    predict_values: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = True,
+    on_decision: Callable[[], None] = lambda: None,
+    on_result: Callable[[EpisodeResult], None] = lambda result: None,
+) -> list[EpisodeResult]:
+    """Plays each episode once; an environment that is done takes the next from one queue.
+
+    Each episode samples from a generator of its own: what it draws depends neither on the number of environments nor on the
+    episodes beside it, and an evaluation does not change the training that follows it. Every forward has N rows, row i that of
+    environment i or, where that has nothing left to play, a copy of another's: a batch of another size rounds otherwise, and
+    then greedy tokens would depend on which episodes happen to end last.
+
+    Args:
+        envs: N environments; more than episodes are left idle.
+        temperature: of the sampled mode; greedy ignores it.
+        seed: of the sampling, 0 or more.
+        predict_values: hidden states [N, D] -> V [N]; None keeps no values.
+        on_decision: called before each decision; may raise to stop the evaluation.
+        on_result: called with each episode as it ends.
+
+    Returns:
+        E results in the order of `episodes`.
+    """
+    generators = sampling_generators(episodes, seed)
+    unused = torch.Generator()  # of the rows that only fill the batch
+    queue = EpisodeQueue(episodes, getattr(envs, "held", None))
+    lengths = np.zeros(envs.num_envs, dtype=np.int64)
+    actions: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
+    values: list[list[float]] = [[] for _ in range(envs.num_envs)]
+    results: list[EpisodeResult | None] = [None] * len(episodes)
+    description = "evaluate greedy" if greedy else f"evaluate T={temperature:g}"
+    bar = tqdm(total=len(episodes), desc=description, unit="ep", disable=not progress, mininterval=1)
+
+    obs = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
+    with bar:
+        while queue.playing:
+            on_decision()
+            playing = sorted(queue.playing)
+            rows = [index if index in queue.playing else playing[0] for index in range(envs.num_envs)]
+            output = policy.act(
+                obs.rows(rows),
+                temperature=temperature,
+                greedy=greedy,
+                generator=[
+                    generators[queue.playing[index]] if index in queue.playing else unused
+                    for index in range(envs.num_envs)
+                ],
+            )
+            envs.step_async(*step_arguments(output.actions[playing], playing, envs.action_space.shape))
+            if predict_values is not None and output.hidden is not None:  # while the simulators step
+                with torch.no_grad():
+                    predicted = predict_values(output.hidden).tolist()
+                for index in playing:
+                    values[index].append(predicted[index])
+            raw_obs, _, terminated, truncated, info = envs.step_wait()
+            obs = Observation.from_vector_env(raw_obs)
+            lengths += info["steps"]
+            for index in playing:
+                actions[index].append(output.actions[index, : info["steps"][index]])
+            finished = np.zeros(envs.num_envs, dtype=bool)
+            finished[playing] = (terminated | truncated)[playing]
+            for index in map(int, np.flatnonzero(finished)):
+                number = queue.playing[index]
+                played, told = np.concatenate(actions[index]).astype(np.float32), values[index] or None
+                results[number] = EpisodeResult(
+                    episodes[number], bool(terminated[index]), int(lengths[index]), played, told
+                )
+                on_result(results[number])
+                lengths[index], actions[index], values[index] = 0, [], []
+                bar.update()
+                bar.set_postfix_str(f"succ={np.mean([r.success for r in results if r is not None]):.1%}")
+            obs = reset_finished(envs, finished, queue) or obs
+    return results
+
+
+def sampling_generators(episodes: Sequence[Episode], seed: int) -> list[torch.Generator]:
+    """One generator an episode, of the seed and of what the episode is; equal episodes are told apart by their number."""
+    met: Counter[Episode] = Counter()
+    generators = []
+    for episode in episodes:
+        state = -1 if episode.initial_state is None else episode.initial_state
+        identity = [seed, episode.task_id, state + 1, episode.seed, episode.resets, met[episode]]
+        met[episode] += 1
+        drawn = np.random.SeedSequence(identity).generate_state(1, np.uint64)
+        generators.append(torch.Generator().manual_seed(int(drawn[0])))
+    return generators
+
+
+def evaluate_modes(
+    policy: Policy,
+    envs: VectorEnv,
+    config: Config,
+    videos: Path,
+    prefix: str,
+    on_decision: Callable[[], None],
+    predict_values: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    """Every task from the fixed states that eval.states names, greedy and sampled as eval.modes says: eval/* metrics.
+
+    Args:
+        videos: folder for an MP4 of one success and one failure of each mode, if eval.video.
+        prefix: of their names.
+        on_decision: called before each decision and replay; may raise to stop the evaluation.
+        predict_values: see evaluate_policy.
+    """
+    settings = config.eval
+    metrics: dict[str, Any] = {"eval/render": settings.render}
+    for mode in settings.modes:
+        results = evaluate_policy(
+            policy,
+            envs,
+            evaluation_episodes(config.env.task_ids, settings.states),
+            greedy=mode == "greedy",
+            temperature=settings.temperature or config.rollout.temperature,
+            seed=config.run.seed,
+            predict_values=predict_values,
+            progress=config.logging.progress,
+            on_decision=on_decision,
+        )
+        metrics |= success_metrics(results, mode)
+        if settings.video:
+            shown = [recording(r, f"{prefix}_{mode}", mode, policy.chunk_size) for r in one_of_each_outcome(results)]
+            write_replays(envs, shown, videos, config.max_episode_steps(evaluation=True), on_decision)
+    return metrics
+
+
+def one_of_each_outcome(results: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+    """The first success and the first failure, as far as there are any."""
+    firsts = (next((r for r in results if r.success is outcome), None) for outcome in (True, False))
+    return [result for result in firsts if result is not None]
+
+
+def recording(result: EpisodeResult, prefix: str, label: str, chunk_size: int) -> Recording:
+    """What a video of the episode is made of; prefix begins its file's name, label is written into it."""
+    episode, outcome = result.episode, "success" if result.success else "failure"
+    name = f"{prefix}_task{episode.task_id}_state{episode.initial_state}_{outcome}"
+    return Recording(name, label, episode, result.actions, result.success, result.values, chunk_size)
+
+
+def success_metrics(results: Sequence[EpisodeResult], mode: str) -> dict[str, float]:
+    """eval/* of one mode ("greedy" or "sampled"): rate, interval, length, and each task's rate if there are several."""
+    successes = [r.success for r in results]
+    low, high = wilson_interval(sum(successes), len(successes))
+    metrics = {
+        f"eval/success_rate_{mode}": float(np.mean(successes)),
+        f"eval/success_rate_{mode}_low": low,
+        f"eval/success_rate_{mode}_high": high,
+        f"eval/length_{mode}": float(np.mean([r.length for r in results])),
+        f"eval/episodes_{mode}": len(results),
+    }
+    tasks = sorted({r.episode.task_id for r in results})
+    if len(tasks) > 1:
+        for task_id in tasks:
+            rates = [r.success for r in results if r.episode.task_id == task_id]
+            metrics[f"eval/success_rate_{mode}/task_{task_id}"] = float(np.mean(rates))
+    return metrics

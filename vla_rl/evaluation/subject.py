@@ -1,0 +1,307 @@
+"""What is evaluated: the checkpoint of a run, or a model with or without an adapter, and the settings that it wants.
+
+Nothing is written. Not here: playing it (vla_rl.evaluation.play), flags (vla_rl.evaluate).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vla_rl.learning.parts import build_policy, build_value_head
+from vla_rl.model.checkpoint_folder import open_tensors
+from vla_rl.model.find_checkpoint import check_checkpoint
+from vla_rl.model.policy import OpenVLAPolicy
+from vla_rl.model.prismatic_config import read_config, read_json
+from vla_rl.model.trained_as import read_trained_as
+from vla_rl.model.value_head import ValueHead
+from vla_rl.preflight.needs import check_device, check_policy, check_rendering
+from vla_rl.run import task_suites
+from vla_rl.run.checkpoint import list_checkpoints, load_tensors, loading, verify
+from vla_rl.run.load_settings import absolute, config_from_dict, expand, merge, put_paths, read_yaml, set_key
+from vla_rl.run.run_folder import changed_settings
+from vla_rl.run.settings import Config, ConfigError
+from vla_rl.run.task_suites import PERTURBATIONS, PERTURBED
+
+log = logging.getLogger(__name__)
+
+# what trained_as.json may tell -> the settings
+TRAINED_AS = {
+    **{name: [f"policy.{name}"] for name in ("decoder", "num_images", "use_proprio", "chunk_size", "center_crop")},
+    "image_size": ["env.image_size"],
+    "render": ["env.render", "eval.render"],
+}
+# of a run's policy, what may be otherwise in its evaluation
+FREE = tuple(
+    f"policy.{name}"
+    for name in ("checkpoint", "as_trained", "gradient_checkpointing", "compile", "dtype", "quantization", "unnorm_key")
+)
+EVALUATION_TEMPERATURE = 1.0  # VLA-RL (arXiv:2505.18719) evaluates at 1 what it samples at 1.5
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A policy that can be built, and the settings of its evaluation."""
+
+    name: str
+    config: Config
+    adapter: Path | None  # folder in peft's format
+    value_head: Path | None  # safetensors file
+    run: Path | None = None  # folder of the run that it is of
+    trained_on: tuple[str, list[int], list[int]] | None = None  # suite, tasks, fixed states; None of random placements
+
+    @property
+    def temperature(self) -> float:
+        """Of the sampled mode."""
+        return self.config.eval.temperature or EVALUATION_TEMPERATURE
+
+
+# ---------------------------------------------------------------------------------------------------------------- a run
+
+
+def of_run(run: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Subject:
+    """A run's newest checkpoint, or the one that is named, with the run's own settings.
+
+    Args:
+        run: runs/NAME or runs/NAME/checkpoints/iteration-NNNNNN.
+        overrides, flags: see vla_rl.run.load_settings.load_config; other tasks, states, places and devices, not another policy.
+
+    Raises:
+        ConfigError: no run, no checkpoint in it, a torn one; or what is asked for does not go with it.
+    """
+    folder = find_run_checkpoint(Path(expand(run, "--run")))
+    source = f"{folder}/config.yaml"
+    recorded = read_yaml(source)
+    put_paths(recorded, absolute)
+    before = config_from_dict(recorded, source)
+    trained_on = None
+    if before.env.initial_states != "random":
+        trained_on = before.env.task_suite, before.env.task_ids, before.env.initial_states
+        set_key(recorded, "env.initial_states", "random")  # what of it is evaluated is refused below
+    if flags.get("env.task_suite") not in (None, before.env.task_suite) and before.policy.unnorm_key is None:
+        set_key(recorded, "policy.unnorm_key", before.unnorm_key())  # the units that it was trained in
+    if before.run.device == "cuda" and not torch.cuda.is_available():
+        put_on_cpu(recorded)
+    config = config_from_dict(merge(recorded, list(overrides), dict(flags)), source)
+    changed = changed_settings(before, config, ("policy.", "value_head.", "algorithm.estimator"), FREE)
+    if changed:
+        raise ConfigError(f"--run {run}: {', '.join(changed)} cannot differ from the run's; it is another policy then")
+    head = folder / "value_head.safetensors"
+    home = folder.parent.parent if folder.parent.name == "checkpoints" else None
+    name = folder.name if home is None else f"{home.name}/{folder.name}"
+    return Subject(name, config, folder / "adapter", head if head.exists() else None, home, trained_on)
+
+
+def find_run_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run folder, or `run` itself if it is one; verified. The run may be going on.
+
+    Raises:
+        ConfigError: see of_run.
+    """
+    if not run.is_dir():
+        raise ConfigError(f"--run {run}: no such folder; give a run's, such as runs/NAME, or one of its checkpoints")
+    if (run / "manifest.json").exists() or run.name.startswith("iteration-"):
+        verify(run)
+        return run.absolute()
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        model = "; it has a fine-tuned model: " + f"--checkpoint {run / 'model'}" if (run / "model").is_dir() else ""
+        raise ConfigError(f"--run {run} has no checkpoint in {run / 'checkpoints'} yet{model}")
+    try:
+        verify(found[-1])
+    except ConfigError as error:
+        earlier = f"; evaluate the one before: --run {found[-2]}" if len(found) > 1 else ""
+        raise ConfigError(f"{error}{earlier}") from None
+    return found[-1].absolute()
+
+
+# -------------------------------------------------------------------------------------------------------------- a model
+
+
+def of_checkpoint(checkpoint: str, adapter: str | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> Subject:
+    """A model, used as it was trained as far as its folder tells (trained_as.json), else as OpenVLA-OFT.
+
+    Args:
+        checkpoint: see policy.checkpoint.
+        adapter: folder in peft's format; its rank, alpha and layers are read there.
+
+    Raises:
+        ConfigError: a setting is wrong, or the model or adapter is missing or torn.
+    """
+    values: dict[str, Any] = {}
+    merge(values, flags={"policy.checkpoint": checkpoint})
+    model = check_checkpoint(config_from_dict(values, "--checkpoint").policy.checkpoint)
+    trained = {name: value for name, value in (read_trained_as(model) or {}).items() if value is not None}
+    for name, keys in TRAINED_AS.items():
+        for key in keys if name in trained else []:
+            set_key(values, key, trained[name])
+    if not torch.cuda.is_available():
+        put_on_cpu(values)
+    folder = None
+    if adapter is not None:
+        folder = Path(expand(adapter, "--adapter"))
+        for name, value in lora_of(folder, model).items():
+            set_key(values, f"policy.lora.{name}", value)
+    config = config_from_dict(merge(values, list(overrides), dict(flags)), "the command line")
+    if not trained and checkpoint != "tiny-openvla-random":
+        policy = config.policy
+        log.warning(
+            "%s does not tell how it was trained; taken as decoder=%s chunk_size=%d num_images=%d use_proprio=%s center_crop=%s "
+            "(vanilla OpenVLA: policy.decoder=autoregressive policy.chunk_size=1)",
+            *(checkpoint, policy.decoder, policy.chunk_size, policy.num_images, policy.use_proprio, policy.center_crop),
+        )
+    name = checkpoint.rstrip("/").rpartition("/")[2] + (f"+{folder.name}" if folder is not None else "")
+    return Subject(name, config, folder, None)
+
+
+def lora_of(folder: Path, model: Path) -> dict[str, Any]:
+    """policy.lora of an adapter's folder: rank, alpha, and by its tensors' names the layers.
+
+    Raises:
+        ConfigError: there is no adapter, or it is torn.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).exists():
+            raise ConfigError(
+                f"--adapter {folder} has no {name}; give a folder in peft's format, such as a checkpoint's adapter/"
+            )
+    config = read_json(folder / "adapter_config.json")
+    with open_tensors(folder / "adapter_model.safetensors") as file:
+        names = list(file.keys())
+    lora = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "target_modules": "all-linear"}
+    if not any("vision_backbone" in name for name in names):
+        layers = {int(m[1]) for name in names if (m := re.search(r"language_model\..*layers\.(\d+)\.", name))}
+        count = read_config(model).llama.get("num_hidden_layers")
+        lora |= {
+            "target_modules": "language-model",
+            "last_layers": None if len(layers) == count else len(layers) or None,
+        }
+    return lora
+
+
+def put_on_cpu(values: dict[str, Any]) -> None:
+    """Where torch finds no GPU; run.device and policy.dtype may still be given."""
+    for key, value in (("run.device", "cpu"), ("policy.dtype", "float32")):
+        set_key(values, key, value)
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+def check_subject(subject: Subject, suites: Sequence[str]) -> None:
+    """All that can be told before anything heavy begins.
+
+    Args:
+        suites: that are to be evaluated.
+
+    Raises:
+        ConfigError: what the settings need is not there, or a run would be tested on what it trained on.
+    """
+    config = subject.config
+    check_unseen(subject, suites)
+    check_device(config)
+    check_rendering()
+    check_policy(config, resumed=subject.run is not None)
+
+
+def check_unseen(subject: Subject, suites: Sequence[str]) -> None:
+    """Raises ConfigError where fixed states that the run trained on are to be evaluated."""
+    if subject.trained_on is None:
+        return
+    suite, tasks, states = subject.trained_on
+    shared = sorted(set(states) & set(subject.config.eval.states))
+    same_tasks = sorted(set(tasks) & set(subject.config.env.task_ids))
+    if suite in suites and shared and same_tasks:
+        unseen = [state for state in range(50) if state not in states]
+        way_out = f"--states {','.join(map(str, unseen))}" if unseen else "other tasks"
+        raise ConfigError(
+            f"the run trained on {suite} task {', '.join(map(str, same_tasks))} from the fixed states {shared}, which would be "
+            f"evaluated: the policy would be tested on what it trained on; evaluate {way_out}"
+        )
+
+
+def build_subject(subject: Subject) -> tuple[OpenVLAPolicy, ValueHead | None]:
+    """The policy with its adapter, and the value head if there is one.
+
+    Raises:
+        ConfigError: the adapter or value head is torn or of another base.
+    """
+    policy = build_policy(subject.config, adapted=subject.adapter is not None)
+    if subject.adapter is not None:
+        with loading(subject.adapter):
+            policy.load_adapter(subject.adapter)
+    head = None
+    if subject.value_head is not None and (head := build_value_head(subject.config, policy.hidden_size)) is not None:
+        with loading(subject.value_head):
+            head.load_state_dict(load_tensors(subject.value_head))
+    return policy, head
+
+
+def fingerprint(policy: OpenVLAPolicy) -> str:
+    """Hex digits, equal for equal base models, decoders and adapters; the adapter's values count, of a base 64 of each tensor."""
+    digest = hashlib.sha256(policy.fingerprint().encode())
+    if policy.adapter is not None:
+        for name, tensor in sorted(policy.adapter_tensors().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def suite_settings(config: Config, suite: str) -> Config:
+    """The same settings with another suite; its own step limit unless eval.max_steps is set."""
+    return config.model_copy(update={"env": config.env.model_copy(update={"task_suite": suite})})
+
+
+def measured(subject: Subject, suites: Sequence[str], num_envs: int) -> dict[str, Any]:
+    """The protocol: all that the outcome of an episode depends on, but for the policy's weights."""
+    config = subject.config
+    env, policy, evaluation = config.env, config.policy, config.eval
+    return {
+        "max_steps": {suite: suite_settings(config, suite).max_episode_steps(evaluation=True) for suite in suites},
+        "task_ids": env.task_ids,
+        "states": evaluation.states,
+        "modes": evaluation.modes,
+        "placements": "seed 0, state i after i + 1 resets",  # of the fixtures, which a state does not hold
+        "settle_steps": env.settle_steps,
+        "image_size": env.image_size,
+        "render": evaluation.render,
+        "temperature": subject.temperature,
+        "seed": config.run.seed,
+        **{
+            name: getattr(policy, name)
+            for name in ("decoder", "chunk_size", "num_images", "use_proprio", "center_crop")
+        },
+        "unnorm_key": config.unnorm_key(),
+        "dtype": policy.dtype,
+        "quantization": policy.quantization,
+        "device": config.run.device,
+        "num_envs": num_envs,  # rows of a forward
+    }
+
+
+def check_suite(suite: str) -> str:
+    """Raises ConfigError for what is no task suite that can be played, with what may have been meant."""
+    try:
+        return task_suites.check_suite(suite)
+    except ValueError as error:
+        raise ConfigError(f"--task-suite: {error}") from None
+
+
+def family_of(base: str) -> list[str]:
+    """A suite and its four perturbations by LIBERO-PRO.
+
+    Raises:
+        ConfigError: there is no such suite, or it has none.
+    """
+    if base not in PERTURBED:
+        suffixes = ", _".join(PERTURBATIONS)
+        raise ConfigError(
+            f"--suite-family {base} has no perturbed suites (_{suffixes}); choose one of {', '.join(PERTURBED)}"
+        )
+    return [base, *(f"{base}_{kind}" for kind in PERTURBATIONS)]

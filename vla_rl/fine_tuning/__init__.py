@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: demonstrations, samples, the training on them."""

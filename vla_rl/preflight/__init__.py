@@ -1,0 +1,1 @@
+"""What a run needs, told or tried before it begins."""

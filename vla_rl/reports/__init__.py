@@ -1,0 +1,1 @@
+"""What a run shows: its numbers, curves, report, and where else they go."""

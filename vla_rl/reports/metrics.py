@@ -1,0 +1,120 @@
+"""Where numbers go: one JSON object a line in metrics.jsonl, pictures of them, and TensorBoard or wandb when asked.
+
+docs/metrics.md explains each name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vla_rl.reports.records import METRICS_FILE, is_later, read_metrics, set_aside_later_lines
+from vla_rl.reports.task_table import task_rows
+from vla_rl.reports.tensorboard import TensorBoard
+from vla_rl.reports.weights_and_biases import WeightsAndBiases, wandb_mode
+from vla_rl.run.failures import warn_of_failure
+from vla_rl.run.settings import Config
+from vla_rl.run.sft_settings import SftConfig
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLogger:
+    """Writes each iteration's metrics as soon as they are known; a killed run loses at most the line being written.
+
+    Args:
+        folder: the run's folder, which exists.
+
+    Raises:
+        ConfigError: wandb or TensorBoard was asked for and cannot start (not logged in, no network, not installed).
+    """
+
+    def __init__(self, folder: Path, config: Config | SftConfig):
+        self.folder = folder
+        self.path = folder / METRICS_FILE
+        self.config = config
+        self.x_name = "timesteps" if isinstance(config, Config) else "step"
+        self.others: list[WeightsAndBiases | TensorBoard] = []
+        if wandb_mode(config) != "disabled":
+            self.others.append(WeightsAndBiases(folder, config))
+        elif config.logging.wandb:
+            log.info("WANDB_MODE=disabled: nothing goes to Weights & Biases")
+        if config.logging.tensorboard:
+            self.others.append(TensorBoard(folder, config))
+
+    def continue_from(self, iteration: int, evaluated: bool = True) -> None:
+        """The run resumes from a checkpoint of this iteration: what was logged later is moved aside, not lost.
+
+        Args:
+            evaluated: the checkpoint knows of its iteration's evaluation; else that is later too, and done again.
+
+        Raises:
+            ConfigError: a line is damaged, or wandb cannot start.
+        """
+        records = read_metrics(self.path)
+        later = [record for record in records if is_later(record, iteration, evaluated)]
+        earlier = [record for record in records if not is_later(record, iteration, evaluated)]
+        if later:
+            for other in self.others:
+                other.supersede(earlier, min(record[self.x_name] for record in later))
+        # last: what fails before it is done again by the next resume
+        set_aside_later_lines(self.path, iteration, evaluated)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One line; metrics must hold `timesteps` and `iteration`. NaN and infinity become null, as JSON has neither."""
+        record = {key: finite_or_none(value) for key, value in metrics.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for other in self.others:
+            said = f"{other.name} did not take iteration {record['iteration']}"
+            warn_of_failure(said, other.log, record)
+
+    def log_evaluation(self, metrics: dict[str, Any], videos: Sequence[Path] = ()) -> None:
+        """The line of an evaluation; wandb and TensorBoard also get its videos and a table of its tasks."""
+        self.log(metrics)
+        rows = task_rows(metrics, self.config.env.task_ids)
+        for other in self.others:
+            said = f"{other.name} did not take the tasks and videos of iteration {metrics['iteration']}"
+            warn_of_failure(said, other.log_evaluation, metrics, rows, videos)
+        self.write_report()
+
+    def draw_curves(self) -> None:
+        """curves.png and report.html in the run folder, from what lies there.
+
+        No failure of a picture ends a run: what cannot be drawn is a warning.
+        """
+        warn_of_failure(f"no curves {self.folder / 'curves.png'}", self.plot)
+        self.write_report()
+
+    def plot(self) -> None:
+        from vla_rl.reports.drawing import (
+            plot_curves,  # matplotlib takes a second to import: not before the first picture
+        )
+
+        plot_curves(read_metrics(self.path), self.folder / "curves.png", self.x_name)
+
+    def write_report(self) -> None:
+        """report.html, as draw_curves does."""
+        from vla_rl.reports.report import write_report
+
+        warn_of_failure(f"no report {self.folder / 'report.html'}", write_report, self.folder, self.config)
+
+    def close(self) -> None:
+        """Ends what was begun; the report tells of an end that was not planned, too."""
+        from vla_rl.reports.report import is_outdated
+
+        if is_outdated(self.folder):
+            self.write_report()
+        for other in self.others:
+            warn_of_failure(f"{other.name} did not finish its run", other.close)
+
+
+def finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,231 @@
+"""RUN/report.html: a run on one page that needs nothing but itself.
+
+Success and its curves, the last evaluation by task with a playing video, warnings, settings.
+
+Not here: the curves (vla_rl.reports.drawing) and the page's layout (vla_rl/assets/report.html.jinja).
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vla_rl.reports.curves import GREEDY, SAMPLED, TRAINING, minutes_of, success_of_last_episodes
+from vla_rl.reports.records import METRICS_FILE, Records, read_metrics
+from vla_rl.reports.task_table import TaskSuccess, task_rows
+from vla_rl.run.load_settings import list_settings
+from vla_rl.run.logs import WARNINGS_FILE
+from vla_rl.run.run_folder import setting
+from vla_rl.run.settings import Config
+from vla_rl.run.sft_settings import SftConfig
+
+REPORT_FILE = "report.html"
+TEMPLATES = Path(__file__).parents[1] / "assets"
+EMBEDDED_BYTES = 4 * 2**20  # a larger video is linked, as the rest are
+LAST_EPISODES = 100  # that the training success of the summary is of
+LAST_WARNINGS = 200
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    value: str
+    default: str
+    description: str
+
+    @property
+    def differs(self) -> bool:
+        return self.value != self.default
+
+
+def write_report(folder: Path, config: Config | SftConfig) -> None:
+    """Whole or not at all.
+
+    Raises:
+        ConfigError: a line of metrics.jsonl is damaged.
+        OSError: the page cannot be written.
+    """
+    unfinished = folder / f".{REPORT_FILE}"
+    try:
+        unfinished.write_text(render(folder, config), encoding="utf-8")
+        os.replace(unfinished, folder / REPORT_FILE)
+    finally:
+        with suppress(OSError):  # nothing torn stays
+            unfinished.unlink(missing_ok=True)
+
+
+def is_outdated(folder: Path) -> bool:
+    """Whether metrics or warnings came after the page was written."""
+    page, *written = (folder / name for name in (REPORT_FILE, METRICS_FILE, WARNINGS_FILE))
+    times = [path.stat().st_mtime_ns for path in written if path.exists()]
+    return page.exists() and max(times, default=0) > page.stat().st_mtime_ns
+
+
+def render(folder: Path, config: Config | SftConfig) -> str:
+    """The page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from vla_rl.reports.drawing import panels_as_svg
+
+    records = read_metrics(folder / METRICS_FILE)
+    x_name = "timesteps" if isinstance(config, Config) else "step"
+    task_ids = config.env.task_ids if isinstance(config, Config) else []
+    evaluation = last_with(records, "eval/render")
+    videos = find_videos(folder)
+    shown = videos[0] if videos else None
+    settings = all_settings(config)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        name=folder.name,
+        what=what_is_trained(config),
+        written=time.strftime("%Y-%m-%d %H:%M:%S"),
+        x_name=x_name,
+        summary=summary(records, config),
+        evaluation=evaluation,
+        tasks=by_task(task_rows(evaluation, task_ids)) if evaluation else {},
+        video=shown,
+        video_source=video_source(folder, shown) if shown else None,
+        other_videos=videos[1:],
+        panels=panels_as_svg(records, x_name),
+        warnings=read_warnings(folder),
+        changed=[s for s in settings if s.differs],
+        settings=settings,
+    )
+
+
+def what_is_trained(config: Config | SftConfig) -> str:
+    if isinstance(config, SftConfig):
+        return f"supervised fine-tuning on {config.data.name}, seed {config.run.seed}"
+    method = "PPO with GAE" if config.algorithm.estimator == "gae" else "GRPO"
+    tasks = ", ".join(map(str, config.env.task_ids))
+    plural = "s" * (len(config.env.task_ids) > 1)
+    return f"{method} of {config.policy.checkpoint} on {config.env.task_suite}, task{plural} {tasks}, seed {config.run.seed}"
+
+
+def last_with(records: Records, name: str) -> dict[str, Any] | None:
+    return next((record for record in reversed(records) if record.get(name) is not None), None)
+
+
+def summary(records: Records, config: Config | SftConfig) -> list[tuple[str, str, str]]:
+    """Title, number and note of what a reader looks for first."""
+    if not records:
+        return []
+    if isinstance(config, SftConfig):
+        return sft_summary(records, config)
+    done = max(record["timesteps"] for record in records)
+    rows = [("timesteps", f"{done:,}", f"of {config.run.timesteps:,}")]
+    success = success_of_last_episodes(records, LAST_EPISODES)[2]
+    if len(success):
+        rows.append(
+            ("training success", f"{success[-1]:.1%}", f"of the last {LAST_EPISODES} episodes or fewer, sampled")
+        )
+    for title, name in (("greedy success", GREEDY), ("sampled success", SAMPLED)):
+        record = last_with(records, name)
+        if record is not None:
+            ends = [record.get(f"{name}_{end}") for end in ("low", "high")]
+            interval = "" if None in ends else "95 % interval {:.1%} to {:.1%}, ".format(*ends)
+            note = f"{interval}fixed states, at {record['timesteps']:,} timesteps"
+            rows.append((title, f"{record[name]:.1%}", note))
+    last = last_with(records, TRAINING) or last_with(records, "rollout/episodes")
+    if last is not None:
+        minutes = minutes_of(records)[-1]
+        rows.append(
+            ("time", f"{minutes / 60:.1f} h" if minutes >= 100 else f"{minutes:.0f} min", "rollouts and updates")
+        )
+        rows.append(("speed", f"{last['rollout/env_steps_per_s']:.0f}", "simulator steps a second in the last rollout"))
+        where = "of the GPU" if config.run.device == "cuda" else "resident, without the simulators"
+        rows.append(("peak memory", f"{last['system/peak_memory_gib']:.1f} GiB", where))
+    return rows
+
+
+def sft_summary(records: Records, config: SftConfig) -> list[tuple[str, str, str]]:
+    rows = [("steps", f"{records[-1]['step']:,}", f"of {config.training.steps:,}")]
+    for title, name, form in (
+        ("loss", "sft/loss", ".3f"),
+        ("held-out loss", "validation/loss", ".3f"),
+        ("held-out token accuracy", "validation/token_accuracy", ".1%"),
+        ("held-out L1", "validation/l1", ".3f"),
+    ):
+        record = last_with(records, name)
+        if record is not None:
+            rows.append((title, format(record[name], form), f"at step {record['step']:,}"))
+    return rows
+
+
+def by_task(rows: list[TaskSuccess]) -> dict[str, dict[str, TaskSuccess]]:
+    """Task -> mode -> row, in the order of the rows."""
+    table: dict[str, dict[str, TaskSuccess]] = {}
+    for row in rows:
+        table.setdefault(row.task, {})[row.mode] = row
+    return {task: table[task] for task in sorted(table, key=lambda task: task == "all")}
+
+
+# --------------------------------------------------------------------------------------------------------------- videos
+
+
+def find_videos(folder: Path) -> list[Path]:
+    """The newest evaluation's first, of these a greedy success before all others."""
+
+    def order(path: Path) -> tuple:
+        written = re.match(r"(\d+)_", path.name)
+        liked = sum(word in path.name for word in ("greedy", "success"))
+        return (-int(written[1]) if written else 0, -liked, path.name)
+
+    return sorted((path for path in (folder / "videos").glob("*.mp4") if not path.name.startswith(".")), key=order)
+
+
+def video_source(folder: Path, path: Path) -> str:
+    """A data URI, or where the video lies from the page if it is large."""
+    if path.stat().st_size > EMBEDDED_BYTES:
+        return path.relative_to(folder).as_posix()
+    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+# --------------------------------------------------------------------------------------------------- warnings, settings
+
+
+def read_warnings(folder: Path) -> list[str]:
+    """The newest last."""
+    path = folder / WARNINGS_FILE
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_WARNINGS:] if path.exists() else []
+
+
+def all_settings(config: Config | SftConfig) -> list[Setting]:
+    """Every setting in the order of --help; the default is what holds where a settings file says nothing."""
+    defaults: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        with suppress(ValidationError):  # a section with settings that must be given
+            defaults[name] = field.annotation()
+
+    def default(name: str) -> str:
+        value: Any = defaults.get(name.partition(".")[0])
+        for part in name.split(".")[1:]:
+            value = getattr(value, part, None)
+        return as_text(value)
+
+    known = list_settings(type(config))
+    return [
+        Setting(name, as_text(setting(config, name)), default(name), field.description or "")
+        for name, field in known.items()
+        if "." in name
+    ]
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 3 and value == list(range(value[0], value[0] + len(value))):
+        return f"{value[0]}-{value[-1]}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
