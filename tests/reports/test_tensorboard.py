@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from vla_rl.evaluation.play import write_video
+from vla_rl.evaluation.videos import write_video
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.reports.records import read_metrics
 from vla_rl.reports.tensorboard import TensorBoard
@@ -63,7 +63,7 @@ def test_numbers_have_the_names_of_metrics_jsonl_and_are_on_the_disk_at_once(tmp
 
 
 def test_an_evaluation_brings_its_table_and_its_videos_as_moving_pictures(tmp_path):
-    frames = [np.full((64, 64, 3), 20 * i, np.uint8) for i in range(10)]
+    frames = [np.full((256, 256, 3), 20 * i, np.uint8) for i in range(10)]
     video = tmp_path / "videos" / "000000000_greedy_task2_state0_success.mp4"
     write_video(frames, video, fps=2.5)
     MetricsLogger(tmp_path, CONFIG).log_evaluation(evaluation(0), [video])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla_rl.evaluation.play import write_video
+from vla_rl.evaluation.videos import write_video
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.reports.records import read_metrics
 from vla_rl.reports.weights_and_biases import WeightsAndBiases
