@@ -6,10 +6,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from vla_rl.reports.curves import PANELS
-from vla_rl.reports.drawing import COLUMNS, panels_as_svg, plot_comparison, plot_curves
+from vla_rl.reports.drawing import COLUMNS, colors_of, panels_as_svg, plot_comparison, plot_curves
 
 
 def run_of(x_name: str, n: int = 5) -> list[dict]:
@@ -89,5 +90,40 @@ def test_a_comparison_has_a_row_for_each_quantity(tmp_path):
     seed = (np.array([0.0, 10.0]), np.array([0.0, 1.0]), np.array([0.1, 0.9]))
     for name in ("a.png", "a.svg"):
         plot_comparison({"greedy": {"ppo": [seed, seed], "grpo": [seed]}, "sampled": {"ppo": [seed]}}, tmp_path / name)
-    assert Image.open(tmp_path / "a.png").size == (1100, 680)
+    assert Image.open(tmp_path / "a.png").size == (1100, 720)
     assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+
+
+def compared(monkeypatch, groups) -> Figure:
+    figures = []
+    monkeypatch.setattr("vla_rl.reports.drawing.save", lambda figure, path: figures.append(figure))
+    plot_comparison(groups, Path("a.png"))
+    return figures[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_setting_has_one_colour_in_all_rows_and_one_line_of_the_legend(monkeypatch):
+    seed = (np.array([0.0, 10.0]), np.array([0.0, 1.0]), np.array([0.1, 0.9]))
+    labels = ["_first", "$\\alpha", "c"]
+    rows = {"training": {label: [seed] for label in labels}, "greedy": {"c": [seed, seed]}}
+    figure = compared(monkeypatch, rows)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == labels
+    colors = [line.get_color() for line in legend.get_lines()]
+    assert len(set(colors)) == 3
+    training, _, greedy, _ = figure.axes
+    assert [line.get_color() for line in training.lines[::2]] == colors
+    assert {line.get_color() for line in greedy.lines} == {colors[2]}
+
+
+def test_more_settings_than_matplotlib_has_colours_have_one_each(monkeypatch):
+    assert len({tuple(color) for color in colors_of([str(i) for i in range(15)]).values()}) == 15
+    assert list(colors_of(["a", "b"]).values()) == ["C0", "C1"]
+
+
+def test_a_curve_of_one_point_is_seen(tmp_path):
+    point = (np.array([5.0]), np.array([0.5]), np.array([0.4]))
+    plot_comparison({"greedy": {"ppo": [point]}}, tmp_path / "a.png")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)[60:]  # below the legend
+    assert ((pixels[..., 2] - pixels[..., 0]) > 50).sum() > 40  # blue

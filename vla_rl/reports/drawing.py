@@ -118,17 +118,27 @@ def draw_panel(axis: Axes, drawn: DrawnPanel, x_name: str, ink: str = "black", m
 
 
 def draw_seeds(
-    axis: Axes, label: str, curves: Sequence[tuple[np.ndarray, np.ndarray]], bounds: tuple[float, float] = (0, 1)
+    axis: Axes,
+    label: str,
+    curves: Sequence[tuple[np.ndarray, np.ndarray]],
+    bounds: tuple[float, float] = (0, 1),
+    color: Any = None,
 ) -> str:
-    """Curves (x, y) of one setting's seeds, thin, and their mean, thick, with a 95 % t interval from 3 seeds on.
+    """Curves (x, y) of one setting's seeds, thin, and their mean, thick, with a 95 % t interval from 3 seeds on; one point is
+    a dot.
+
+    Args:
+        color: None takes the next one of the axis.
 
     Returns:
         Their colour.
     """
     x, mean, half = mean_and_interval(curves)
-    (line,) = axis.plot(x, mean, linewidth=2.2, label=f"{label} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+    name = f"{label} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+    (line,) = axis.plot(x, mean, linewidth=2.2, label=name, color=color)
     for one in curves:
-        axis.plot(*one, linewidth=0.8, alpha=0.5, color=line.get_color())
+        dot = "o" if len(one[0]) == 1 else None
+        axis.plot(*one, linewidth=0.8, alpha=0.5, color=line.get_color(), marker=dot, markersize=5)
     ends = np.clip(mean - half, *bounds), np.clip(mean + half, *bounds)
     axis.fill_between(x, *ends, alpha=0.15, color=line.get_color())
     axis.grid(alpha=0.3)
@@ -136,26 +146,47 @@ def draw_seeds(
 
 
 def plot_comparison(groups: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]], path: Path) -> None:
-    """A PNG: a row of panels for each quantity, against timesteps and against minutes.
+    """A PNG or SVG: a row of panels for each quantity, against timesteps and against minutes, and a legend of all settings.
 
     Args:
-        groups: quantity -> setting -> of each seed, timesteps, minutes and values.
+        groups: quantity -> setting -> of each seed, timesteps, minutes and values. A setting may lack a quantity.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.4 * len(groups)))
+    colors = colors_of(list(dict.fromkeys(label for settings in groups.values() for label in settings)))
+    figure = Figure(figsize=(11, 3.4 * len(groups) + 0.2 * len(colors)), layout="constrained")
     axes = figure.subplots(len(groups), 2, squeeze=False, sharey=True, sharex="col")
     for row, (quantity, settings) in zip(axes, groups.items(), strict=True):
         for column, axis in enumerate(row):
             for label, seeds in settings.items():
-                draw_seeds(axis, label, [(seed[column], seed[2]) for seed in seeds])
+                draw_seeds(axis, label, [(seed[column], seed[2]) for seed in seeds], color=colors[label])
             axis.set_ylim(-0.03, 1.03)
         row[0].set_ylabel(quantity)
-    axes[0][0].legend(fontsize=8)
+    add_legend(figure, colors)
     for axis, text in zip(axes[-1], ("timesteps", "minutes of rollouts and updates"), strict=True):
         axis.set_xlabel(text)
-    figure.tight_layout()
     save(figure, path)
+
+
+def colors_of(labels: Sequence[str]) -> dict[str, Any]:
+    """Label -> its colour, each another one."""
+    from matplotlib import colormaps
+
+    many = colormaps["turbo"](np.linspace(0.05, 0.95, len(labels)))
+    return {label: f"C{number}" if len(labels) <= 10 else many[number] for number, label in enumerate(labels)}
+
+
+def add_legend(figure: Figure, colors: dict[str, Any]) -> None:
+    """Above all axes; labels as they are, where matplotlib takes $ for a formula and leaves out what begins with _."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=color, linewidth=2.2) for color in colors.values()]
+    legend = figure.legend(
+        lines, list(map(str, range(len(lines)))), loc="outside upper left", fontsize=8, frameon=False
+    )
+    for text, label in zip(legend.get_texts(), colors, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
 
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
