@@ -13,6 +13,7 @@ from vla_rl.run.run_folder import (
     check_run_folder,
     if_moved,
     make_run_folder,
+    newest_settings,
     resumed_settings,
     with_absolute_output_dir,
 )
@@ -179,3 +180,12 @@ def test_what_was_moved_is_told_with_the_setting_to_give():
         str(error)
         == "no checkpoint folder base; if it was moved, tell --resume where it is now with policy.checkpoint=..."
     )
+
+
+def test_the_newest_settings_are_those_of_the_newest_checkpoint(tmp_path):
+    assert newest_settings(tmp_path) == tmp_path / "config.yaml"
+    for name in ("iteration-999999", "iteration-1000000", "iteration-2.old", "superseded-iteration-2000000"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "config.yaml").touch()
+    (tmp_path / "checkpoints/iteration-3000000").mkdir()
+    assert newest_settings(tmp_path) == tmp_path / "checkpoints/iteration-1000000/config.yaml"

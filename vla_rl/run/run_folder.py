@@ -118,6 +118,16 @@ def resumed_settings(
     return before, config_from_dict(merge(recorded, overrides, flags), source, kind), checkpoint
 
 
+def newest_settings(run: Path) -> Path:
+    """config.yaml of a run's newest checkpoint, which has what a resume changed; RUN/config.yaml where there is none."""
+    numbered = {
+        int(name[1]): path
+        for path in run.glob("checkpoints/iteration-*/config.yaml")
+        if (name := re.fullmatch(r"iteration-([0-9]+)", path.parent.name))
+    }
+    return numbered[max(numbered)] if numbered else run / "config.yaml"
+
+
 def changed_settings(
     before: ConfigKind, after: ConfigKind, fixed: tuple[str, ...], free: tuple[str, ...] = ()
 ) -> list[str]:
