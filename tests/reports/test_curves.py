@@ -15,6 +15,7 @@ from vla_rl.reports.curves import (
     limits,
     mean_and_interval,
     success_of_last_episodes,
+    success_of_task,
     t_half_width,
     windowed_mean,
 )
@@ -145,6 +146,21 @@ def test_success_of_the_last_episodes_takes_the_oldest_iteration_in_part():
     assert success.tolist() == [0, 0.8]  # 8 of 8, and 0 of 2 of the 4
     assert [a.tolist() for a in evaluations(records, "eval/success_rate_greedy")] == [[0], [0], [0.2]]
     assert [len(a) for a in success_of_last_episodes(records[:1], 10)] == [0, 0, 0]
+
+
+def test_success_of_a_task_is_of_its_own_episodes():
+    def of_task(episodes: int, rate: float | None) -> dict:
+        return {"rollout/episodes/task_3": episodes, "rollout/success_rate/task_3": rate, "rollout/success_rate": 0.9}
+
+    records = [{"timesteps": 0}, of_task(4, 0.0), of_task(0, None), of_task(8, 1.0)]
+    assert success_of_task(records, 3, window=10) == (0.8, 10)  # 8 of 8, and 0 of 2 of the 4
+    assert success_of_task(records, 3, window=50) == (pytest.approx(8 / 12), 12)
+    assert success_of_task(records, 4, window=50) is None
+
+
+def test_a_line_without_a_success_rate_is_left_out():
+    records = [{"timesteps": 10, "rollout/episodes": 4}, line(20, 4, 0.5)]
+    assert success_of_last_episodes(records, 10)[2].tolist() == [0.5]
 
 
 def test_the_interval_over_seeds_is_students():

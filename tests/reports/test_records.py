@@ -37,6 +37,11 @@ def test_a_damaged_line_in_the_middle_is_refused_by_number(path):
         read_metrics(path)
 
 
+def test_what_json_has_no_number_for_is_null_also_where_another_program_wrote_it(path):
+    path.write_text('{"iteration": 1, "a": NaN, "b": -Infinity, "c": 1.5}\n')
+    assert read_metrics(path) == [{"iteration": 1, "a": None, "b": None, "c": 1.5}]
+
+
 def test_no_file_has_no_records(path):
     assert read_metrics(path) == []
 

@@ -31,6 +31,12 @@ def test_of_one_task_the_whole_is_its_row():
     assert (row.task, row.episodes) == ("5", 20)
 
 
+def test_an_older_line_has_its_interval_counted_and_without_episodes_no_row():
+    record = {"eval/success_rate_greedy": 0.5, "eval/episodes_greedy": 10, "eval/success_rate_sampled": 0.5}
+    (row,) = task_rows(record, [5])
+    assert (row.mode, row.low, row.high) == ("greedy", pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+
+
 def test_a_table_as_text():
     lines = as_markdown(task_rows(RECORD, [2, 7])).splitlines()
     assert lines[0] == "| task | mode | episodes | success | low | high |"

@@ -180,14 +180,31 @@ def success_of_last_episodes(records: Records, window: int) -> tuple[np.ndarray,
     minutes = minutes_of(records)
     counts, rates, rows = [], [], []
     for record, minute in zip(records, minutes, strict=True):
-        if record.get(EPISODES):
+        if record.get(EPISODES) and record.get(TRAINING) is not None:
             counts.append(record[EPISODES])
             rates.append(record[TRAINING])
-            # whole iterations from the last one backwards, the oldest in part
-            before = np.cumsum(counts[::-1]) - counts[::-1]
-            weights = np.clip(window - before, 0, counts[::-1])
-            rows.append((record["timesteps"], minute, weights @ rates[::-1] / weights.sum()))
+            rows.append((record["timesteps"], minute, rate_of_last(counts, rates, window)[0]))
     return tuple(np.array(rows).T) if rows else (np.zeros(0), np.zeros(0), np.zeros(0))
+
+
+def success_of_task(records: Records, task: int, window: int) -> tuple[float, int] | None:
+    """Success of the last `window` training episodes (fewer at the start) of a task, and how many; None: none ended."""
+    episodes, success = f"{EPISODES}/task_{task}", f"{TRAINING}/task_{task}"
+    known = [r for r in records if r.get(episodes) and r.get(success) is not None]
+    return rate_of_last([r[episodes] for r in known], [r[success] for r in known], window) if known else None
+
+
+def rate_of_last(counts: Sequence[int], rates: Sequence[float], window: int) -> tuple[float, int]:
+    """Rate of the last `window` episodes, and how many there were: of whole iterations from the last one backwards, of the
+    oldest in part.
+
+    Args:
+        counts: episodes of each iteration, above 0.
+        rates: their success.
+    """
+    before = np.cumsum(counts[::-1]) - counts[::-1]
+    weights = np.clip(window - before, 0, counts[::-1])
+    return float(weights @ rates[::-1] / weights.sum()), int(weights.sum())
 
 
 def evaluations(records: Records, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

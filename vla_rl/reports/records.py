@@ -15,7 +15,8 @@ Records = list[dict[str, Any]]  # its lines
 
 
 def read_metrics(path: Path) -> Records:
-    """The records of a metrics.jsonl; a torn last line (the run was killed while writing it) is left out.
+    """The records of a metrics.jsonl; a torn last line (the run was killed while writing it) is left out. NaN and Infinity,
+    which other programs may write, are null, as ours are.
 
     Raises:
         ConfigError: a line that is not the last one is damaged.
@@ -24,7 +25,7 @@ def read_metrics(path: Path) -> Records:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=lambda _: None)
             records.append({"iteration": record["iteration"], **record})
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):

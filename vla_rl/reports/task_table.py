@@ -39,16 +39,19 @@ def task_rows(record: dict[str, Any], task_ids: Sequence[int]) -> list[TaskSucce
     rows = []
     for mode in ("greedy", "sampled"):
         key = f"eval/success_rate_{mode}"
-        if record.get(key) is None:
+        episodes = record.get(f"eval/episodes_{mode}")
+        if record.get(key) is None or not episodes:
             continue
-        episodes = record[f"eval/episodes_{mode}"]
         rates = {task: record.get(f"{key}/task_{task}") for task in task_ids}
         for task, rate in rates.items():
             if rate is not None:
                 played = round(episodes / len(task_ids))
                 rows.append(TaskSuccess(str(task), mode, played, rate, *wilson_interval(round(rate * played), played)))
         whole = "all" if len(task_ids) > 1 else str(*task_ids)
-        rows.append(TaskSuccess(whole, mode, episodes, record[key], record[f"{key}_low"], record[f"{key}_high"]))
+        ends = record.get(f"{key}_low"), record.get(f"{key}_high")
+        if None in ends:
+            ends = wilson_interval(round(record[key] * episodes), episodes)
+        rows.append(TaskSuccess(whole, mode, episodes, record[key], *ends))
     return rows
 
 
