@@ -91,7 +91,7 @@ def train(config: Config, checkpoint: Path | None) -> None:
 
 def is_untouched(folder: Path) -> bool:
     """Whether a run folder has nothing but what a start makes: a checkpoint at 0 timesteps is the settings again."""
-    by_start = {"config.yaml", ".lock", WARNINGS_FILE, "wandb", "wandb_id", "tensorboard", "checkpoints"}
+    by_start = {"config.yaml", ".lock", WARNINGS_FILE, "report.html", "wandb", "wandb_id", "tensorboard", "checkpoints"}
     made = {path.name for path in folder.iterdir()} <= by_start
     return made and all("iteration-000000" in path.name for path in folder.glob("checkpoints/*"))
 

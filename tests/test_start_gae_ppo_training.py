@@ -226,7 +226,9 @@ def test_run_that_ends_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("left", [[], ["wandb_id", "wandb/x", "checkpoints/iteration-000000/trainer.pt"]])
+@pytest.mark.parametrize(
+    "left", [[], ["report.html", "wandb_id", "wandb/x", "checkpoints/iteration-000000/trainer.pt"]]
+)
 def test_start_that_fails_leaves_no_run_of_nothing(left, tmp_path, monkeypatch):
     def fails(config, checkpoint, folder):
         write(folder, *left)
@@ -257,7 +259,7 @@ def test_run_that_fails_later_keeps_what_it_has(left, tmp_path, monkeypatch):
 
 
 def test_resume_that_fails_leaves_the_run(run, monkeypatch):
-    written = (".lock", "warnings.log")
+    written = (".lock", "warnings.log", "report.html")
     before = sorted(path.name for path in run.rglob("*") if path.name not in written)
     monkeypatch.setattr("start_gae_ppo_training.is_untouched", lambda folder: True)
     assert main(["--resume", str(run)]) == 2  # another model

@@ -1,8 +1,13 @@
 """The policy and the value head are those that the settings name."""
 
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from vla_rl.learning.parts import build_policy, build_value_head
+from vla_rl.learning.parts import build_policy, build_trainer, build_value_head
+from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.load_settings import load_config
 
 TINY = "configs/tiny_gae_ppo.yaml"
@@ -30,3 +35,15 @@ def test_number_of_torch_threads_and_size_of_the_value_head_are_those_set():
 def test_what_is_only_evaluated_needs_no_adapter():
     policy = build_policy(load_config(TINY), adapted=False)
     assert policy.adapter is None and policy.trainable_parameters() == []
+
+
+@pytest.mark.libero
+def test_the_logger_is_told_what_the_tasks_are(tmp_path, monkeypatch):
+    envs = SimpleNamespace(num_envs=1, num_workers=1, simulators_per_worker=1, close=lambda: None)
+    monkeypatch.setattr("vla_rl.learning.parts.make_vector_env", lambda *args, **kwargs: envs)
+    config = load_config(TINY, ["env.task_ids=[4, 0]"])
+    logger = MetricsLogger(tmp_path, config)
+    with ExitStack() as cleanup:
+        build_trainer(lambda *parts: parts, config, logger, cleanup)
+    assert list(logger.instructions) == [4, 0]
+    assert "top drawer" in logger.instructions[4] and "between the plate" in logger.instructions[0]

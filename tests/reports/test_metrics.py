@@ -129,6 +129,30 @@ def test_the_report_is_written_after_an_evaluation_and_at_an_end_that_was_not_pl
     assert "entropy" in page.read_text()
 
 
+def test_a_run_that_ends_before_its_first_evaluation_leaves_a_report(logger, tmp_path):
+    (tmp_path / "warnings.log").write_text("stopped\n")
+    logger.close()
+    assert "stopped" in (tmp_path / "report.html").read_text()
+
+
+def test_pictures_are_drawn_with_an_iteration_when_the_last_ones_are_old(tmp_path, monkeypatch):
+    now, drawn = [1000.0], []
+    monkeypatch.setattr(MetricsLogger, "plot", lambda logger: drawn.append(now[0]))
+    monkeypatch.setattr(MetricsLogger, "write_report", lambda logger: None)
+    logger = MetricsLogger(tmp_path, Config(), clock=lambda: now[0])
+    for iteration, second in enumerate((1030, 1060, 1061, 1100, 1121, 2000)):
+        now[0] = second
+        log_iterations(logger, iteration)
+    assert drawn == [1061, 2000]
+    now[0] = 2030
+    logger.draw_curves()
+    now[0] = 2080
+    log_iterations(logger, 7)
+    now[0] = 2091
+    log_iterations(logger, 8)
+    assert drawn == [1061, 2000, 2030, 2091]
+
+
 def test_a_run_that_measured_nothing_leaves_no_report(logger, tmp_path):
     logger.close()
     assert list(tmp_path.iterdir()) == []

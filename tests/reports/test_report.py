@@ -86,6 +86,42 @@ def test_the_newest_videos_come_first_and_of_them_a_greedy_success(run):
     assert "greedy" in names[0]
 
 
+def test_a_video_of_a_future_that_a_resume_went_back_from_is_not_shown(tmp_path):
+    (tmp_path / "videos").mkdir()
+    for timesteps in (100, 200, 300):
+        (tmp_path / f"videos/{timesteps:09d}_greedy_success.mp4").write_bytes(b"x")
+    line = {"iteration": 2, "timesteps": 200, "eval/render": "fast", "eval/success_rate_greedy": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line | {"eval/episodes_greedy": 10}) + "\n")
+    text = render(tmp_path, Config())
+    assert "<small>000000200_greedy_success" in text and "000000100_" in text and "000000300_" not in text
+
+
+def test_lines_of_another_program_have_a_report(tmp_path):
+    text = """{"iteration": 1, "timesteps": 10, "rollout/episodes": 4, "rollout/success_rate": 0.5, "actor/entropy": NaN}
+{"iteration": 1, "timesteps": 10, "eval/render": "fast", "eval/success_rate_greedy": 0.25}
+"""
+    (tmp_path / "metrics.jsonl").write_text(text)
+    page = render(tmp_path, Config())
+    assert "<b>50.0%</b>" in page and "<b>25.0%</b>" in page and "speed" not in page and 'id="tasks"' not in page
+
+
+def test_tasks_have_their_instructions_and_training_success_and_sampling_its_temperature(tmp_path):
+    training = {f"rollout/{what}/task_2": value for what, value in (("episodes", 8), ("success_rate", 0.75))}
+    evaluation = {"eval/render": "fast", "eval/temperature": 1.5, "eval/episodes_sampled": 20}
+    rates = {f"eval/success_rate_sampled{end}": 0.5 for end in ("", "/task_2", "/task_7", "_low", "_high")}
+    lines = [{"iteration": 1, "timesteps": 10} | training, {"iteration": 1, "timesteps": 10} | evaluation | rates]
+    config = config_from_dict({"env": {"task_ids": [2, 7]}}, "the test")
+
+    def page(count: int) -> str:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:count]))
+        return render(tmp_path, config, {2: "open the <top> drawer", 7: "close it"})
+
+    before, after = page(1), page(2)
+    assert "<td>2<br><small>open the &lt;top&gt; drawer</small></td>\n<td>75.0 % of 8</td>" in before
+    assert "fixed initial states, rendered" not in before and "rendered fast, sampled at temperature 1.5." in after
+    assert "<small>close it</small></td>\n<td>50.0 % of 10<br>" in after and "75.0 % of 8" in after
+
+
 def test_a_large_video_is_linked_not_embedded(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "000000000_greedy_success.mp4").write_bytes(bytes(EMBEDDED_BYTES + 1))
@@ -114,6 +150,8 @@ def test_a_run_of_fine_tuning_has_a_report(tmp_path):
 
 def test_a_page_is_outdated_by_later_lines_and_warnings(tmp_path):
     assert not is_outdated(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    assert is_outdated(tmp_path)
     write_report(tmp_path, Config())
     assert not is_outdated(tmp_path)
     time.sleep(0.02)

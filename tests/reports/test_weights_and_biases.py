@@ -56,7 +56,6 @@ def test_what_is_not_used_is_not_imported(tmp_path):
         from vla_rl.reports.metrics import MetricsLogger
         logger = MetricsLogger(Path(sys.argv[1]), Config())
         logger.log({"iteration": 1, "timesteps": 1})
-        logger.close()
         print([name for name in ("wandb", "tensorboardX", "matplotlib", "jinja2", "torch") if name in sys.modules])
     """
     result = python(code, tmp_path)
@@ -130,7 +129,7 @@ def test_wandb_mode_of_the_environment_takes_wandb_offline(tmp_path, mode):
 def test_wandb_mode_disabled_runs_without_wandb(tmp_path, mode):
     result = python(WANDB.replace("MODE", mode), tmp_path, WANDB_MODE="disabled")
     assert result.stdout == "logged\n", result.stdout + result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"home", "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "metrics.jsonl", "report.html"}
 
 
 @pytest.mark.parametrize("mode", ["online", "shared", "run"])

@@ -35,6 +35,7 @@ def build_trainer(make: Callable[..., T], config: Config, logger: MetricsLogger,
     """
     policy = build_policy(config)
     value_head = build_value_head(config, policy.hidden_size)
+    logger.instructions = dict(zip(config.env.task_ids, instructions_of(config), strict=True))
     log_sizes(policy, value_head)
     num_evaluations = len(config.env.task_ids) * len(config.eval.states)
     kind = {"image_transform": policy.processor.image_transform}

@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,31 @@ from vla_rl.run.sft_settings import SftConfig
 
 log = logging.getLogger(__name__)
 
+REDRAW_S = 60  # seconds; pictures of a long run take 2
+
 
 class MetricsLogger:
     """Writes each iteration's metrics as soon as they are known; a killed run loses at most the line being written.
 
     Args:
         folder: the run's folder, which exists.
+        clock: seconds, which go on.
+
+    Attributes:
+        instructions: of the tasks by their number, for the report; whoever builds the trainer knows them.
 
     Raises:
         ConfigError: wandb or TensorBoard was asked for and cannot start (not logged in, no network, not installed).
     """
 
-    def __init__(self, folder: Path, config: Config | SftConfig):
+    def __init__(self, folder: Path, config: Config | SftConfig, clock: Callable[[], float] = time.monotonic):
         self.folder = folder
         self.path = folder / METRICS_FILE
         self.config = config
         self.x_name = "timesteps" if isinstance(config, Config) else "step"
+        self.instructions: dict[int, str] = {}
+        self.clock = clock
+        self.drawn_at = clock()
         self.others: list[WeightsAndBiases | TensorBoard] = []
         if wandb_mode(config) != "disabled":
             self.others.append(WeightsAndBiases(folder, config))
@@ -66,7 +76,15 @@ class MetricsLogger:
         set_aside_later_lines(self.path, iteration, evaluated)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One line; metrics must hold `timesteps` and `iteration`. NaN and infinity become null, as JSON has neither."""
+        """One line; metrics must hold `timesteps` and `iteration`. NaN and infinity become null, as JSON has neither.
+
+        The pictures are drawn anew if the last ones are old.
+        """
+        self.write_line(metrics)
+        if self.clock() - self.drawn_at > REDRAW_S:
+            self.draw_curves()
+
+    def write_line(self, metrics: dict[str, Any]) -> None:
         record = {key: finite_or_none(value) for key, value in metrics.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -78,7 +96,7 @@ class MetricsLogger:
 
     def log_evaluation(self, metrics: dict[str, Any], videos: Sequence[Path] = ()) -> None:
         """The line of an evaluation; wandb and TensorBoard also get its videos and a table of its tasks."""
-        self.log(metrics)
+        self.write_line(metrics)
         rows = task_rows(metrics, self.config.env.task_ids)
         for other in self.others:
             said = f"{other.name} did not take the tasks and videos of iteration {metrics['iteration']}"
@@ -92,6 +110,7 @@ class MetricsLogger:
         """
         warn_of_failure(f"no curves {self.folder / 'curves.png'}", self.plot)
         self.write_report()
+        self.drawn_at = self.clock()
 
     def plot(self) -> None:
         from vla_rl.reports.drawing import (
@@ -104,7 +123,9 @@ class MetricsLogger:
         """report.html, as draw_curves does."""
         from vla_rl.reports.report import write_report
 
-        warn_of_failure(f"no report {self.folder / 'report.html'}", write_report, self.folder, self.config)
+        warn_of_failure(
+            f"no report {self.folder / 'report.html'}", write_report, self.folder, self.config, self.instructions
+        )
 
     def close(self) -> None:
         """Ends what was begun; the report tells of an end that was not planned, too."""

@@ -11,14 +11,23 @@ import base64
 import os
 import re
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 
-from vla_rl.reports.curves import GREEDY, SAMPLED, TRAINING, minutes_of, success_of_last_episodes
+from vla_rl.reports.curves import (
+    GREEDY,
+    SAMPLED,
+    TRAINING,
+    minutes_of,
+    success_of_last_episodes,
+    success_of_task,
+)
 from vla_rl.reports.records import METRICS_FILE, Records, read_metrics
 from vla_rl.reports.task_table import TaskSuccess, task_rows
 from vla_rl.run.load_settings import list_settings
@@ -31,7 +40,10 @@ REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parents[1] / "assets"
 EMBEDDED_BYTES = 4 * 2**20  # a larger video is linked, as the rest are
 LAST_EPISODES = 100  # that the training success of the summary is of
+LAST_OF_TASK = 50  # that a task's training success is of: as many as an evaluation of all its fixed states
 LAST_WARNINGS = 200
+
+NO_INSTRUCTIONS: Mapping[int, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,11 @@ class Setting:
         return self.value != self.default
 
 
-def write_report(folder: Path, config: Config | SftConfig) -> None:
+def write_report(folder: Path, config: Config | SftConfig, instructions: Mapping[int, str] = NO_INSTRUCTIONS) -> None:
     """Whole or not at all.
+
+    Args:
+        instructions: of tasks, by their number; others are shown by it alone.
 
     Raises:
         ConfigError: a line of metrics.jsonl is damaged.
@@ -55,7 +70,7 @@ def write_report(folder: Path, config: Config | SftConfig) -> None:
     """
     unfinished = folder / f".{REPORT_FILE}"
     try:
-        unfinished.write_text(render(folder, config), encoding="utf-8")
+        unfinished.write_text(render(folder, config, instructions), encoding="utf-8")
         os.replace(unfinished, folder / REPORT_FILE)
     finally:
         with suppress(OSError):  # nothing torn stays
@@ -63,13 +78,13 @@ def write_report(folder: Path, config: Config | SftConfig) -> None:
 
 
 def is_outdated(folder: Path) -> bool:
-    """Whether metrics or warnings came after the page was written."""
+    """Whether metrics or warnings came after the page was written, or there are some and no page."""
     page, *written = (folder / name for name in (REPORT_FILE, METRICS_FILE, WARNINGS_FILE))
     times = [path.stat().st_mtime_ns for path in written if path.exists()]
-    return page.exists() and max(times, default=0) > page.stat().st_mtime_ns
+    return max(times, default=-1) > (page.stat().st_mtime_ns if page.exists() else -1)
 
 
-def render(folder: Path, config: Config | SftConfig) -> str:
+def render(folder: Path, config: Config | SftConfig, instructions: Mapping[int, str] = NO_INSTRUCTIONS) -> str:
     """The page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -79,7 +94,8 @@ def render(folder: Path, config: Config | SftConfig) -> str:
     x_name = "timesteps" if isinstance(config, Config) else "step"
     task_ids = config.env.task_ids if isinstance(config, Config) else []
     evaluation = last_with(records, "eval/render")
-    videos = find_videos(folder)
+    evaluated = task_rows(evaluation, task_ids) if evaluation else []
+    videos = find_videos(folder, evaluation["timesteps"] if evaluation else None)
     shown = videos[0] if videos else None
     settings = all_settings(config)
     environment = Environment(
@@ -96,7 +112,10 @@ def render(folder: Path, config: Config | SftConfig) -> str:
         x_name=x_name,
         summary=summary(records, config),
         evaluation=evaluation,
-        tasks=by_task(task_rows(evaluation, task_ids)) if evaluation else {},
+        modes=list(dict.fromkeys(row.mode for row in evaluated)),
+        tasks=by_task(evaluated, records, task_ids),
+        instructions={str(task): text for task, text in instructions.items()},
+        last_of_task=LAST_OF_TASK,
         video=shown,
         video_source=video_source(folder, shown) if shown else None,
         other_videos=videos[1:],
@@ -146,9 +165,12 @@ def summary(records: Records, config: Config | SftConfig) -> list[tuple[str, str
         rows.append(
             ("time", f"{minutes / 60:.1f} h" if minutes >= 100 else f"{minutes:.0f} min", "rollouts and updates")
         )
-        rows.append(("speed", f"{last['rollout/env_steps_per_s']:.0f}", "simulator steps a second in the last rollout"))
-        where = "of the GPU" if config.run.device == "cuda" else "resident, without the simulators"
-        rows.append(("peak memory", f"{last['system/peak_memory_gib']:.1f} GiB", where))
+        speed, memory = last.get("rollout/env_steps_per_s"), last.get("system/peak_memory_gib")
+        if speed is not None:
+            rows.append(("speed", f"{speed:.0f}", "simulator steps a second in the last rollout"))
+        if memory is not None:
+            where = "of the GPU" if config.run.device == "cuda" else "resident, without the simulators"
+            rows.append(("peak memory", f"{memory:.1f} GiB", where))
     return rows
 
 
@@ -166,26 +188,41 @@ def sft_summary(records: Records, config: SftConfig) -> list[tuple[str, str, str
     return rows
 
 
-def by_task(rows: list[TaskSuccess]) -> dict[str, dict[str, TaskSuccess]]:
-    """Task -> mode -> row, in the order of the rows."""
-    table: dict[str, dict[str, TaskSuccess]] = {}
+def by_task(
+    rows: list[TaskSuccess], records: Records, task_ids: Sequence[int]
+) -> dict[str, dict[str, TaskSuccess | tuple[float, int]]]:
+    """Task -> mode -> row, in the order of the rows, and of several tasks "training" -> success and episodes; all tasks last."""
+    table: dict[str, dict[str, Any]] = {}
     for row in rows:
         table.setdefault(row.task, {})[row.mode] = row
-    return {task: table[task] for task in sorted(table, key=lambda task: task == "all")}
+    for task in task_ids:
+        training = success_of_task(records, task, LAST_OF_TASK)
+        if training is not None:
+            table.setdefault(str(task), {})["training"] = training
+    numbers = {str(task): place for place, task in enumerate(task_ids)}
+    return {task: table[task] for task in sorted(table, key=lambda task: numbers.get(task, len(numbers)))}
 
 
 # --------------------------------------------------------------------------------------------------------------- videos
 
 
-def find_videos(folder: Path) -> list[Path]:
-    """The newest evaluation's first, of these a greedy success before all others."""
+def find_videos(folder: Path, last: int | None = None) -> list[Path]:
+    """The newest evaluation's first, of these a greedy success before all others.
+
+    Args:
+        last: timesteps of the last evaluation; later videos are of before a resume from an earlier checkpoint. None: all.
+    """
+
+    def timesteps(path: Path) -> int:
+        written = re.match(r"(\d+)_", path.name)
+        return int(written[1]) if written else 0
 
     def order(path: Path) -> tuple:
-        written = re.match(r"(\d+)_", path.name)
         liked = sum(word in path.name for word in ("greedy", "success"))
-        return (-int(written[1]) if written else 0, -liked, path.name)
+        return -timesteps(path), -liked, path.name
 
-    return sorted((path for path in (folder / "videos").glob("*.mp4") if not path.name.startswith(".")), key=order)
+    found = [path for path in (folder / "videos").glob("*.mp4") if not path.name.startswith(".")]
+    return sorted((path for path in found if last is None or timesteps(path) <= last), key=order)
 
 
 def video_source(folder: Path, path: Path) -> str:
