@@ -95,7 +95,9 @@ def test_repeated_it_plays_nothing_and_says_the_same(tmp_path, capsys, small_par
     before, printed = (tmp_path / "a/results.json").read_bytes(), capsys.readouterr().out
     small_parts.made.clear()
     assert run(tmp_path / "a") == 0 and small_parts.made == []
-    assert (tmp_path / "a/results.json").read_bytes() == before and capsys.readouterr().out == printed
+    assert (tmp_path / "a/results.json").read_bytes() == before
+    again = capsys.readouterr().out  # without the table after the first mode
+    assert again and printed.endswith(again) and printed.count("all ") == 2 * again.count("all ") == 2
 
 
 def test_it_goes_on_where_it_was_stopped_with_the_same_outcomes(tmp_path, capsys, small_parts):
@@ -242,7 +244,7 @@ def test_a_baseline_is_compared_state_by_state_with_the_flipped_ones_side_by_sid
         ([], "give --run runs/NAME, or --checkpoint MODEL"),
         (["--checkpoint", "tiny-openvla"], "--checkpoint needs --task-suite: one of libero_spatial"),
         (["--checkpoint", "tiny-openvla", "--task-suite", "libero_spacial"], "did you mean libero_spatial?"),
-        (["--checkpoint", "tiny-openvla", "--suite-family", "libero_spacial"], "has no perturbed suites"),
+        (["--checkpoint", "tiny-openvla", "--suite-family", "libero_spacial"], "did you mean libero_spatial?"),
         (["--checkpoint", "/nowhere", "--task-suite", "libero_spatial"], "no checkpoint folder /nowhere"),
         (["--run", "/nowhere"], "--run /nowhere: no such folder"),
         ([*ARGUMENTS, "10"], "env.task_ids=[10] outside libero_spatial, which has tasks 0 to 9"),

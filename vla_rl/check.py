@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def device(visit: Visit) -> str:
 @CHECKS.add("compile, 4 bit", "device")
 def execution(visit: Visit) -> str:
     settings = visit.config.policy
-    check_quantization(settings.quantization)
+    check_quantization(settings.quantization, visit.config.run.device)
     compiled = compiles(settings.compile, visit.config.run.device)
     return f"{'compiled' if compiled else 'not compiled'}, quantization {settings.quantization}"
 
@@ -196,8 +197,7 @@ def head(visit: Visit) -> str:
 
 @CHECKS.add("statistics", "checkpoint")
 def statistics(visit: Visit) -> str:
-    settings = visit.config.policy
-    key, _ = read_statistics(visit.model, settings.unnorm_key or visit.config.env.task_suite, settings.use_proprio)
+    key, _ = read_statistics(visit.model, visit.config.unnorm_key(), visit.config.policy.use_proprio)
     return f"of {key}"
 
 
@@ -291,7 +291,12 @@ def update_speed(visit: Visit) -> str:
     tried.measure()
     start_s = visit.build_s + tried.build_s + tried.eval_build_s
     names = set(Pieces.__dataclass_fields__) - {"start_s", "rows"}
-    visit.pieces = Pieces(start_s=start_s, rows=len(tried.batch), **{name: getattr(tried, name) for name in names})
+    pieces = Pieces(start_s=start_s, rows=len(tried.batch), **{name: getattr(tried, name) for name in names})
+    kept_gib = (
+        needs.simulator_memory(visit.config, visit.available) / 2**30
+    )  # of several tasks the trial has not built all
+    several = len(visit.config.env.task_ids) > 1
+    visit.pieces = replace(pieces, workers_gib=max(pieces.workers_gib, kept_gib)) if several else pieces
     visit.estimate = estimate(visit.config, visit.pieces)
     return f"{1 / tried.row_s:.0f} rows/s in the update"
 

@@ -17,11 +17,10 @@ import logging
 import os
 import platform
 import re
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,21 +58,18 @@ from vla_rl.evaluation.subject import (
 from vla_rl.evaluation.videos import Recording, write_grid, write_replays
 from vla_rl.run.checkpoint import locked
 from vla_rl.run.failures import one_line, report
+from vla_rl.run.interruption import Stop, Stopped
 from vla_rl.run.load_settings import expand, from_root
 from vla_rl.run.logs import configure_logging
 from vla_rl.run.machine import versions
 from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError
 from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
-from vla_rl.types import Episode, SimulatorDied
+from vla_rl.types import Episode
 
 log = logging.getLogger("vla_rl.evaluate")
 
 MODES = ("greedy", "sampled")
-
-
-class Stopped(Exception):
-    """Somebody asked for an end (Ctrl-C, SIGTERM)."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -150,7 +146,8 @@ def subject_from(args: argparse.Namespace) -> tuple[Subject, list[str]]:
         flags["policy.checkpoint"] = args.checkpoint
         subject = of_run(args.run, args.overrides, flags)
         if args.adapter is not None:
-            subject = replace(subject, adapter=Path(expand(args.adapter, "--adapter")), value_head=None)
+            adapter = Path(expand(args.adapter, "--adapter"))
+            subject = replace(subject, name=f"{subject.name}+{adapter.name}", adapter=adapter, value_head=None)
     return with_first_episodes(subject, args.episodes), suites or [subject.config.env.task_suite]
 
 
@@ -207,36 +204,6 @@ class Evaluation:
         return evaluation_episodes([key.task_id], [key.initial_state])[0]
 
 
-class Stop:
-    """A first signal ends the evaluation before its next decision, a second one at once."""
-
-    asked = False
-
-    def __call__(self) -> None:
-        if self.asked:
-            raise Stopped
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        def handle(number: int, frame: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            log.warning("%s: stopping; once more to stop at once", signal.Signals(number).name)
-            self.asked = True
-
-        names = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-        before = {name: signal.signal(name, handle) for name in names}
-        try:
-            yield
-        except SimulatorDied as error:  # a signal to the whole process group ends the simulators too
-            if self.asked:
-                raise Stopped from error
-            raise
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
-
-
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Plays what is not played yet; returns and writes the results.
 
@@ -277,7 +244,14 @@ def play_and_report(evaluation: Evaluation) -> dict[str, Any]:
             make = SuiteEnvironments(evaluation, suite, policy.processor.image_transform, cleanup)
             policy.processor.pad_to([task_languages(suite)[i] for i in subject.config.env.task_ids])
             for mode in subject.config.eval.modes:
-                play(evaluation, suite, mode, policy, predict_values, make, journal)
+                played = play(evaluation, suite, mode, policy, predict_values, make, journal)
+                if played and (suite, mode) != (evaluation.suites[-1], subject.config.eval.modes[-1]):
+                    print(
+                        tables.suite_table(
+                            journal.rows, suite, subject.config.eval.modes, task_languages(suite)
+                        ).text(),
+                        "\n",
+                    )
             make_videos(evaluation, suite, make, journal, policy.chunk_size)
     return write_reports(evaluation, journal)
 
@@ -308,12 +282,12 @@ def play(
     predict_values: Any,
     make: SuiteEnvironments,
     journal: Journal,
-) -> None:
-    """The episodes of one mode that are not in the journal."""
+) -> bool:
+    """The episodes of one mode that are not in the journal; whether there were any."""
     config = evaluation.subject.config
     missing = {key: e for key, e in evaluation.episodes(suite, mode).items() if key not in journal.rows}
     if not missing:
-        return
+        return False
     envs, start = make.envs, time.perf_counter() - journal.seconds_of_session()
 
     def keep(result: EpisodeResult) -> None:
@@ -338,6 +312,7 @@ def play(
         on_decision=evaluation.stop,
         on_result=keep,
     )
+    return True
 
 
 def session(envs: LiberoVectorEnv) -> dict[str, Any]:
@@ -484,7 +459,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt):
-        print("interrupted; what was played is kept, and the same command goes on", file=sys.stderr)
+        print(
+            "interrupted; what was played is kept, and the same command goes on (of a run that is still trained: name the "
+            "checkpoint, --run RUN/checkpoints/iteration-N)",
+            file=sys.stderr,
+        )
         return 130
     except Exception as error:
         return report(error)

@@ -71,35 +71,40 @@ def test_no_seed_trains_on_the_placements_that_it_demonstrates():
 )
 def test_tasks_get_equally_many_episodes_whatever_the_number_of_environments(num_tasks, num_envs):
     streams = EpisodeStreams(sampler(range(num_tasks)), num_envs)
-    count = np.zeros(num_tasks, int)
-    for number in range(2 * num_tasks):
-        now = np.bincount([streams.next(i).task_id for i in range(num_envs)], minlength=num_tasks)
-        assert now.max() - now.min() <= 1  # the environments are spread evenly at any time
-        count += now
-        if number + 1 in (num_tasks, 2 * num_tasks):  # a whole round
-            assert (count == count[0]).all()
+    tasks = np.array([[streams.next(i).task_id for i in range(num_envs)] for _ in range(4 * num_tasks)])  # [rounds, N]
+    for now in tasks:
+        count = np.bincount(now, minlength=num_tasks)
+        assert count.max() - count.min() <= 1  # the environments are spread evenly at any time
+    for column in tasks.T:
+        assert np.bincount(column, minlength=num_tasks).tolist() == [4] * num_tasks
+        assert (column[1:] != column[:-1]).sum() <= num_tasks  # 4 in a row
 
 
-def test_an_environment_has_few_tasks_where_there_are_enough_environments():
-    streams = EpisodeStreams(sampler([4, 7, 9]), 9)
-    assert [{streams.next(i).task_id for _ in range(6)} for i in range(9)] == [
-        *({4}, {4}, {7}, {9}, {9}),  # every second place of the round
-        *({4}, {7}, {7}, {9}),
-    ]
-    streams = EpisodeStreams(sampler(range(10)), 16)
-    assert max(len({streams.next(i).task_id for _ in range(20)}) for i in range(16)) == 2
+@pytest.mark.parametrize(("num_tasks", "num_envs"), [(10, 10), (10, 16), (2, 8)])
+def test_a_task_that_is_soon_solved_is_not_played_more_often_for_that(num_tasks, num_envs):
+    """Even tasks take 8 decisions, odd ones 28."""
+    streams, count, left = EpisodeStreams(sampler(range(num_tasks)), num_envs), np.zeros(num_tasks, int), [0] * num_envs
+    for _ in range(40 * 18 * num_tasks):  # about 40 episodes of each task in each environment
+        for env in range(num_envs):
+            if left[env] == 0:
+                task = streams.next(env).task_id
+                count[task] += 1
+                left[env] = 28 if task % 2 else 8
+            left[env] -= 1
+    assert count.max() < 1.15 * count.min()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4, 16])
-def test_neighbours_of_the_round_share_tasks_so_a_worker_needs_few_simulators(num_workers):
+def test_neighbours_of_the_round_share_tasks_so_a_worker_needs_few_simulators_at_once(num_workers):
     streams, places = EpisodeStreams(sampler(range(10)), 16), [place_in_round(i, 16) for i in range(16)]
     assert sorted(places) == list(range(16))
-    for worker in range(num_workers):
-        envs = [i for i in range(16) if places[i] * num_workers // 16 == worker]
-        tasks = {streams.next(i).task_id for i in envs for _ in range(10)}
-        assert len(tasks) <= -(-10 // num_workers) + 1
-        if num_workers <= 8:
-            assert sum(i < 8 for i in envs) == len(envs) / 2  # a half of an overlapped rollout fills every worker
+    for _ in range(50):
+        now = [streams.next(i).task_id for i in range(16)]
+        for worker in range(num_workers):
+            envs = [i for i in range(16) if places[i] * num_workers // 16 == worker]
+            assert len({now[i] for i in envs}) <= -(-10 // num_workers) + 1
+            if num_workers <= 8:
+                assert sum(i < 8 for i in envs) == len(envs) / 2  # a half of an overlapped rollout fills every worker
 
 
 @pytest.mark.parametrize("tasks", [[3], [0, 1, 2, 3, 4]])

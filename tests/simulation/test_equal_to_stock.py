@@ -19,12 +19,11 @@ CHUNK = 8
 TASKS = [
     *(("libero_spatial", task) for task in (0,)),
     *(("libero_object", task) for task in (0,)),
-    *(("libero_goal", task) for task in (7,)),
 ]
 MORE_TASKS = [
     *(("libero_spatial", task) for task in (4, 9)),
     *(("libero_object", task) for task in (3, 8)),
-    *(("libero_goal", task) for task in (0, 6)),
+    *(("libero_goal", task) for task in (0, 6, 7)),
     *(("libero_10", task) for task in (2, 3, 8)),
     # of each of LIBERO-PRO's kinds one: new words, other objects, things and fixtures that changed places, a stove to turn off
     *(("libero_object_lan", 0), ("libero_spatial_object", 4), ("libero_10_object", 5), ("libero_goal_swap", 1)),

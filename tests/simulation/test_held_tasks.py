@@ -41,6 +41,14 @@ def test_an_evaluation_of_ten_tasks_builds_each_once_but_for_the_last_ones(limit
     assert rounds < 1.2 * 500 * 2 / 8  # of a mean of 2 rounds an episode: the workers end at about the same time
 
 
+def test_no_environment_is_idle_while_as_many_episodes_wait():
+    """A GRPO rollout of one group, an environment a worker."""
+    held, waiting = HeldTasks(range(8), limit=1), 8
+    for env in range(8):
+        assert held.choose(env, {3: waiting}) == 3
+        waiting -= 1
+
+
 def test_more_workers_than_tasks_share_them():
     built, _ = played(num_tasks=2, episodes=50, num_workers=4, places=2, limit=2)
     assert {task for _, task in built} == {0, 1} and {worker for worker, _ in built} == {0, 1, 2, 3}
@@ -52,9 +60,9 @@ def test_what_is_held_is_taken_first_then_what_nobody_has():
     assert held.choose(1, {5: 8, 6: 9, 7: 9}) == 5
     assert held.choose(2, {5: 7, 6: 9, 7: 9}) == 6
     assert held.choose(2, {5: 7, 7: 9}) == 7
-    assert held.choose(0, {6: 2, 7: 3}) == 7  # more than the other worker's two environments play next
-    assert held.choose(0, {6: 2}) is None  # sooner played by those who have it
-    assert held.choose(3, {6: 2}) == 6
+    assert held.choose(0, {6: 1, 7: 2}) == 7  # as many as the worker has environments
+    assert held.choose(0, {6: 1}) is None  # sooner played by those who have it
+    assert held.choose(3, {6: 1}) == 6
 
 
 def test_recordings_are_played_by_those_who_have_their_task():

@@ -99,7 +99,9 @@ def test_where_a_light_casts_shadows_everything_is_drawn(renderer):
 
 
 @pytest.mark.libero
-@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 0), ("libero_goal", 3), ("libero_10", 2)])
+@pytest.mark.parametrize(
+    ("suite", "task"), [("libero_spatial", 0), pytest.param("libero_goal", 3, marks=pytest.mark.slow), ("libero_10", 2)]
+)
 def test_libero_images_are_the_same_with_everything_drawn(suite, task):
     """The arm moves through the view of both cameras; the stove of these scenes is a mirror."""
     cameras = ("agentview", "robot0_eye_in_hand")

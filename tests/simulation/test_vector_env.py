@@ -285,13 +285,13 @@ def test_there_are_as_many_workers_as_can_work(monkeypatch, cores, num_envs, ove
     ("num_envs", "num_workers", "num_tasks", "gigabytes", "kept"),
     [
         (8, 2, 1, 64, 1),  # no more than there are
-        (8, 2, 10, 64, 10),  # (32 / 2 - 0.4) / 0.6 = 26
-        (8, 2, 10, 16, 6),  # (8 / 2 - 0.4) / 0.6 = 6
+        (8, 2, 10, 64, 10),  # (64 / 3 / 2 - 0.4) / 0.6 = 17
+        (8, 2, 10, 24, 6),  # (8 / 2 - 0.4) / 0.6 = 6
         (8, 2, 10, 2, 4),  # less than its environments can play at once would build at every turn
-        (16, 16, 90, 128, 6),  # (64 / 16 - 0.4) / 0.6
+        (16, 16, 90, 192, 6),  # (64 / 16 - 0.4) / 0.6
     ],
 )
-def test_simulators_are_kept_where_half_of_the_memory_has_room(num_envs, num_workers, num_tasks, gigabytes, kept):
+def test_simulators_are_kept_where_a_third_of_the_memory_has_room(num_envs, num_workers, num_tasks, gigabytes, kept):
     config = config_from_dict({"env": {"task_suite": "libero_90", "task_ids": list(range(num_tasks))}}, "test")
     assert simulators_kept(config, num_envs, num_workers, gigabytes * 10**9) == kept
 

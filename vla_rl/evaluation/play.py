@@ -162,14 +162,17 @@ def evaluate_modes(
         predict_values: see evaluate_policy.
     """
     settings = config.eval
+    temperature = settings.temperature or config.rollout.temperature
     metrics: dict[str, Any] = {"eval/render": settings.render}
+    if "sampled" in settings.modes:
+        metrics["eval/temperature"] = temperature
     for mode in settings.modes:
         results = evaluate_policy(
             policy,
             envs,
             evaluation_episodes(config.env.task_ids, settings.states),
             greedy=mode == "greedy",
-            temperature=settings.temperature or config.rollout.temperature,
+            temperature=temperature,
             seed=config.run.seed,
             predict_values=predict_values,
             progress=config.logging.progress,

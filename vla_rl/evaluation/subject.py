@@ -28,7 +28,7 @@ from vla_rl.run.checkpoint import list_checkpoints, load_tensors, loading, verif
 from vla_rl.run.load_settings import absolute, config_from_dict, expand, merge, put_paths, read_yaml, set_key
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import Config, ConfigError
-from vla_rl.run.task_suites import PERTURBATIONS, PERTURBED
+from vla_rl.run.task_suites import PERTURBATIONS, PERTURBED, TASK_SUITES, num_fixed_states
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,13 @@ def of_run(run: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Subj
     if before.env.initial_states != "random":
         trained_on = before.env.task_suite, before.env.task_ids, before.env.initial_states
         set_key(recorded, "env.initial_states", "random")  # what of it is evaluated is refused below
-    if flags.get("env.task_suite") not in (None, before.env.task_suite) and before.policy.unnorm_key is None:
-        set_key(recorded, "policy.unnorm_key", before.unnorm_key())  # the units that it was trained in
+    suite = flags.get("env.task_suite") or before.env.task_suite
+    if suite != before.env.task_suite:  # all of it, by its own protocol, in the units that the run was trained in
+        set_key(recorded, "policy.unnorm_key", before.unnorm_key())
+        set_key(recorded, "env.task_suite", suite)
+        set_key(recorded, "env.task_ids", list(range(TASK_SUITES[suite][0])))
+        set_key(recorded, "eval.states", list(range(num_fixed_states(suite))))
+        set_key(recorded, "eval.max_steps", None)
     if before.run.device == "cuda" and not torch.cuda.is_available():
         put_on_cpu(recorded)
     config = config_from_dict(merge(recorded, list(overrides), dict(flags)), source)
@@ -137,6 +142,9 @@ def of_checkpoint(checkpoint: str, adapter: str | None, overrides: Sequence[str]
     """
     values: dict[str, Any] = {}
     merge(values, flags={"policy.checkpoint": checkpoint})
+    if flags.get("env.task_suite"):
+        set_key(values, "env.task_suite", flags["env.task_suite"])
+        set_key(values, "eval.states", list(range(num_fixed_states(flags["env.task_suite"]))))
     model = check_checkpoint(config_from_dict(values, "--checkpoint").policy.checkpoint)
     trained = {name: value for name, value in (read_trained_as(model) or {}).items() if value is not None}
     for name, keys in TRAINED_AS.items():
@@ -219,7 +227,7 @@ def check_unseen(subject: Subject, suites: Sequence[str]) -> None:
     shared = sorted(set(states) & set(subject.config.eval.states))
     same_tasks = sorted(set(tasks) & set(subject.config.env.task_ids))
     if suite in suites and shared and same_tasks:
-        unseen = [state for state in range(50) if state not in states]
+        unseen = [state for state in range(num_fixed_states(suite)) if state not in states]
         way_out = f"--states {','.join(map(str, unseen))}" if unseen else "other tasks"
         raise ConfigError(
             f"the run trained on {suite} task {', '.join(map(str, same_tasks))} from the fixed states {shared}, which would be "
@@ -290,7 +298,7 @@ def check_suite(suite: str) -> str:
     try:
         return task_suites.check_suite(suite)
     except ValueError as error:
-        raise ConfigError(f"--task-suite: {error}") from None
+        raise ConfigError(str(error)) from None
 
 
 def family_of(base: str) -> list[str]:
@@ -299,6 +307,7 @@ def family_of(base: str) -> list[str]:
     Raises:
         ConfigError: there is no such suite, or it has none.
     """
+    check_suite(base)
     if base not in PERTURBED:
         suffixes = ", _".join(PERTURBATIONS)
         raise ConfigError(

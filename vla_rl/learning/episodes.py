@@ -56,12 +56,13 @@ class EpisodeSampler:
 class EpisodeStreams:
     """Endless episodes for each of N environments (PPO), and the generator that each samples from.
 
-    T tasks are laid around a ring, N turns each; the environment at place p of the round has the T turns from p T on, again and
-    again. So the tasks get equally many episodes whatever N is (exactly, each time that all environments have played T), at any
-    time the environments are spread evenly over the ring, and each changes its task as seldom as can be: with T <= N it has
-    one or two, and neighbours have neighbouring tasks, of which one of W workers needs ceil(T / W) + 1 at most. None of it
-    depends on how many workers there are.
+    The T tasks lie around a ring. The environment at place p of the round begins p T / N tasks along it and goes on by one task
+    every IN_A_ROW episodes, again and again. So each environment plays all tasks equally often, whatever N is and however long
+    their episodes are; at any time the environments are spread evenly over the ring, and neighbours have neighbouring tasks, so
+    that a worker builds a simulator seldom where it cannot keep all. None of it depends on how many workers there are.
     """
+
+    IN_A_ROW = 4  # of one task: a simulator takes as long to build as 1 to 4 episodes to play
 
     def __init__(self, sampler: EpisodeSampler, num_envs: int):
         self.sampler = sampler
@@ -83,8 +84,8 @@ class EpisodeStreams:
         """Of the environment's episode `number`; of the one that it plays without."""
         number = self.played[env_index] - 1 if number is None else number
         tasks, num_envs = self.sampler.task_ids, len(self.played)
-        turn = place_in_round(env_index, num_envs) * len(tasks) + number % len(tasks)
-        return tasks[turn // num_envs]
+        begun = place_in_round(env_index, num_envs) * len(tasks) * self.IN_A_ROW  # in tasks, times N x IN_A_ROW
+        return tasks[(begun + number * num_envs) // (num_envs * self.IN_A_ROW) % len(tasks)]
 
     def generator_of(self, env_index: int) -> torch.Generator:
         return self.generators[env_index]

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -237,7 +238,7 @@ def check_wandb_reachable(config: Config, timeout_s: float = 10) -> str:
             pass
     except urllib.error.HTTPError:
         pass  # it answers, if only that there is no page
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise ConfigError(
             f"{url} does not answer ({one_line(error)}); mend the network (HTTPS_PROXY?), set logging.wandb_mode=offline or pass "
             "--no-wandb"

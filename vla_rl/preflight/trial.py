@@ -185,7 +185,10 @@ class Trial:
         start = time.perf_counter()
         trainer.collect_rollout()
         self.build_s = time.perf_counter() - start
-        trainer.obs = None  # the next one begins with resets, too
+        trainer.obs = None  # the next one begins with resets, too, of the same tasks: a round on
+        num_tasks = len(trainer.config.env.task_ids)
+        trainer.groups_played = num_tasks
+        trainer.streams.played = [num_tasks * trainer.streams.IN_A_ROW] * trainer.envs.num_envs
         watch.restart()
         start = time.perf_counter()
         self.rollout: RolloutBuffer = trainer.collect_rollout()[0]

@@ -131,4 +131,5 @@ def evaluation_text(metrics: dict[str, Any]) -> str:
             rate, low, high = metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"]
             count = metrics[f"eval/episodes_{mode}"]
             texts.append(f"{mode} success {rate:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
-    return ", ".join(texts) + f" (render {metrics['eval/render']})"
+    sampled = f", temperature {metrics['eval/temperature']:g}" if "eval/temperature" in metrics else ""
+    return ", ".join(texts) + f" (render {metrics['eval/render']}{sampled})"

@@ -208,7 +208,7 @@ class EnvConfig(Section):
     simulators_per_worker: int | None = Field(
         None,
         ge=1,
-        description="tasks that a worker keeps in memory (0.6 GB each); null: all that half of the memory has room for, and at "
+        description="tasks that a worker keeps in memory (0.6 GB each); null: all that a third of the memory has room for, and at "
         "least one an environment; fewer rebuild simulators at each turn, seconds each",
     )
     model_cache_gb: float = Field(
@@ -352,7 +352,9 @@ class EvalConfig(Section):
     modes: list[Literal["greedy", "sampled"]] = Field(
         ["greedy", "sampled"], min_length=1, description="greedy: most likely tokens; sampled: from the policy"
     )
-    temperature: float | None = Field(None, gt=0, description="of the sampled mode; null takes rollout.temperature")
+    temperature: float | None = Field(
+        1.0, gt=0, description="of the sampled mode, 1 as VLA-RL reports; null takes rollout.temperature"
+    )
     num_envs: int = Field(8, ge=1, description="evaluation environments, fed from one queue")
     max_steps: int | None = Field(
         None, ge=1, description="as env.max_steps; null takes the suite's, which is what others report on"

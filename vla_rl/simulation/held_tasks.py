@@ -37,6 +37,7 @@ class HeldTasks:
             holders = [w for w, kept in enumerate(self.kept) if task in kept and w not in chosen.values()]
             if holders:
                 chosen[place] = holders[0]
+                self.use(self.worker_of.index(holders[0]), task)
         for place, task in enumerate(task_ids):
             if place not in chosen:
                 chosen[place] = next(w for w in range(len(self.kept)) if w not in chosen.values())
@@ -45,8 +46,8 @@ class HeldTasks:
 
     def choose(self, env_index: int, waiting: Mapping[int, int]) -> int | None:
         """The task of an environment's next episode: one that its worker has, else one that no worker has, else the one of
-        which most episodes wait, if they are more than its worker's environments play next: fewer are sooner played by those who
-        have it than its simulator is built.
+        which most episodes wait, if they are as many as the worker has environments: fewer are sooner played by those who have
+        it than its simulator is built.
 
         Args:
             waiting: task -> episodes that wait, at least 1 each, in the order in which tasks should be begun.
@@ -58,7 +59,7 @@ class HeldTasks:
         kept, others = self.kept[worker], set().union(*self.kept)
         own = [task for task in reversed(kept) if task in waiting]
         new = [task for task in waiting if task not in others]
-        shared = [task for task in waiting if waiting[task] > self.worker_of.count(worker)]
+        shared = [task for task in waiting if waiting[task] >= self.worker_of.count(worker)]
         task = next(iter([*own, *new]), None) if own or new else max(shared, key=waiting.get, default=None)
         if task is not None:
             self.use(env_index, task)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_rl.run.settings import Config
+from vla_rl.run.task_suites import num_fixed_states
 from vla_rl.simulation.libero_env import CAMERAS, REST, build_simulator
 from vla_rl.simulation.opengl import EglDevice, egl_devices
 from vla_rl.simulation.suites import fixed_state
@@ -25,7 +26,7 @@ from vla_rl.simulation.vector_env import lean_workers
 from vla_rl.types import SimulatorDied
 
 FRAMES = 5  # timed; the median is told
-SETTLED_STATES = (0, 12, 25, 37, 49)  # of each task
+SETTLED_STATES = 5  # of each task, spread over its fixed states
 SETTLE_STEPS = 10  # as the benchmark's evaluations have
 PROBED_TASKS = 10  # at most; each is compiled, seconds the first time
 
@@ -86,7 +87,8 @@ def settle_tasks(config: Config) -> list[Settled]:
     env, found = config.env, []
     for task_id in env.task_ids[:PROBED_TASKS]:
         sim = build_simulator(env.task_suite, task_id, (), env.image_size, fast=False, cache_gb=env.model_cache_gb)
-        for state in SETTLED_STATES:
+        last = num_fixed_states(env.task_suite) - 1
+        for state in [k * last // (SETTLED_STATES - 1) for k in range(SETTLED_STATES)]:  # 0, 12, 24, 36, 49
             sim.reset(0, fixed_state(env.task_suite, task_id, state), render=False)
             before = sim.object_positions()
             for _ in range(SETTLE_STEPS):

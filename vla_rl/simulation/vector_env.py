@@ -439,13 +439,13 @@ def worker_count(config: Config, num_envs: int, overlap: bool = False) -> int:
 
 
 def simulators_kept(config: Config, num_envs: int, num_workers: int, memory: int) -> int:
-    """Tasks that each worker keeps: as many as were asked for, or all where half of the memory has room for them (training and
-    evaluation have a vector each), else what has room, but no fewer than its environments can play at once: a simulator built
+    """Tasks that each worker keeps: as many as were asked for, or all where a third of the memory has room for them (training and
+    evaluation have a vector each, and the trainer grows), else what has room, but no fewer than its environments can play at once: a simulator built
     anew at each turn is worse.
 
     Args:
         memory: bytes that are available.
     """
-    room = (memory / 2e9 / num_workers - WORKER_GB) / SIMULATOR_GB
+    room = (memory / 3e9 / num_workers - WORKER_GB) / SIMULATOR_GB
     asked = config.env.simulators_per_worker or max(-(-num_envs // num_workers), int(room))
     return min(len(config.env.task_ids), asked)
