@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="folders of runs, or metrics.jsonl files, whose names end in _seedN.jsonl",
+        help="folders of runs, or metrics.jsonl files, best named NAME_seedN.jsonl; of several, what is none is left out",
     )
     groups = parser.add_mutually_exclusive_group()
     groups.add_argument(
