@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.fakes import CHUNK
@@ -72,12 +73,10 @@ def test_evaluation_plays_the_modes_and_states_that_are_set(tmp_path):
     assert line["eval/episodes_greedy"] == 8 and all(kwargs["greedy"] for kwargs in seen)
 
 
-def test_evaluation_samples_at_its_own_temperature_or_at_the_rollouts(tmp_path):
-    rollout = {"temperature": 1.5}
-    _, seen = evaluation_of(tmp_path / "a", rollout=rollout, eval={"modes": ["sampled"]})
-    assert {kwargs["temperature"] for kwargs in seen} == {1.5}
-    _, seen = evaluation_of(tmp_path / "b", rollout=rollout, eval={"modes": ["sampled"], "temperature": 0.6})
-    assert {kwargs["temperature"] for kwargs in seen} == {0.6}
+@pytest.mark.parametrize(("given", "expected"), [({}, 1.0), ({"temperature": 0.6}, 0.6), ({"temperature": None}, 1.5)])
+def test_evaluation_samples_at_1_or_as_it_is_told_and_says_so(tmp_path, given, expected):
+    line, seen = evaluation_of(tmp_path, rollout={"temperature": 1.5}, eval={"modes": ["sampled"], **given})
+    assert {kwargs["temperature"] for kwargs in seen} == {line["eval/temperature"]} == {expected}
 
 
 def test_evaluation_interval_counts_iterations(tmp_path):

@@ -384,7 +384,9 @@ class LoggingConfig(ProgressConfig):
 
     checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
-    curves_interval: int = Field(10, ge=1, description="iterations between redrawings of the PNG curves")
+    curves_interval: int = Field(
+        10, ge=1, description="iterations between redrawings of curves and report, which each minute has, too"
+    )
 
 
 class Config(Section):
