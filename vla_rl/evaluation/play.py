@@ -8,6 +8,7 @@ N environments, E episodes, C steps in a chunk.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from vla_rl.learning.episodes import EpisodeQueue, reset_finished, step_argument
 from vla_rl.reports.statistics import wilson_interval
 from vla_rl.run.settings import Config
 from vla_rl.types import Episode, Observation, Policy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ def evaluate_modes(
         metrics |= success_metrics(results, mode)
         if settings.video:
             shown = [recording(r, f"{prefix}_{mode}", mode, policy.chunk_size) for r in one_of_each_outcome(results)]
+            log.info("videos: %d episodes are played again, rendered at every step", len(shown))
             write_replays(envs, shown, videos, config.max_episode_steps(evaluation=True), on_decision)
     return metrics
 
