@@ -28,6 +28,7 @@ import numpy as np
 from vla_rl.evaluation.play import sampling_generators
 from vla_rl.evaluation.subject import Subject, build_subject, of_checkpoint, of_run
 from vla_rl.preflight.needs import check_device, check_policy
+from vla_rl.run.command_line import parse
 from vla_rl.run.failures import report
 from vla_rl.run.logs import configure_logging
 from vla_rl.run.settings import ConfigError
@@ -277,7 +278,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen at (default %(default)s; 0.0.0.0 for other machines)")
     add("--port", type=int, default=8000, help="(default %(default)s)")
     add("--max-batch-size", type=int, default=1, metavar="B", help="most sessions that share a forward (default 1)")
-    return parser.parse_intermixed_args(argv)
+    return parse(parser, argv)
 
 
 def subject_of(args: argparse.Namespace) -> Subject:

@@ -39,6 +39,7 @@ from vla_rl.reports.drawing import plot_comparison
 from vla_rl.reports.records import METRICS_FILE, Records, read_metrics
 from vla_rl.reports.report import as_text
 from vla_rl.run.failures import report
+from vla_rl.run.files import write_whole
 from vla_rl.run.load_settings import config_from_dict, expand, list_settings, read_yaml, way_out
 from vla_rl.run.logs import configure_logging
 from vla_rl.run.run_folder import newest_settings, setting
@@ -361,9 +362,7 @@ def compare(args: argparse.Namespace) -> None:
     for picture in pictures:
         plot_comparison(drawn, picture)
     shown = "![success against timesteps and minutes](compare.png)\n\n" if drawn else ""
-    unfinished = out / ".compare.md"
-    unfinished.write_text(shown + text)
-    os.replace(unfinished, out / "compare.md")
+    write_whole(out / "compare.md", shown + text)
     print(f"in {out}: {', '.join(path.name for path in [*pictures, out / 'compare.md'])}")
 
 

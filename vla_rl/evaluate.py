@@ -41,7 +41,6 @@ from vla_rl.evaluation.results import (
     Key,
     check_continues,
     read_baseline,
-    write_whole,
 )
 from vla_rl.evaluation.subject import (
     Subject,
@@ -57,7 +56,9 @@ from vla_rl.evaluation.subject import (
 )
 from vla_rl.evaluation.videos import Recording, write_grid, write_replays
 from vla_rl.run.checkpoint import locked
+from vla_rl.run.command_line import parse
 from vla_rl.run.failures import one_line, report
+from vla_rl.run.files import write_whole
 from vla_rl.run.interruption import Stop, Stopped
 from vla_rl.run.load_settings import expand, from_root
 from vla_rl.run.logs import configure_logging
@@ -111,12 +112,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="outcomes: a success and a failure of each task, in the first mode (default); all: every episode",
     )
     add("--no-progress", action="store_true", help="no bars")
-    # section.key=value may stand anywhere, also after --task-ids, which would take it for a task
-    argv = sys.argv[1:] if argv is None else list(argv)
-    overrides = [arg for arg in argv if re.match(r"[a-z_]+\.[a-z0-9_.]+=", arg)]
-    args = parser.parse_intermixed_args([arg for arg in argv if arg not in overrides])
-    args.overrides += overrides
-    return args
+    return parse(parser, argv)
 
 
 def subject_from(args: argparse.Namespace) -> tuple[Subject, list[str]]:

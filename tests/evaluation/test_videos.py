@@ -194,7 +194,7 @@ def raises(error: Exception):
     def replace(*_):
         raise error
 
-    return lambda folder, monkeypatch: monkeypatch.setattr("vla_rl.evaluation.videos.os.replace", replace)
+    return lambda folder, monkeypatch: monkeypatch.setattr("vla_rl.run.files.os.replace", replace)
 
 
 FAILURES = {

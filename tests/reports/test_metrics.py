@@ -172,7 +172,7 @@ def fails(error: Exception):
         ("vla_rl.reports.drawing.draw_panel", RuntimeError("no\nfont"), "no font"),
         ("matplotlib.figure.Figure.subplots", MemoryError(), "MemoryError"),
         ("matplotlib.axes.Axes.plot", ValueError("no line"), "no line"),
-        ("vla_rl.reports.drawing.os.replace", PermissionError(13, "Permission denied"), "Permission denied"),
+        ("vla_rl.run.files.os.replace", PermissionError(13, "Permission denied"), "Permission denied"),
     ],
 )
 def test_pictures_that_cannot_be_drawn_are_warnings_and_leave_nothing_torn(

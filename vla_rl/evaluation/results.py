@@ -22,6 +22,7 @@ import numpy as np
 
 from vla_rl.evaluation.play import EpisodeResult
 from vla_rl.run.failures import one_line
+from vla_rl.run.files import write_whole
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM, Episode
 
@@ -60,9 +61,7 @@ class Journal:
         check_continues(folder, protocol, policy)
         self.header = {"format": FORMAT, "protocol": protocol, "policy": policy}
         if not self.path.exists():
-            unfinished = self.path.with_name(f".{JOURNAL}")
-            unfinished.write_text(json.dumps(self.header) + "\n")
-            os.replace(unfinished, self.path)
+            write_whole(self.path, json.dumps(self.header) + "\n")
         lines, whole = read_lines(self.path)
         os.truncate(self.path, whole)  # a line that was being written when the evaluation was killed
         self.header, *rest = lines
@@ -198,13 +197,6 @@ def unequal(first: Mapping[str, Any], second: Mapping[str, Any], names: Iterable
     """ "render exact; fast": what differs between two protocols."""
     names = dict.fromkeys(itertools.chain(first, second)) if names is None else names
     return [f"{n} {first.get(n)}; {second.get(n)}" for n in names if first.get(n) != second.get(n)]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file has the old text or the new one, at any time."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 # -------------------------------------------------------------------------------------------------- of another evaluation

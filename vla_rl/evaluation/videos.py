@@ -11,11 +11,9 @@ H, W: image sides in pixels.
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vla_rl.run.failures import one_line
+from vla_rl.run.files import written_whole
 from vla_rl.types import Episode
 
 log = logging.getLogger(__name__)
@@ -213,17 +212,12 @@ def run_ffmpeg(arguments: list[str], path: Path, pixels: bytes = b"") -> None:
     from imageio_ffmpeg import get_ffmpeg_exe
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
     encoding = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "23", "-movflags", "+faststart", "-f", "mp4"]
-    # file: and an absolute path, else a folder "a:b" is a protocol and "-x" an option
-    command = [get_ffmpeg_exe(), "-y", "-v", "error", *arguments, *encoding, f"file:{unfinished.absolute()}"]
-    try:
+    with written_whole(path) as unfinished:
+        # file: and an absolute path, else a folder "a:b" is a protocol and "-x" an option
+        command = [get_ffmpeg_exe(), "-y", "-v", "error", *arguments, *encoding, f"file:{unfinished.absolute()}"]
         # in a session of its own: Ctrl-C is for the run, which ends when it has saved
         ffmpeg = subprocess.run(command, input=pixels, capture_output=True, start_new_session=True)
         if ffmpeg.returncode != 0:
             said = ffmpeg.stderr.decode(errors="replace").strip()
             raise RuntimeError(f"ffmpeg ended with status {ffmpeg.returncode}: {said[-300:]}")
-        os.replace(unfinished, path)
-    finally:
-        with suppress(OSError):  # nothing torn stays
-            unfinished.unlink(missing_ok=True)

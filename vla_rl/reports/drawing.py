@@ -6,10 +6,8 @@ Not here: what is drawn (vla_rl.reports.curves). matplotlib takes a second to im
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from vla_rl.reports.curves import PANELS, DrawnPanel, fill, mean_and_interval
 from vla_rl.reports.records import Records
+from vla_rl.run.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,10 +190,5 @@ def add_legend(figure: Figure, colors: dict[str, Any]) -> None:
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
     """Whole or not at all; the format is that of the name."""
-    unfinished = path.with_name(f".{path.name}")
-    try:
+    with written_whole(path) as unfinished:
         figure.savefig(unfinished, dpi=100, format=path.suffix.removeprefix("."), **options)
-        os.replace(unfinished, path)
-    finally:
-        with suppress(OSError):  # nothing torn stays
-            unfinished.unlink(missing_ok=True)

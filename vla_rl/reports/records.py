@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from vla_rl.run.files import write_whole
 from vla_rl.run.settings import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
@@ -49,6 +49,4 @@ def set_aside_later_lines(path: Path, iteration: int, evaluated: bool = True) ->
     if later:
         with (path.parent / "metrics.superseded.jsonl").open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in later)
-    rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(json.dumps(record) + "\n" for record in earlier))
-    os.replace(rewritten, path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in earlier))

@@ -8,7 +8,6 @@ Not here: the curves (vla_rl.reports.drawing) and the page's layout (vla_rl/asse
 from __future__ import annotations
 
 import base64
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from vla_rl.reports.curves import (
 )
 from vla_rl.reports.records import METRICS_FILE, Records, read_metrics
 from vla_rl.reports.task_table import TaskSuccess, task_rows
+from vla_rl.run.files import write_whole
 from vla_rl.run.load_settings import list_settings
 from vla_rl.run.logs import WARNINGS_FILE
 from vla_rl.run.run_folder import setting
@@ -68,13 +68,7 @@ def write_report(folder: Path, config: Config | SftConfig, instructions: Mapping
         ConfigError: a line of metrics.jsonl is damaged.
         OSError: the page cannot be written.
     """
-    unfinished = folder / f".{REPORT_FILE}"
-    try:
-        unfinished.write_text(render(folder, config, instructions), encoding="utf-8")
-        os.replace(unfinished, folder / REPORT_FILE)
-    finally:
-        with suppress(OSError):  # nothing torn stays
-            unfinished.unlink(missing_ok=True)
+    write_whole(folder / REPORT_FILE, render(folder, config, instructions))
 
 
 def is_outdated(folder: Path) -> bool:

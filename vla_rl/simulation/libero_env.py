@@ -195,12 +195,16 @@ class LiberoEnv(gymnasium.Env):
             succeeded; its instruction.
         """
         self._start(as_dict(episode), render=True)
-        frames = [self._observe()["images"][0]]
-        for action in check_actions(actions, (len(actions), ACTION_DIM)):
-            if self._terminated or self._truncated:
-                break
-            self._execute(action[None])
-            frames.append(self._observe()["images"][0])
+        frames, simulator = [self._observe()["images"][0]], self.simulator
+        cameras, simulator.cameras = simulator.cameras, simulator.cameras[:1]  # what no video shows is not drawn
+        try:
+            for action in check_actions(actions, (len(actions), ACTION_DIM)):
+                if self._terminated or self._truncated:
+                    break
+                self._execute(action[None])
+                frames.append(self._observe()["images"][0])
+        finally:
+            simulator.cameras = cameras
         return np.stack(frames), self._terminated, self._instruction
 
     def close(self) -> None:
