@@ -12,8 +12,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from vla_rl.run.command_line import TINY_CONFIG, flag_settings, new_run_settings, parse, settings_parser
-from vla_rl.run.logs import WARNINGS_FILE, configure_logging, warnings_kept
+from vla_rl.run.command_line import TINY_CONFIG, end_of, flag_settings, new_run_settings, parse, settings_parser
+from vla_rl.run.logs import WARNINGS_FILE, warnings_kept
 from vla_rl.run.run_folder import (
     changed_settings,
     make_run_folder,
@@ -136,28 +136,16 @@ def main(argv: list[str] | None = None) -> int:
     """0: trained or stopped and saved, or all checks passed; 1: the run or a check failed; 2: a mistake in the settings or
     arguments; 130: interrupted."""
     args = parse_args(argv)
-    configure_logging()
-    try:
+
+    def work() -> int | None:
         config, checkpoint = settings_from(args)
         if args.check:
             from vla_rl.check import check_and_report
 
             return check_and_report(config, resumed=checkpoint is not None)
-        from tqdm.contrib.logging import logging_redirect_tqdm
+        train(config, checkpoint)
 
-        with logging_redirect_tqdm():
-            train(config, checkpoint)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        from vla_rl.run.failures import report
-
-        return report(error)
-    return 0
+    return end_of(work)
 
 
 if __name__ == "__main__":

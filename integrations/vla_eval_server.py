@@ -28,9 +28,7 @@ import numpy as np
 from vla_rl.evaluation.play import sampling_generators
 from vla_rl.evaluation.subject import Subject, build_subject, of_checkpoint, of_run
 from vla_rl.preflight.needs import check_device, check_policy
-from vla_rl.run.command_line import parse
-from vla_rl.run.failures import report
-from vla_rl.run.logs import configure_logging
+from vla_rl.run.command_line import end_of, parse
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import PROPRIO_DIM, Episode, Observation
 
@@ -319,35 +317,29 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Serves until it is interrupted (130); 2: a mistake in the arguments or settings; 1: it failed."""
     args = parse_args(argv)
-    configure_logging()
-    try:
-        check(args)
-        subject = subject_of(args)
-        from vla_eval.model_servers.serve import serve
+    return end_of(lambda: run_server(args))
 
-        config, env = subject.config, subject.config.env
-        check_device(config)
-        check_policy(config, resumed=subject.run is not None)
-        if env.render != "exact":
-            log.warning("the policy was trained on images rendered %s; vla-eval renders exact ones", env.render)
-        policy, _ = build_subject(subject)
-        sampling = args.temperature, config.run.seed, args.max_batch_size
-        server = OpenVLAServer(policy, env.task_suite, env.image_size, *sampling)
-        server.warm_up()
-        how = "greedy" if args.temperature is None else f"sampled at temperature {args.temperature:g}"
-        log.info(
-            "serving %s for %s, %s, at ws://%s:%d",
-            *(subject.name, env.task_suite, how, args.host, args.port),
-        )
-        serve(server, host=args.host, port=args.port)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        return report(error)
-    return 0
+
+def run_server(args: argparse.Namespace) -> None:
+    check(args)
+    subject = subject_of(args)
+    from vla_eval.model_servers.serve import serve
+
+    config, env = subject.config, subject.config.env
+    check_device(config)
+    check_policy(config, resumed=subject.run is not None)
+    if env.render != "exact":
+        log.warning("the policy was trained on images rendered %s; vla-eval renders exact ones", env.render)
+    policy, _ = build_subject(subject)
+    sampling = args.temperature, config.run.seed, args.max_batch_size
+    server = OpenVLAServer(policy, env.task_suite, env.image_size, *sampling)
+    server.warm_up()
+    how = "greedy" if args.temperature is None else f"sampled at temperature {args.temperature:g}"
+    log.info(
+        "serving %s for %s, %s, at ws://%s:%d",
+        *(subject.name, env.task_suite, how, args.host, args.port),
+    )
+    serve(server, host=args.host, port=args.port)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ from vla_rl.preflight.checklist import Checklist, lines_of
 from vla_rl.preflight.estimate import Estimate, Pieces, estimate
 from vla_rl.preflight.trial import Trial, trial_settings
 from vla_rl.reports.metrics import MetricsLogger
-from vla_rl.run.command_line import TINY_CONFIG, new_run_settings, parse, settings_parser
-from vla_rl.run.logs import configure_logging
+from vla_rl.run.command_line import TINY_CONFIG, end_of, new_run_settings, parse, settings_parser
 from vla_rl.run.machine import available_memory
 from vla_rl.run.run_folder import check_run_folder
 from vla_rl.run.settings import Config, ConfigError
@@ -399,15 +398,7 @@ def parse_args(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> int:
     """0: all checks passed; 1: one failed; 2: a mistake in the settings or arguments; 130: interrupted."""
     args = parse_args(argv)
-    configure_logging()
-    try:
-        return check_and_report(new_run_settings(args))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return end_of(lambda: check_and_report(new_run_settings(args)))
 
 
 if __name__ == "__main__":

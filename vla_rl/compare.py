@@ -38,10 +38,9 @@ from vla_rl.reports.curves import (
 from vla_rl.reports.drawing import plot_comparison
 from vla_rl.reports.records import METRICS_FILE, Records, read_metrics
 from vla_rl.reports.report import as_text
-from vla_rl.run.failures import report
+from vla_rl.run.command_line import end_of
 from vla_rl.run.files import write_whole
 from vla_rl.run.load_settings import config_from_dict, expand, list_settings, read_yaml, way_out
-from vla_rl.run.logs import configure_logging
 from vla_rl.run.run_folder import newest_settings, setting
 from vla_rl.run.settings import Config, ConfigError
 
@@ -387,15 +386,7 @@ def make_out(text: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """0: compared; 1: it failed; 2: a mistake in the arguments or a damaged run."""
     args = parse_args(argv)
-    configure_logging()
-    try:
-        compare(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        return report(error)
-    return 0
+    return end_of(lambda: compare(args))
 
 
 if __name__ == "__main__":

@@ -56,12 +56,11 @@ from vla_rl.evaluation.subject import (
 )
 from vla_rl.evaluation.videos import Recording, write_grid, write_replays
 from vla_rl.run.checkpoint import locked
-from vla_rl.run.command_line import parse
-from vla_rl.run.failures import one_line, report
+from vla_rl.run.command_line import end_of, parse
+from vla_rl.run.failures import one_line
 from vla_rl.run.files import write_whole
-from vla_rl.run.interruption import Stop, Stopped
+from vla_rl.run.interruption import Stop
 from vla_rl.run.load_settings import expand, from_root
-from vla_rl.run.logs import configure_logging
 from vla_rl.run.machine import versions
 from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError
 from vla_rl.simulation.suites import task_languages
@@ -71,6 +70,10 @@ from vla_rl.types import Episode
 log = logging.getLogger("vla_rl.evaluate")
 
 MODES = ("greedy", "sampled")
+KEPT = (
+    "interrupted; what was played is kept, and the same command goes on (of a run that is still trained: name the checkpoint, "
+    "--run RUN/checkpoints/iteration-N)"
+)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -445,25 +448,11 @@ def write_reports(evaluation: Evaluation, journal: Journal) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """0: evaluated; 1: failed; 2: a mistake in the arguments; 130: stopped, the same command goes on."""
     args = parse_args(argv)
-    configure_logging()
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    try:
-        with logging_redirect_tqdm():
-            evaluate(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (Stopped, KeyboardInterrupt):
-        print(
-            "interrupted; what was played is kept, and the same command goes on (of a run that is still trained: name the "
-            "checkpoint, --run RUN/checkpoints/iteration-N)",
-            file=sys.stderr,
-        )
-        return 130
-    except Exception as error:
-        return report(error)
-    return 0
+    def work() -> None:
+        evaluate(args)
+
+    return end_of(work, interrupted=KEPT)
 
 
 if __name__ == "__main__":

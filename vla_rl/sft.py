@@ -30,9 +30,9 @@ from vla_rl.model.quantization import check_quantization
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.reports.weights_and_biases import check_wandb
 from vla_rl.run.checkpoint import locked
-from vla_rl.run.failures import report
+from vla_rl.run.command_line import end_of
 from vla_rl.run.load_settings import expand, load_config, settings_help
-from vla_rl.run.logs import configure_logging, warnings_kept
+from vla_rl.run.logs import warnings_kept
 from vla_rl.run.run_folder import (
     changed_settings,
     check_run_folder,
@@ -188,18 +188,11 @@ def settings_from(args: argparse.Namespace) -> tuple[SftConfig, Path | None]:
 def main(argv: list[str] | None = None) -> int:
     """0: trained, or stopped and saved; 1: the run failed; 2: a mistake in the settings or the data."""
     args = parse_args(argv)
-    configure_logging()
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    try:
-        with logging_redirect_tqdm():
-            fine_tune(*settings_from(args))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        return report(error)
-    return 0
+    def work() -> None:
+        fine_tune(*settings_from(args))
+
+    return end_of(work)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Flags and overrides become the settings of a run (the rest is in tests/test_start_gae_ppo_training.py)."""
 
-from vla_rl.run.command_line import ROOT, TINY_CONFIG, find_config, new_run_settings, parse, settings_parser
+import pytest
+
+from vla_rl.run.command_line import ROOT, TINY_CONFIG, end_of, find_config, new_run_settings, parse, settings_parser
+from vla_rl.run.settings import ConfigError
+from vla_rl.types import SimulatorDied
 
 
 def config_of(*argv: str):
@@ -23,3 +27,25 @@ def test_settings_files_are_found_beside_the_programs_from_any_folder(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert find_config(TINY_CONFIG) == ROOT / TINY_CONFIG
     assert config_of("--config", TINY_CONFIG).run.output_dir == str(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ConfigError("run.seed=-1: expected 0 or more"), 2, "error: run.seed=-1: expected 0 or more"),
+        (KeyboardInterrupt(), 130, "kept"),
+        (SimulatorDied("worker 0 died"), 1, "error: worker 0 died"),
+    ],
+)
+def test_how_a_command_ended_is_its_exit_status_and_one_line(capsys, error, status, said):
+    def work():
+        raise error
+
+    assert end_of(work, interrupted="kept") == status
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
+def test_work_that_ends_well_is_0_or_what_it_says_and_a_bug_keeps_its_stack():
+    assert (end_of(lambda: None), end_of(lambda: 1)) == (0, 1)
+    with pytest.raises(ZeroDivisionError):
+        end_of(lambda: 1 // 0)

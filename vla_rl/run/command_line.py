@@ -9,13 +9,15 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand, load_config, settings_help
+from vla_rl.run.logs import configure_logging
 from vla_rl.run.run_folder import with_absolute_output_dir
-from vla_rl.run.settings import Config
+from vla_rl.run.settings import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = "configs/gae_ppo_config.yaml"
@@ -72,6 +74,29 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     args = parser.parse_intermixed_args([arg for arg in argv if arg not in overrides])
     args.overrides += overrides
     return args
+
+
+def end_of(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Does a command's work and tells how it ended: 0, or what the work returns; 1: it failed; 2: a mistake in the settings or
+    arguments; 130: interrupted. One line says why; what may be a bug of ours goes on, with its stack.
+
+    Args:
+        interrupted: what to say of a KeyboardInterrupt.
+    """
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    configure_logging()
+    try:
+        with logging_redirect_tqdm():
+            return work() or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except Exception as error:
+        return report(error)
 
 
 def flag_settings(args: argparse.Namespace) -> dict[str, Any]:

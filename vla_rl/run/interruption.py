@@ -13,8 +13,8 @@ from vla_rl.types import SimulatorDied
 log = logging.getLogger(__name__)
 
 
-class Stopped(Exception):
-    """Somebody asked for an end."""
+class Stopped(KeyboardInterrupt):
+    """Somebody asked for an end, which came between two steps."""
 
 
 class Stop:
