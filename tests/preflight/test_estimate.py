@@ -14,6 +14,7 @@ PIECES = Pieces(
     score_s=0.002,
     critic_step_s=0.003,
     eval_decision_s=0.25,
+    video_s=0.125,
     save_s=2.0,
     checkpoint_bytes=1000,
     video_bytes=10.0,
@@ -44,9 +45,8 @@ def test_ppo_by_hand():
     assert found.decisions == 1024 and found.iterations == 3
     assert found.rollout_s == pytest.approx(128 * 0.5 + 128 / 13 * 1.0)
     assert found.update_s == pytest.approx(2 * (1024 * 0.01 + 4 * 0.1) + 40 * 4 * 0.003)
-    assert found.eval_s == pytest.approx(
-        3 * (2 * 25 * 0.25 + 0.5)
-    )  # 10 episodes of 25 decisions, 4 at a time, two modes
+    # 10 episodes of 25 decisions, 4 at a time, two modes with videos
+    assert found.eval_s == pytest.approx(3 * (2 * 25 * 0.25 + 0.5) + 2 * 25 * 0.125)
     assert found.evaluations == 3  # before, after the second and after the third iteration
     assert found.total_s == pytest.approx(10 + 3 * (found.rollout_s + found.update_s) + 3 * found.eval_s + 3 * 2.0)
     assert found.gpu_peak_gib is None and found.trainer_host_gib == pytest.approx(1 + 2 * 992 / 1024)

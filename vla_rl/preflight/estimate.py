@@ -29,6 +29,7 @@ class Pieces:
     score_s: float  # of one row's further scoring; 0 where none is asked for
     critic_step_s: float  # of the value head alone; 0 without further passes
     eval_decision_s: float  # of all evaluation environments
+    video_s: float  # of the decisions that a mode's videos play again, one of each at a time; 0 without videos
     save_s: float  # of a checkpoint
     checkpoint_bytes: int
     video_bytes: float  # a decision
@@ -109,12 +110,12 @@ def count_evaluations(config: Config, iterations: int) -> int:
 
 
 def evaluation_seconds(config: Config, pieces: Pieces) -> float:
-    """Every episode to the step limit in every mode; starts are settled once and kept (vla_rl.simulation.libero_env)."""
+    """Every episode to the step limit in every mode, and its videos; starts are settled once and kept."""
     episodes = len(config.env.task_ids) * len(config.eval.states)
     rounds = -(-episodes // min(config.eval.num_envs, episodes))
     per_episode = -(-config.max_episode_steps(evaluation=True) // config.policy.chunk_size)
     reset = pieces.eval_decision_s * pieces.reset_s / pieces.decision_s
-    return rounds * (len(config.eval.modes) * per_episode * pieces.eval_decision_s + reset)
+    return len(config.eval.modes) * per_episode * (rounds * pieces.eval_decision_s + pieces.video_s) + rounds * reset
 
 
 def update_seconds(config: Config, pieces: Pieces, rows: int) -> float:
