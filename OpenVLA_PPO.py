@@ -5,6 +5,9 @@ Not here: the network and its prompt (vla_rl.model.policy), the simulators (vla_
 
 T decisions, N environments, C simulator steps of a decision, A = 7C action tokens, D hidden size, R rows of a rollout,
 B rows of a minibatch. A timestep is one simulator step; a decision is up to C of them.
+
+Where several processes train (`ranks`), each plays its share of the environments and scores its share of a minibatch; rollouts,
+gradients and metrics are of all, so each takes the steps that one process alone would take.
 """
 
 from __future__ import annotations
@@ -38,20 +41,17 @@ from vla_rl.learning.episodes import (
 from vla_rl.learning.guards import check_finite, check_first_minibatch, check_rescored
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
 from vla_rl.learning.optimizer import adamw, clip_gradient
-from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, minibatches, shuffled_rows
+from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, shuffled_rows
 from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run import progress
+from vla_rl.run.distributed import ONE, Ranks, share_of
 from vla_rl.run.settings import Config
-from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyInputs, PolicyOutput, SimulatorDied
+from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyInputs, PolicyOutput, SimulatorDied, StopTraining, to_device
 
 log = logging.getLogger(__name__)
-
-
-class StopTraining(Exception):
-    """Somebody asked for the run to stop (SIGTERM, Ctrl-C)."""
 
 
 class OpenVLAPPO:
@@ -64,6 +64,7 @@ class OpenVLAPPO:
         envs: N training environments (vla_rl.simulation.vector_env.LiberoVectorEnv or alike, autoreset disabled).
         eval_envs: evaluation environments; their fixed initial states are never trained on. None: no evaluation.
         logger: knows the run's folder.
+        ranks: the processes that train together; envs and eval_envs are this one's.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class OpenVLAPPO:
         envs: VectorEnv,
         eval_envs: VectorEnv | None,
         logger: MetricsLogger,
+        ranks: Ranks = ONE,
     ):
         self.config = config
+        self.ranks = ranks
         self.policy = policy
         self.value_head = value_head
         self.envs = envs
@@ -90,7 +93,7 @@ class OpenVLAPPO:
         self.critic_parameters = list(value_head.parameters()) if value_head is not None else []
         self.actor_optimizer = adamw(self.actor_parameters, config.actor)
         self.critic_optimizer = adamw(self.critic_parameters, config.critic) if self.uses_critic else None
-        self.micro_batches = MicroBatches(config, policy)
+        self.micro_batches = MicroBatches(self.own_config, policy)
         level, dims = config.algorithm.logprob_level, config.algorithm.action_dims
         self.tokens_per_ratio = losses.tokens_per_ratio(level, len(dims), policy.chunk_size)
         self.schedule = ActorSchedule(self.actor_optimizer, config, self.tokens_per_ratio)
@@ -99,7 +102,7 @@ class OpenVLAPPO:
         # each environment (PPO) or episode (GRPO): which ones decide together does not either.
         self.order_generator = torch.Generator().manual_seed(config.run.seed + 1)
         self.sampler = EpisodeSampler(config.env.task_ids, config.env.initial_states, config.run.seed)
-        self.streams = EpisodeStreams(self.sampler, envs.num_envs)
+        self.streams = EpisodeStreams(self.sampler, config.rollout.num_envs, ranks.share(config.rollout.num_envs))
 
         self.iteration = 0  # finished iterations
         self.timesteps = 0  # simulator steps of all environments
@@ -110,6 +113,11 @@ class OpenVLAPPO:
         self.stop_requested = False
         self.warned_no_hidden = False
         self.boundary = TrainerState(self)  # after the last finished iteration: what a stop goes back to
+
+    @property
+    def own_config(self) -> Config:
+        """The settings of this process's environments and its part of a minibatch."""
+        return share_of(self.config, self.ranks.size)
 
     # ---------------------------------------------------------------------------------------------------------- train
 
@@ -149,7 +157,7 @@ class OpenVLAPPO:
 
     def train_iteration(self) -> None:
         start = time.perf_counter()
-        with naming_what_fits(self.config, "rollout"):
+        with naming_what_fits(self.config, "rollout", self.ranks.size):
             rollout, metrics = self.collect_rollout()
         rollout_s = time.perf_counter() - start
         batch, advantage_metrics = self.compute_advantages(rollout)
@@ -161,7 +169,7 @@ class OpenVLAPPO:
             "rollout/render": self.config.env.render,
             "time/rollout_s": rollout_s,
             "time/update_s": iteration_s - rollout_s,
-            "system/peak_memory_gib": progress.peak_memory_gib(self.device),
+            "system/peak_memory_gib": self.ranks.largest(progress.peak_memory_gib(self.device)),
             **self.micro_batches.metrics(),
         }
         self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
@@ -180,9 +188,18 @@ class OpenVLAPPO:
 
     # -------------------------------------------------------------------------------------------------------- rollout
 
-    @torch.no_grad()
     def collect_rollout(self) -> tuple[RolloutBuffer, dict[str, Any]]:
-        """Acts with the present policy.
+        """Acts with the present policy in the environments of all processes; returns the rows and rollout/* metrics."""
+        played = self.ranks.all_of(self.play)
+        rollout = RolloutBuffer.join([rollout for rollout, _ in played])
+        finished_episodes = [episode for _, episodes in played for episode in episodes]
+        steps, num_tasks = int(rollout.rows("steps").sum()), len(self.config.env.task_ids)
+        self.timesteps += steps
+        return rollout, progress.rollout_metrics(finished_episodes, steps, num_tasks)
+
+    @torch.no_grad()
+    def play(self) -> tuple[RolloutBuffer, list[progress.FinishedEpisode]]:
+        """Acts with the present policy in this process's environments.
 
         PPO: n_steps decisions of every environment; episodes go on across iterations. GRPO: whole episodes from a queue
         of groups; an environment without an episode is idle and adds no rows.
@@ -192,7 +209,7 @@ class OpenVLAPPO:
         environment decides, steps and is reset in the same order either way, and samples from its own generator.
 
         Returns:
-            The rows and rollout/* metrics.
+            The rows, and the episodes that ended.
         """
         num_envs, n_steps = self.envs.num_envs, self.config.rollout.n_steps
         source = self.streams if self.uses_critic else self.draw_groups()
@@ -201,7 +218,7 @@ class OpenVLAPPO:
         halves = np.array_split(np.arange(num_envs), 2 if self.config.rollout.overlap else 1)
         buffers = [RolloutBuffer() for _ in halves]
         finished_episodes: list[progress.FinishedEpisode] = []
-        first_timestep, rounds = self.timesteps, 0
+        rounds = 0
         waiting: list[tuple[RolloutBuffer, Decision]] = []  # at most one step is under way
         total = n_steps * num_envs if self.uses_critic else None
         bar = progress.progress_bar("rollout", total, "dec", self.config.logging.progress)
@@ -230,8 +247,7 @@ class OpenVLAPPO:
             finish_step()
         rollout = RolloutBuffer.join(buffers)
         rollout.bootstrap(self.values_of, len(halves[0]))  # as many rows as a decision has
-        steps, num_tasks = self.timesteps - first_timestep, len(self.config.env.task_ids)
-        return rollout, progress.rollout_metrics(finished_episodes, steps, num_tasks)
+        return rollout, finished_episodes
 
     def decide(self, playing: list[int], source: EpisodeSource) -> Decision:
         """One forward of the policy for the environments that play, and the values of what they see."""
@@ -271,7 +287,6 @@ class OpenVLAPPO:
         transition = decision.transition(rewards, terminated, truncated, steps, [source.playing[i] for i in playing])
         buffer.add(transition, wanted, self.policy.prepare(reached) if len(reached) else None)
 
-        self.timesteps += int(steps.sum())
         finished_episodes = self.running.add(source, playing, *(x.numpy() for x in (rewards, steps, terminated, done)))
         finished = np.zeros(self.envs.num_envs, dtype=bool)
         finished[playing] = done.numpy()
@@ -283,7 +298,7 @@ class OpenVLAPPO:
         rollout, first = self.config.rollout, self.groups_played
         self.groups_played += (rollout.n_episodes or rollout.num_envs) // rollout.group_size
         held = getattr(self.envs, "held", None)
-        return group_queue(self.sampler, first, self.groups_played - first, rollout.group_size, held)
+        return group_queue(self.sampler, first, self.groups_played - first, rollout.group_size, held, self.ranks)
 
     def hidden_of(self, output: PolicyOutput) -> Tensor:
         """The cached hidden state [N, D] on the CPU; from one more forward, with a warning, if the policy gave none.
@@ -360,22 +375,24 @@ class OpenVLAPPO:
         train_actor = self.schedule.steps_in(self.iteration)
         scored: dict[str, float] = {}
         if algorithm.recompute_logprobs and train_actor:
-            old_logprobs = self.micro_batches.run(self.score, batch, self.policy.logprobs)
+            old_logprobs = self.score_all(batch, self.policy.logprobs)
             scored = check_rescored(batch, old_logprobs, self.policy.chunk_size, self.config.policy.dtype)
             batch = replace(batch, old_logprobs=old_logprobs)
         if algorithm.kl_coef > 0 and train_actor:
-            batch = replace(
-                batch, reference_logprobs=self.micro_batches.run(self.score, batch, self.policy.reference_logprobs)
-            )
+            batch = replace(batch, reference_logprobs=self.score_all(batch, self.policy.reference_logprobs))
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
         bar = progress.progress_bar("update", steps_planned, "step", self.config.logging.progress)
         history: list[dict[str, float]] = []  # metrics of each minibatch
         stopped_by_kl = False
         with bar:
-            for minibatch in minibatches(batch, algorithm.minibatch_size, self.order_generator, algorithm.n_epochs):
-                self.check_stop()
-                score_actor = train_actor or not history
-                metrics = self.micro_batches.run(self.minibatch_gradients, minibatch, train_actor, score_actor)
+            for rows in shuffled_rows(len(batch), algorithm.minibatch_size, self.order_generator, algorithm.n_epochs):
+                self.check_stop_of_all()
+                minibatch, steps = batch.share(rows, self.ranks), batch.steps[rows]
+                arguments = (minibatch, train_actor, train_actor or not history, steps)
+                metrics = self.ranks.add_metrics(self.micro_batches.run(self.minibatch_gradients, *arguments))
+                for name, value in metrics.items():
+                    self.check_finite(name, torch.tensor(value), minibatch)  # before any step
+                self.ranks.add_gradients((self.actor_parameters if train_actor else []) + self.critic_parameters)
                 history.append(metrics)
                 if len(history) == 1:
                     check_first_minibatch(metrics, self.tokens_per_ratio, self.config.policy.dtype)
@@ -390,6 +407,7 @@ class OpenVLAPPO:
                 bar.set_postfix_str(progress.update_text(metrics))
         actor_steps = len(history) - stopped_by_kl if train_actor else 0
         passes = list(self.critic_passes(batch))
+        self.ranks.copy_from_first(self.critic_parameters)  # all have calculated the same
         steps = {"actor/optimizer_steps": actor_steps, "actor/stopped_by_kl": float(stopped_by_kl)}
         return progress.update_metrics(history, passes) | self.schedule.metrics() | steps | scored
 
@@ -403,15 +421,17 @@ class OpenVLAPPO:
             return
         hidden, returns = batch.hidden.to(self.device), batch.returns.to(self.device)  # [R, D], [R]
         for _ in range(self.config.algorithm.critic_epochs):
+            self.check_stop_of_all()
             for rows in shuffled_rows(len(batch), self.config.algorithm.minibatch_size, self.order_generator):
-                self.check_stop()
                 self.critic_optimizer.zero_grad(set_to_none=True)
                 loss = losses.value_loss(self.value_head(hidden[rows]), returns[rows])
                 self.check_finite("critic/value_loss", loss)
                 loss.backward()
                 yield {"critic/value_loss": loss.item()} | self.optimizer_steps(None, train_actor=False)
 
-    def minibatch_gradients(self, minibatch: Minibatch, train_actor: bool, score_actor: bool) -> dict[str, float]:
+    def minibatch_gradients(
+        self, minibatch: Minibatch, train_actor: bool, score_actor: bool, steps: Tensor | None = None
+    ) -> dict[str, float]:
         """Backward passes of all micro-batches: they add up to the gradient of the whole minibatch.
 
         One forward a micro-batch gives policy and value. While only the critic warms up, the hidden states cached in
@@ -420,15 +440,17 @@ class OpenVLAPPO:
         Args:
             train_actor: the policy loss counts; False during the critic's warm-up.
             score_actor: compute the actor's numbers.
+            steps: int64 [B], of the whole minibatch, where this is one process's share of it.
         """
         algorithm = self.config.algorithm
         minibatch = minibatch.to(self.device)  # once: micro-batches are parts of it
+        steps = minibatch.steps if steps is None else to_device(steps, self.device)
         self.actor_optimizer.zero_grad(set_to_none=True)
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
-        tokens = losses.token_mask(minibatch.steps, self.policy.chunk_size, ACTION_DIM)  # [B, A]
+        tokens = losses.token_mask(steps, self.policy.chunk_size, ACTION_DIM)  # [B, A]
         trained = losses.of_dims(tokens, algorithm.action_dims, ACTION_DIM)  # [B, A]
-        _, ratios = losses.sum_to_level(minibatch.old_logprobs, trained, algorithm.logprob_level, ACTION_DIM)  # [B, L]
+        _, ratios = losses.sum_to_level(trained.float(), trained, algorithm.logprob_level, ACTION_DIM)  # [B, L]
         totals: dict[str, Tensor] = {}
         for micro in minibatch.split(self.micro_batches.rows):
             loss = torch.zeros((), device=self.device)
@@ -443,14 +465,11 @@ class OpenVLAPPO:
             if self.value_head is not None:
                 if algorithm.freeze_vla_for_critic:
                     hidden = hidden.detach()
-                critic_loss = losses.value_loss(self.value_head(hidden), micro.returns, len(minibatch))
+                critic_loss = losses.value_loss(self.value_head(hidden), micro.returns, len(steps), micro.steps > 0)
                 progress.accumulate(totals, {"critic/value_loss": critic_loss})
                 loss = loss + algorithm.value_coef * critic_loss
             loss.backward()
-        numbers = progress.to_numbers(totals)
-        for name, value in numbers.items():
-            self.check_finite(name, torch.tensor(value), minibatch)  # before any step
-        return numbers
+        return progress.to_numbers(totals)
 
     def actor_losses(
         self, micro: Minibatch, token_count: Tensor, ratio_count: Tensor
@@ -508,6 +527,12 @@ class OpenVLAPPO:
             optimizer.step()
         return {name: norm.item() for name, norm in norms.items()}
 
+    def score_all(self, batch: Minibatch, logprobs: Callable[..., Tensor]) -> Tensor:
+        """As `score`, each process its share of the rows."""
+        share = batch.share(torch.arange(len(batch)), self.ranks)
+        scored = self.ranks.gather(self.micro_batches.run(self.score, share, logprobs))
+        return torch.stack(scored, dim=1).flatten(0, 1)[: len(batch)]
+
     @torch.no_grad()
     def score(self, batch: Minibatch, logprobs: Callable[..., Tensor]) -> Tensor:
         """Log-probabilities [R, A] of the rows' tokens, on the CPU, by a method of the policy."""
@@ -525,7 +550,13 @@ class OpenVLAPPO:
         self.stop_requested = True
 
     def check_stop(self) -> None:
-        if self.stop_requested:
+        """Between two decisions, where each process is on its own (Ranks.all_of)."""
+        if self.ranks.stop_asked(self.stop_requested):
+            raise StopTraining
+
+    def check_stop_of_all(self) -> None:
+        """Where all processes do the same."""
+        if self.ranks.any(self.stop_requested):
             raise StopTraining
 
     # ------------------------------------------------------------------------------------------------------- evaluate
@@ -539,11 +570,10 @@ class OpenVLAPPO:
         if self.eval_envs is not None:
             start, prefix = time.perf_counter(), f"{self.timesteps:09d}"
             videos = self.logger.folder / "videos"
-            with naming_what_fits(self.config, "eval"):
-                metrics = evaluate_modes(
-                    *(self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop),
-                    predict_values=None if self.value_head is None else self.predict_values,
-                )
+            with naming_what_fits(self.config, "eval", self.ranks.size):
+                arguments = (self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop)
+                predict_values = None if self.value_head is None else self.predict_values
+                metrics = evaluate_modes(*arguments, predict_values, self.ranks)
             metrics["time/eval_s"] = time.perf_counter() - start
             entry = {"iteration": self.iteration, "timesteps": self.timesteps, **metrics}
             self.logger.log_evaluation(entry, sorted(videos.glob(f"{prefix}_*.mp4")))

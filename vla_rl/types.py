@@ -40,6 +40,10 @@ class SimulatorDied(RuntimeError):
     """A simulator's worker process has ended by itself."""
 
 
+class StopTraining(Exception):
+    """Somebody asked for the run to stop (SIGTERM, Ctrl-C)."""
+
+
 @dataclass(frozen=True)
 class Episode:
     """Where an episode starts. Two environments that are reset with equal episodes are in equal states."""

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vla_rl.learning.rollout_buffer import Minibatch, RolloutBuffer, Transition, minibatches
+from vla_rl.learning.rollout_buffer import Minibatch, RolloutBuffer, Transition, shuffled_rows
+from vla_rl.run.distributed import Ranks
 from vla_rl.types import PolicyInputs
 
 A, D = 4, 3  # action tokens, hidden size
@@ -152,13 +153,26 @@ def test_bootstraps_of_all_parts_are_computed_together_in_forwards_of_limited_si
     joined, calls = RolloutBuffer.join(halves), []
     joined.bootstrap(lambda inputs: calls.append(len(inputs)) or ten_times_the_number(inputs), batch_size)
     assert len(calls) == forwards and max(calls) <= batch_size
-    assert joined.bootstrap_values.tolist() == [0, 20, 30, 0, 0, 60, 70, 80]
+    assert [values.tolist() for values in joined.bootstrap_values] == [[0, 20, 30], [0, 0, 60], [70, 80]]
+
+
+def test_parts_of_several_processes_are_joined_with_their_bootstraps_and_without_what_those_were_made_of():
+    parts = [RolloutBuffer(), RolloutBuffer()]
+    add(parts[0], transition([1, 2]), [1])
+    add(parts[0], transition([4, 5]), [])
+    add(parts[1], transition([3]), [0])
+    for part in parts:
+        part.bootstrap(ten_times_the_number, 2)
+    joined = RolloutBuffer.join(parts)
+    assert [values.tolist() for values in joined.bootstrap_values] == [[0, 20, 30], [0, 0]]
+    assert not any(wanted.any() or inputs is not None for wanted, inputs in joined.reached)
+    assert RolloutBuffer.join(parts[:1]) is parts[0]
 
 
 def test_nothing_wanted_costs_no_forward():
     buffer = buffer_of([1, 2], [3])  # as GRPO's, whose number of rows changes
     buffer.bootstrap(None, batch_size=1)
-    assert buffer.bootstrap_values.tolist() == [0, 0, 0]
+    assert [values.tolist() for values in buffer.bootstrap_values] == [[0, 0], [0]]
 
 
 # flat batches
@@ -202,7 +216,7 @@ def test_picked_rows_keep_the_optional_fields():
 
 @pytest.mark.parametrize(("rows", "size"), [(12, 4), (13, 4), (3, 8), (9, 1), (17, 16)])
 def test_an_epoch_has_each_row_once_in_parts_of_nearly_equal_size(rows, size):
-    parts = [numbers_of(part) for part in minibatches(batch_of(rows), size, torch.Generator().manual_seed(0))]
+    parts = [part.tolist() for part in shuffled_rows(rows, size, torch.Generator().manual_seed(0))]
     assert sorted(number for part in parts for number in part) == list(range(rows))
     sizes = [len(part) for part in parts]
     assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
@@ -211,7 +225,7 @@ def test_an_epoch_has_each_row_once_in_parts_of_nearly_equal_size(rows, size):
 
 def test_the_order_comes_from_the_generator_alone():
     def epoch(generator):
-        return [numbers_of(part) for part in minibatches(batch_of(12), 5, generator)]
+        return [part.tolist() for part in shuffled_rows(12, 5, generator)]
 
     torch.manual_seed(1)
     first = epoch(torch.Generator().manual_seed(3))
@@ -223,9 +237,18 @@ def test_the_order_comes_from_the_generator_alone():
 
 
 def test_each_epoch_has_a_fresh_order():
-    generator = torch.Generator().manual_seed(0)
-    epochs = [[numbers_of(part) for part in minibatches(batch_of(12), 4, generator)] for _ in range(2)]
+    parts = [part.tolist() for part in shuffled_rows(12, 4, torch.Generator().manual_seed(0), epochs=2)]
+    epochs = parts[:3], parts[3:]
     assert epochs[0] != epochs[1] and epochs[0] != [list(range(i, i + 4)) for i in (0, 4, 8)]
+
+
+@pytest.mark.parametrize(("count", "size"), [(8, 2), (7, 2), (5, 4), (1, 3), (3, 1)])
+def test_processes_share_a_minibatch_in_parts_of_one_size_and_what_fills_them_has_no_steps(count, size):
+    batch, rows = batch_of(10), torch.arange(1, 10).flip(0)[:count]
+    shares = [batch.share(rows, Ranks(rank, size)) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1 and len(shares[0]) == -(-count // size)
+    taken = torch.cat([share.returns[share.steps > 0] for share in shares])
+    assert sorted(taken.tolist()) == sorted(rows.tolist()) and batch.steps.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from vla_rl.evaluation.videos import Recording, write_replays
 from vla_rl.learning.episodes import EpisodeQueue, reset_finished, step_arguments
 from vla_rl.reports.statistics import wilson_interval
+from vla_rl.run.distributed import ONE, Ranks
 from vla_rl.run.settings import Config
 from vla_rl.types import Episode, Observation, Policy
 
@@ -63,6 +64,7 @@ def evaluate_policy(
     progress: bool = True,
     on_decision: Callable[[], None] = lambda: None,
     on_result: Callable[[EpisodeResult], None] = lambda result: None,
+    ranks: Ranks = ONE,
 ) -> list[EpisodeResult]:
     """Plays each episode once; an environment that is done takes the next from one queue.
 
@@ -78,19 +80,40 @@ def evaluate_policy(
         predict_values: hidden states [N, D] -> V [N]; None keeps no values.
         on_decision: called before each decision; may raise to stop the evaluation.
         on_result: called with each episode as it ends.
+        ranks: processes that play the episodes together; the callbacks are this one's.
 
     Returns:
         E results in the order of `episodes`.
     """
-    generators = sampling_generators(episodes, seed)
+    queue = EpisodeQueue(episodes, getattr(envs, "held", None), sampling_generators(episodes, seed), ranks)
+
+    def play() -> dict[int, EpisodeResult]:
+        settings = (greedy, temperature, predict_values, progress, on_decision, on_result)
+        return play_queue(policy, envs, queue, *settings)
+
+    results = {number: result for part in ranks.all_of(play) for number, result in part.items()}
+    return [results[number] for number in range(len(episodes))]
+
+
+def play_queue(
+    policy: Policy,
+    envs: VectorEnv,
+    queue: EpisodeQueue,
+    greedy: bool,
+    temperature: float,
+    predict_values: Callable[[Tensor], Tensor] | None,
+    progress: bool,
+    on_decision: Callable[[], None],
+    on_result: Callable[[EpisodeResult], None],
+) -> dict[int, EpisodeResult]:
+    """Of evaluate_policy what one process does: number in the list -> result, of the episodes that it took."""
     unused = torch.Generator()  # of the rows that only fill the batch
-    queue = EpisodeQueue(episodes, getattr(envs, "held", None))
     lengths = np.zeros(envs.num_envs, dtype=np.int64)
     actions: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
     values: list[list[float]] = [[] for _ in range(envs.num_envs)]
-    results: list[EpisodeResult | None] = [None] * len(episodes)
+    results: dict[int, EpisodeResult] = {}
     description = "evaluate greedy" if greedy else f"evaluate T={temperature:g}"
-    bar = tqdm(total=len(episodes), desc=description, unit="ep", disable=not progress, mininterval=1)
+    bar = tqdm(total=len(queue.episodes), desc=description, unit="ep", disable=not progress, mininterval=1)
 
     obs = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
     with bar:
@@ -103,8 +126,7 @@ def evaluate_policy(
                 temperature=temperature,
                 greedy=greedy,
                 generator=[
-                    generators[queue.playing[index]] if index in queue.playing else unused
-                    for index in range(envs.num_envs)
+                    queue.generator_of(index) if index in queue.playing else unused for index in range(envs.num_envs)
                 ],
             )
             envs.step_async(*step_arguments(output.actions[playing], playing, envs.action_space.shape))
@@ -124,12 +146,12 @@ def evaluate_policy(
                 number = queue.playing[index]
                 played, told = np.concatenate(actions[index]).astype(np.float32), values[index] or None
                 results[number] = EpisodeResult(
-                    episodes[number], bool(terminated[index]), int(lengths[index]), played, told
+                    queue.episodes[number], bool(terminated[index]), int(lengths[index]), played, told
                 )
                 on_result(results[number])
                 lengths[index], actions[index], values[index] = 0, [], []
                 bar.update()
-                bar.set_postfix_str(f"succ={np.mean([r.success for r in results if r is not None]):.1%}")
+                bar.set_postfix_str(f"succ={np.mean([r.success for r in results.values()]):.1%}")
             obs = reset_finished(envs, finished, queue) or obs
     return results
 
@@ -155,6 +177,7 @@ def evaluate_modes(
     prefix: str,
     on_decision: Callable[[], None],
     predict_values: Callable[[Tensor], Tensor] | None = None,
+    ranks: Ranks = ONE,
 ) -> dict[str, Any]:
     """Every task from the fixed states that eval.states names, greedy and sampled as eval.modes says: eval/* metrics.
 
@@ -162,13 +185,14 @@ def evaluate_modes(
         videos: folder for an MP4 of one success and one failure of each mode, if eval.video.
         prefix: of their names.
         on_decision: called before each decision and replay; may raise to stop the evaluation.
-        predict_values: see evaluate_policy.
+        predict_values, ranks: see evaluate_policy.
     """
     settings = config.eval
     temperature = settings.temperature or config.rollout.temperature
     metrics: dict[str, Any] = {"eval/render": settings.render}
     if "sampled" in settings.modes:
         metrics["eval/temperature"] = temperature
+    shown: list[Recording] = []
     for mode in settings.modes:
         results = evaluate_policy(
             policy,
@@ -180,12 +204,15 @@ def evaluate_modes(
             predict_values=predict_values,
             progress=config.logging.progress,
             on_decision=on_decision,
+            ranks=ranks,
         )
         metrics |= success_metrics(results, mode)
-        if settings.video:
-            shown = [recording(r, f"{prefix}_{mode}", mode, policy.chunk_size) for r in one_of_each_outcome(results)]
-            log.info("videos: %d episodes are played again, rendered at every step", len(shown))
-            write_replays(envs, shown, videos, config.max_episode_steps(evaluation=True), on_decision)
+        shown += [recording(r, f"{prefix}_{mode}", mode, policy.chunk_size) for r in one_of_each_outcome(results)]
+    if settings.video:
+        log.info("videos: %d episodes are played again, rendered at every step", len(shown))
+        shown = shown if ranks.first else []
+        limit = config.max_episode_steps(evaluation=True)
+        ranks.all_of(lambda: write_replays(envs, shown, videos, limit, on_decision))
     return metrics
 
 

@@ -6,7 +6,6 @@ the others are.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
+from vla_rl.run.distributed import ONE, Ranks
 from vla_rl.run.progress import FinishedEpisode
 from vla_rl.types import Episode, Observation, place_in_round
 
@@ -54,22 +54,27 @@ class EpisodeSampler:
 
 
 class EpisodeStreams:
-    """Endless episodes for each of N environments (PPO), and the generator that each samples from.
+    """Endless episodes for each of N environments (PPO), or some of them, and the generator that each samples from.
 
     The T tasks lie around a ring. The environment at place p of the round begins p T / N tasks along it and goes on by one task
     every IN_A_ROW episodes, again and again. So each environment plays all tasks equally often, whatever N is and however long
     their episodes are; at any time the environments are spread evenly over the ring, and neighbours have neighbouring tasks, so
-    that a worker builds a simulator seldom where it cannot keep all. None of it depends on how many workers there are.
+    that a worker builds a simulator seldom where it cannot keep all. None of it depends on how many workers or processes there are.
+
+    Args:
+        num_envs: N.
+        own: those of this process, its environments 0, 1, ...; all if None.
     """
 
     IN_A_ROW = 4  # of one task: a simulator takes as long to build as 1 to 4 episodes to play
 
-    def __init__(self, sampler: EpisodeSampler, num_envs: int):
-        self.sampler = sampler
-        self.played = [0] * num_envs  # episodes handed out to each environment
-        self.playing = dict.fromkeys(range(num_envs), -1)
+    def __init__(self, sampler: EpisodeSampler, num_envs: int, own: range | None = None):
+        self.sampler, self.num_envs = sampler, num_envs
+        self.own = range(num_envs) if own is None else own
+        self.played = [0] * len(self.own)  # episodes handed out to each environment
+        self.playing = dict.fromkeys(range(len(self.own)), -1)
         seeds = np.random.SeedSequence(sampler.seed).generate_state(num_envs, np.uint64)
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(int(seeds[number])) for number in self.own]
 
     def next(self, env_index: int) -> Episode:
         episode = self.coming([env_index])[env_index]
@@ -78,13 +83,14 @@ class EpisodeStreams:
 
     def coming(self, envs: Sequence[int]) -> dict[int, Episode]:
         played = self.played
-        return {i: self.sampler.draw(i, played[i], self.task_of(i, played[i])) for i in envs}
+        return {i: self.sampler.draw(self.own[i], played[i], self.task_of(i, played[i])) for i in envs}
 
     def task_of(self, env_index: int, number: int | None = None) -> int:
         """Of the environment's episode `number`; of the one that it plays without."""
         number = self.played[env_index] - 1 if number is None else number
-        tasks, num_envs = self.sampler.task_ids, len(self.played)
-        begun = place_in_round(env_index, num_envs) * len(tasks) * self.IN_A_ROW  # in tasks, times N x IN_A_ROW
+        tasks, num_envs = self.sampler.task_ids, self.num_envs
+        place = place_in_round(self.own[env_index], num_envs)
+        begun = place * len(tasks) * self.IN_A_ROW  # in tasks, times N x IN_A_ROW
         return tasks[(begun + number * num_envs) // (num_envs * self.IN_A_ROW) % len(tasks)]
 
     def generator_of(self, env_index: int) -> torch.Generator:
@@ -123,6 +129,8 @@ class RunningEpisodes:
 class EpisodeQueue:
     """A list of episodes for whichever environment is free (GRPO, evaluation): in order, or of the tasks that its worker has.
 
+    Of several processes each has the list, and they take from it together; each begins with other tasks.
+
     Args:
         episodes: E of them.
         held: says which task an environment takes; None takes the list's order.
@@ -130,29 +138,40 @@ class EpisodeQueue:
     """
 
     def __init__(
-        self, episodes: Sequence[Episode], held: Held | None = None, generators: Sequence[torch.Generator] = ()
+        self,
+        episodes: Sequence[Episode],
+        held: Held | None = None,
+        generators: Sequence[torch.Generator] = (),
+        ranks: Ranks = ONE,
     ):
         self.episodes, self.held, self.generators = list(episodes), held, generators
-        self.waiting: dict[int, deque[int]] = {}  # task -> indices of its episodes, in order
+        self.claim = ranks.claims()
+        of_task: dict[int, list[int]] = {}
         for number, episode in enumerate(self.episodes):
-            self.waiting.setdefault(episode.task_id, deque()).append(number)
+            of_task.setdefault(episode.task_id, []).append(number)
+        first = len(of_task) * ranks.rank // ranks.size
+        tasks = [*list(of_task)[first:], *list(of_task)[:first]]
+        self.of_task = {task: of_task[task] for task in tasks}  # indices of a task's episodes, in order
+        # of each task that is not known to be used up: those before this one are taken
+        self.waiting = dict.fromkeys(tasks, 0)
         self.playing: dict[int, int] = {}  # env index -> index of the episode in the list
 
     def next(self, env_index: int) -> Episode | None:
-        task = self._choose(env_index) if self.waiting else None
-        if task is None:
-            self.playing.pop(env_index, None)
-            return None
-        number = self.waiting[task].popleft()
-        if not self.waiting[task]:
-            del self.waiting[task]
-        self.playing[env_index] = number
-        return self.episodes[number]
+        while self.waiting and (task := self._choose(env_index)) is not None:
+            numbers, taken = self.of_task[task], self.claim(task)
+            self.waiting[task] = taken + 1
+            if taken + 1 >= len(numbers):
+                del self.waiting[task]
+            if taken < len(numbers):
+                self.playing[env_index] = numbers[taken]
+                return self.episodes[numbers[taken]]
+        self.playing.pop(env_index, None)
+        return None
 
     def _choose(self, env_index: int) -> int | None:
         if self.held is None:
-            return min(self.waiting, key=lambda task: self.waiting[task][0])
-        return self.held.choose(env_index, {task: len(numbers) for task, numbers in self.waiting.items()})
+            return min(self.waiting, key=lambda task: self.of_task[task][self.waiting[task]])
+        return self.held.choose(env_index, {i: len(self.of_task[i]) - taken for i, taken in self.waiting.items()})
 
     def coming(self, envs: Sequence[int]) -> dict[int, Episode]:
         return {}  # who ends first takes the next one
@@ -172,13 +191,18 @@ def group_episodes(sampler: EpisodeSampler, first_group: int, num_groups: int, g
 
 
 def group_queue(
-    sampler: EpisodeSampler, first_group: int, num_groups: int, group_size: int, held: Held | None
+    sampler: EpisodeSampler,
+    first_group: int,
+    num_groups: int,
+    group_size: int,
+    held: Held | None,
+    ranks: Ranks = ONE,
 ) -> EpisodeQueue:
     """The episodes of `group_episodes`, each with a generator of its own: whoever plays it samples the same."""
     episodes = group_episodes(sampler, first_group, num_groups, group_size)
     numbers = range(first_group * group_size, first_group * group_size + len(episodes))
     seeds = [np.random.SeedSequence([sampler.seed, number]).generate_state(1, np.uint64)[0] for number in numbers]
-    return EpisodeQueue(episodes, held, [torch.Generator().manual_seed(int(seed)) for seed in seeds])
+    return EpisodeQueue(episodes, held, [torch.Generator().manual_seed(int(seed)) for seed in seeds], ranks)
 
 
 def step_arguments(

@@ -136,17 +136,20 @@ def approx_kl(logprobs: Tensor, other_logprobs: Tensor, mask: Tensor, count: Ten
     return masked_mean(log_q_over_p.exp() - 1 - log_q_over_p, mask, count)
 
 
-def value_loss(values: Tensor, returns: Tensor, count: float | None = None) -> Tensor:
+def value_loss(values: Tensor, returns: Tensor, count: float | None = None, mask: Tensor | None = None) -> Tensor:
     """Mean squared error, mean (V(s_t) - R_t)^2: arXiv:1707.06347, equation 9. Not clipped.
 
     Args:
         values: [B], with gradient.
         returns: [B], the targets.
         count: rows of the minibatch, of which this is a part.
+        mask: bool [B], rows that count; None: all.
     """
     if values.shape != returns.shape or values.dim() != 1:
         raise ValueError(f"values {list(values.shape)} and returns {list(returns.shape)} must both be [B]")
-    return (values - returns).square().sum() / (len(values) if count is None else count)
+    errors = (values - returns).square()
+    errors = errors if mask is None else torch.where(mask, errors, 0.0)
+    return errors.sum() / (len(values) if count is None else count)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float | None:

@@ -31,6 +31,7 @@ from vla_rl.learning.micro_batches import (
 )
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.model.value_head import ValueHead
+from vla_rl.run.distributed import Ranks
 from vla_rl.run.failures import is_out_of_memory
 from vla_rl.run.settings import Config, ConfigError
 from vla_rl.types import Episode, Observation, Policy, PolicyOutput
@@ -232,6 +233,8 @@ class Trainer(Protocol):
     """What of OpenVLA_PPO.OpenVLAPPO is measured."""
 
     config: Config
+    own_config: Config
+    ranks: Ranks
     policy: Policy
     value_head: ValueHead | None
     envs: VectorEnv
@@ -321,7 +324,7 @@ class Meter:
         """Two micro-batches: the second meets the gradients of the first."""
         trainer, decided = self.trainer, self.decided
         assert decided is not None, "act comes first: its rows are scored"
-        count = min(2 * rows, max(rows, trainer.config.algorithm.minibatch_size))
+        count = min(2 * rows, max(rows, trainer.own_config.algorithm.minibatch_size))
         index = torch.arange(count) % len(decided.inputs)
         minibatch = Minibatch(
             inputs=decided.inputs.rows(index.tolist()),
@@ -351,7 +354,7 @@ def fit_to_card(trainer: Trainer, instructions: Sequence[str], meter: Meter | No
     if meter is None and trainer.device.type != "cuda":
         return
     meter = Meter(trainer, instructions) if meter is None else meter
-    config = trainer.config
+    config = trainer.own_config
     with torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
         free = meter.available()
         meter.start_simulators()
@@ -367,6 +370,8 @@ def fit_to_card(trainer: Trainer, instructions: Sequence[str], meter: Meter | No
         choice = probe.choose(card.comfortable) or probe.choose(card.usable)
         if choice is None:
             raise too_small(probe, card, Choice(modes[-1], min(sizes)))
+    choices = trainer.ranks.gather(choice)  # all processes as the one with the least room
+    choice = Choice(max((c.mode for c in choices), key=MODES.index), min(c.rows for c in choices))
     trainer.micro_batches.use(choice)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)  # system/peak_memory_gib is the training's
@@ -386,7 +391,7 @@ def moment_bytes(trainer: Trainer) -> int:
 
 def check_acting(meter: Meter, limit: float, trainer: Trainer) -> None:
     """Raises ConfigError if a forward of all environments does not fit, with the number that does."""
-    wanted_rows = {"rollout": rows_of_a_decision(trainer.config, "rollout")}
+    wanted_rows = {"rollout": rows_of_a_decision(trainer.own_config, "rollout")}
     if trainer.eval_envs is not None:
         wanted_rows["eval"] = trainer.eval_envs.num_envs
     # the largest first: CUDA graphs of fewer rows use its memory
@@ -400,7 +405,7 @@ def check_acting(meter: Meter, limit: float, trainer: Trainer) -> None:
             raise ConfigError(f"one row of a forward without gradients does not fit the card; take {SMALLER_MODEL}")
         raise ConfigError(
             f"{section}.num_envs={getattr(trainer.config, section).num_envs}: {wanted} rows in one forward do not fit the card, "
-            f"{rows} do; set {fewer_rows(trainer.config, section, rows)}"
+            f"{rows} do; set {fewer_rows(trainer.config, section, rows, trainer.ranks.size)}"
         )
 
 

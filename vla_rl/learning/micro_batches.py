@@ -122,22 +122,23 @@ def rows_of_a_decision(config: Config, section: str) -> int:
     return -(-config.rollout.num_envs // (2 if config.rollout.overlap else 1))
 
 
-def fewer_rows(config: Config, section: str, rows: int) -> str:
-    """Settings with which a forward of the section has at most so many rows."""
+def fewer_rows(config: Config, section: str, rows: int, processes: int = 1) -> str:
+    """Settings with which a forward of the section, in each of the processes, has at most so many rows."""
     if section == "eval":
-        return f"eval.num_envs={rows}"
+        return f"eval.num_envs={rows * processes}"
     settings, overlap = config.rollout, "rollout.overlap=true, which halves the rows of a forward, or "
-    environments = rows * (2 if settings.overlap else 1)
-    ways = overlap if not settings.overlap and rows >= -(-settings.num_envs // 2) else ""
+    environments = rows * (2 if settings.overlap else 1) * processes
+    ways = overlap if not settings.overlap and rows * processes >= -(-settings.num_envs // 2) else ""
     return f"{ways}in a new run rollout.num_envs={environments} with more rollout.n_steps"
 
 
 @contextmanager
-def naming_what_fits(config: Config, section: str) -> Iterator[None]:
+def naming_what_fits(config: Config, section: str, processes: int = 1) -> Iterator[None]:
     """Where the policy acts: memory that runs out there is told with the settings that need less.
 
     Args:
         section: "rollout" or "eval".
+        processes: that share its environments.
 
     Raises:
         OutOfMemory: instead of torch's error.
@@ -147,9 +148,9 @@ def naming_what_fits(config: Config, section: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        rows = rows_of_a_decision(config, section)
+        rows = -(-rows_of_a_decision(config, section) // processes)
         way = (
-            f"Resume with {fewer_rows(config, section, -(-rows // 2))}"
+            f"Resume with {fewer_rows(config, section, -(-rows // 2), processes)}"
             if rows > 1
             else f"Take {SMALLER_MODEL}, in a new run"
         )

@@ -17,6 +17,7 @@ from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.quantization import count_weights
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
+from vla_rl.run.distributed import ONE, Ranks, share_of
 from vla_rl.run.settings import Config
 from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import make_vector_env
@@ -26,27 +27,32 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def build_trainer(make: Callable[..., T], config: Config, logger: MetricsLogger, cleanup: ExitStack) -> T:
+def build_trainer(
+    make: Callable[..., T], config: Config, logger: MetricsLogger, cleanup: ExitStack, ranks: Ranks = ONE
+) -> T:
     """A trainer on the real model and the real simulators.
 
     Args:
         make: OpenVLA_PPO.OpenVLAPPO.
         cleanup: closes the simulators' processes.
+        ranks: each builds the policy, and simulators for its share of the environments.
     """
     policy = build_policy(config)
     value_head = build_value_head(config, policy.hidden_size)
     logger.instructions = dict(zip(config.env.task_ids, instructions_of(config), strict=True))
     log_sizes(policy, value_head)
+    own = share_of(config, ranks.size)
     num_evaluations = len(config.env.task_ids) * len(config.eval.states)
     kind = {"image_transform": policy.processor.image_transform}
     overlap = config.rollout.overlap
-    envs = cleanup.enter_context(closing(make_vector_env(config, config.rollout.num_envs, overlap=overlap, **kind)))
-    num_eval_envs = min(config.eval.num_envs, num_evaluations)
-    eval_envs = cleanup.enter_context(closing(make_vector_env(config, num_eval_envs, evaluation=True, **kind)))
-    trainer = make(config, policy, value_head, envs, eval_envs, logger)
+    envs = cleanup.enter_context(closing(make_vector_env(own, own.rollout.num_envs, overlap=overlap, **kind)))
+    num_eval_envs = min(own.eval.num_envs, num_evaluations)
+    eval_envs = cleanup.enter_context(closing(make_vector_env(own, num_eval_envs, evaluation=True, **kind)))
+    trainer = make(config, policy, value_head, envs, eval_envs, logger, ranks)
     policy.processor.tokenize(tuple(instructions_of(config)))  # so that it knows all lengths of prompts
     log.info(
-        "simulators: %d training environments in %d workers (render %s), %d for evaluation in %d (render %s)%s",
+        "simulators%s: %d training environments in %d workers (render %s), %d for evaluation in %d (render %s)%s",
+        f" of each of {ranks.size} processes" if ranks.size > 1 else "",
         *(envs.num_envs, envs.num_workers, config.env.render),
         *(eval_envs.num_envs, eval_envs.num_workers, config.eval.render),
         f"; a worker keeps up to {envs.simulators_per_worker} tasks" if len(config.env.task_ids) > 1 else "",

@@ -14,6 +14,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from vla_rl.run.distributed import Ranks
 from vla_rl.types import PolicyInputs, PolicyOutput, to_device
 
 
@@ -95,6 +96,21 @@ class Minibatch:
                 picked[name] = value[indices]
         return Minibatch(**picked)
 
+    def share(self, rows: Tensor, ranks: Ranks) -> Minibatch:
+        """Every n-th of some rows, n processes: this one's.
+
+        All have as many, so that all do as many forwards of as many rows: where there is one row less for a process, it has
+        another one of no steps, which counts nowhere.
+
+        Args:
+            rows: int64, indices of the rows that the processes share.
+        """
+        own = rows[ranks.rank :: ranks.size]
+        if len(own) == -(-len(rows) // ranks.size):
+            return self.rows(own)
+        part = self.rows(torch.cat([own, rows[:1]]))
+        return replace(part, steps=torch.cat([part.steps[:-1], torch.zeros(1, dtype=torch.int64)]))
+
     def split(self, size: int) -> Iterator[Minibatch]:
         """Micro-batches of at most `size` rows, in order, that differ by at most one row: few shapes, and no small rest."""
         start = 0
@@ -117,7 +133,7 @@ class RolloutBuffer:
     def __init__(self) -> None:
         self.transitions: list[Transition] = []
         self.reached: list[tuple[Tensor, PolicyInputs | None]] = []  # T of (wanted, inputs), see add
-        self.bootstrap_values: Tensor | None = None  # float32 [R], see bootstrap
+        self.bootstrap_values: list[Tensor] = []  # T of float32 [N], see bootstrap
 
     def __len__(self) -> int:
         return len(self.transitions)
@@ -146,6 +162,8 @@ class RolloutBuffer:
     @staticmethod
     def join(buffers: Sequence[RolloutBuffer]) -> RolloutBuffer:
         """One buffer of parts of the environments, decision by decision, in the order of the parts."""
+        if len(buffers) == 1:
+            return buffers[0]
         joined = RolloutBuffer()
         for parts in zip_longest(*(zip(b.transitions, b.reached, strict=True) for b in buffers)):
             transitions, reached = zip(*filter(None, parts), strict=True)
@@ -154,10 +172,12 @@ class RolloutBuffer:
             joined.add(
                 Transition.join(transitions), torch.cat(wanted), PolicyInputs.concatenate(inputs) if inputs else None
             )
+        for values in zip_longest(*(buffer.bootstrap_values for buffer in buffers)):
+            joined.bootstrap_values.append(torch.cat([part for part in values if part is not None]))
         return joined
 
     def bootstrap(self, value_of: Callable[[PolicyInputs], Tensor], batch_size: int) -> None:
-        """V of the states that `add` was told of, all together: the only ones that cost forwards of their own.
+        """V of the states that `add` was told of, 0 elsewhere, all together: the only ones that cost forwards of their own.
 
         Policy and value head are the same during the whole rollout, so this gives what a forward after each decision would
         give, but for the rounding of other batch sizes.
@@ -167,11 +187,13 @@ class RolloutBuffer:
             batch_size: most rows of a forward.
         """
         wanted = torch.cat([wanted for wanted, _ in self.reached])  # [R]
-        self.bootstrap_values = torch.zeros(len(wanted))
+        values = torch.zeros(len(wanted))
         if wanted.any():
             inputs = PolicyInputs.concatenate([inputs for _, inputs in self.reached if inputs is not None])
             parts = torch.arange(len(inputs)).split(batch_size)
-            self.bootstrap_values[wanted] = torch.cat([value_of(inputs.rows(part.tolist())) for part in parts])
+            values[wanted] = torch.cat([value_of(inputs.rows(part.tolist())) for part in parts])
+        self.bootstrap_values = list(values.split([len(wanted) for wanted, _ in self.reached]))
+        self.reached = [(torch.zeros_like(wanted), None) for wanted, _ in self.reached]  # not needed any more
 
     def stack(self, name: str) -> Tensor:
         """A field over time, [T, N, ...]; needs every environment to play at every decision."""
@@ -185,7 +207,7 @@ class RolloutBuffer:
         """V(s'_t) [T, N]: the next row's value inside an episode, the bootstrap value (0 where it was not wanted) at its
         truncated end and at the rollout's last decision."""
         values = self.stack("values")
-        bootstrap = self.bootstrap_values.view_as(values)
+        bootstrap = torch.stack(self.bootstrap_values)
         following = torch.cat([values[1:], bootstrap[-1:]])  # [T, N]
         return torch.where(self.stack("truncated"), bootstrap, following)
 
@@ -209,16 +231,10 @@ class RolloutBuffer:
         return batch if kept is None else batch.rows(kept)
 
 
-def minibatches(batch: Minibatch, size: int, generator: torch.Generator, epochs: int = 1) -> Iterator[Minibatch]:
-    """Every row of `batch` once an epoch, each time in fresh random order, in parts as those of shuffled_rows."""
-    for _ in range(epochs):
-        for part in shuffled_rows(len(batch), size, generator):
-            yield batch.rows(part)
-
-
-def shuffled_rows(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """0..count-1 in random order, in parts of at most `size` rows that differ by at most one row.
+def shuffled_rows(count: int, size: int, generator: torch.Generator, epochs: int = 1) -> Iterator[Tensor]:
+    """0..count-1 once an epoch, each time in fresh random order, in parts of at most `size` rows that differ by at most one row.
 
     Equal parts, because a last part of one row would make an optimizer step out of one decision.
     """
-    return torch.randperm(count, generator=generator).tensor_split(-(-count // size))
+    for _ in range(epochs):
+        yield from torch.randperm(count, generator=generator).tensor_split(-(-count // size))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
@@ -29,18 +30,24 @@ from vla_rl.run.checkpoint import (
     verify,
     write_checkpoint,
 )
+from vla_rl.run.distributed import Ranks
 from vla_rl.run.load_settings import save_config
 from vla_rl.run.settings import Config
 from vla_rl.types import Observation, Policy
 
 # of what a checkpoint holds; 2: a sampling generator for each environment; 3: the actor's schedule
 STATE_VERSION = 3
+STATE = {  # of trainer.pt
+    *("iteration", "timesteps", "groups_played", "evaluated_iteration", "episodes_played", "running_returns", "running_lengths"),
+    *("episodes_under_way", "sampling_generators", "order_generator", "actor_optimizer", "critic_optimizer", "schedule"),
+}
 
 
 class Trainer(Protocol):
     """What of OpenVLA_PPO.OpenVLAPPO lasts longer than an iteration."""
 
     config: Config
+    ranks: Ranks
     policy: Policy
     value_head: ValueHead | None
     envs: VectorEnv
@@ -64,7 +71,8 @@ class Trainer(Protocol):
 class TrainerState:
     """The state after the trainer's last finished iteration: an unfinished one leaves no trace in it.
 
-    Being a copy on the CPU, it can be written when the present state is half updated or the GPU has failed.
+    Being a copy on the CPU, it can be written when the present state is half updated or the GPU has failed. Of several processes
+    rank 0 has the copy, of the environments of all, and writes it.
     """
 
     def __init__(self, trainer: Trainer):
@@ -74,7 +82,7 @@ class TrainerState:
         parts = [
             f"policy {trainer.policy.fingerprint()}",
             f"value head {head}",
-            f"{trainer.envs.num_envs} environments",
+            f"{trainer.config.rollout.num_envs} environments",
         ]
         self.fingerprint = ", ".join([*parts, trainer.config.algorithm.estimator, f"state {STATE_VERSION}"])
         self.take()
@@ -87,20 +95,36 @@ class TrainerState:
         """Copies the trainer as it is now, between two iterations: tensors and plain values."""
         trainer = self.trainer
         between_rollouts = trainer.obs is not None and trainer.uses_critic  # GRPO's rollouts start with fresh episodes
-        self.values: dict[str, Any] = cpu_copy(
+        parts = trainer.ranks.gather(
             {
-                "iteration": trainer.iteration,
-                "timesteps": trainer.timesteps,
-                "groups_played": trainer.groups_played,
-                "evaluated_iteration": trainer.evaluated_iteration,
                 "episodes_played": trainer.streams.played,
-                "running_returns": torch.from_numpy(trainer.running.returns),
-                "running_lengths": torch.from_numpy(trainer.running.lengths),
+                "running_returns": trainer.running.returns,
+                "running_lengths": trainer.running.lengths,
+                "episodes_under_way": trainer.envs.episode_states() if between_rollouts else [],
+                "sampling_generators": [generator.get_state() for generator in trainer.streams.generators],
+            }
+        )
+        counters = {
+            "iteration": trainer.iteration,
+            "timesteps": trainer.timesteps,
+            "groups_played": trainer.groups_played,
+            "evaluated_iteration": trainer.evaluated_iteration,
+        }
+        if not trainer.ranks.first:
+            self.values: dict[str, Any] = counters
+            return
+        self.values = cpu_copy(
+            {
+                **counters,
+                "episodes_played": [count for part in parts for count in part["episodes_played"]],
+                "running_returns": torch.from_numpy(np.concatenate([part["running_returns"] for part in parts])),
+                "running_lengths": torch.from_numpy(np.concatenate([part["running_lengths"] for part in parts])),
                 "episodes_under_way": [
                     {"episode": state["episode"], "actions": torch.from_numpy(state["actions"])}
-                    for state in (trainer.envs.episode_states() if between_rollouts else [])
+                    for part in parts
+                    for state in part["episodes_under_way"]
                 ],
-                "sampling_generators": [generator.get_state() for generator in trainer.streams.generators],
+                "sampling_generators": [state for part in parts for state in part["sampling_generators"]],
                 "order_generator": trainer.order_generator.get_state(),
                 "adapter": list(trainer.actor_parameters),
                 "value_head": dict(trainer.value_head.state_dict()) if trainer.value_head is not None else None,
@@ -115,8 +139,11 @@ class TrainerState:
         self.values["evaluated_iteration"] = self.trainer.evaluated_iteration
 
     def save(self) -> Path:
-        """Writes the state; returns the checkpoint's folder."""
+        """Writes the state, on rank 0; returns the checkpoint's folder."""
         trainer, values = self.trainer, self.values
+        root, name = trainer.logger.folder / "checkpoints", f"iteration-{values['iteration']:06d}"
+        if not trainer.ranks.first:
+            return root / name
 
         def write_files(folder: Path) -> None:
             trainer.policy.save_adapter(folder / "adapter", values["adapter"])
@@ -126,7 +153,6 @@ class TrainerState:
                 save_tensors(values["value_head"], folder / "value_head.safetensors")
             save_config(trainer.config, folder / "config.yaml")
 
-        root, name = trainer.logger.folder / "checkpoints", f"iteration-{values['iteration']:06d}"
         return write_checkpoint(root, name, self.fingerprint, write_files, trainer.config.logging.keep_checkpoints)
 
     def load(self, folder: Path) -> None:
@@ -140,7 +166,7 @@ class TrainerState:
         trainer = self.trainer
         verify(folder, self.fingerprint)
         values = load_trainer_state(folder)
-        if missing := sorted(self.values.keys() - {"adapter", "value_head"} - values.keys()):
+        if missing := sorted(STATE - values.keys()):
             raise CheckpointError(f"checkpoint {folder} is torn: trainer.pt lacks {', '.join(missing)}")
         if trainer.value_head is not None:
             trainer.value_head.load_state_dict(load_tensors(folder / "value_head.safetensors"))
@@ -151,15 +177,18 @@ class TrainerState:
         trainer.schedule.load(values["schedule"])
         trainer.iteration, trainer.timesteps = values["iteration"], values["timesteps"]
         trainer.groups_played, trainer.evaluated_iteration = values["groups_played"], values["evaluated_iteration"]
-        trainer.streams.played = list(values["episodes_played"])
-        trainer.running.returns = values["running_returns"].numpy().copy()
-        trainer.running.lengths = values["running_lengths"].numpy().copy()
-        for generator, state in zip(trainer.streams.generators, values["sampling_generators"], strict=True):
+        own = slice(trainer.streams.own.start, trainer.streams.own.stop)  # environments of this process
+        trainer.streams.played = list(values["episodes_played"][own])
+        trainer.running.returns = values["running_returns"].numpy()[own].copy()
+        trainer.running.lengths = values["running_lengths"].numpy()[own].copy()
+        for generator, state in zip(trainer.streams.generators, values["sampling_generators"][own], strict=True):
             generator.set_state(state)
         trainer.order_generator.set_state(values["order_generator"])
-        episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in values["episodes_under_way"]]
+        under_way = values["episodes_under_way"][own]
+        episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in under_way]
         if episodes:
             trainer.obs = Observation.from_vector_env(trainer.envs.restore_episodes(episodes))
         self.take()
-        set_aside_later_checkpoints(folder)
-        trainer.logger.continue_from(trainer.iteration, evaluated=trainer.evaluated_iteration == trainer.iteration)
+        evaluated = trainer.evaluated_iteration == trainer.iteration
+        trainer.ranks.by_first(lambda: set_aside_later_checkpoints(folder))
+        trainer.ranks.by_first(lambda: trainer.logger.continue_from(trainer.iteration, evaluated=evaluated))

@@ -137,5 +137,23 @@ class MetricsLogger:
             warn_of_failure(f"{other.name} did not finish its run", other.close)
 
 
+class SilentLogger:
+    """Of a process that writes nothing, since another one does (vla_rl.run.distributed)."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.instructions: dict[int, str] = {}
+
+    def continue_from(self, iteration: int, evaluated: bool = True) -> None: ...
+
+    def log(self, metrics: dict[str, Any]) -> None: ...
+
+    def log_evaluation(self, metrics: dict[str, Any], videos: Sequence[Path] = ()) -> None: ...
+
+    def draw_curves(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,9 +11,20 @@ from pathlib import Path
 ROOT = Path("/")
 
 
+def processes_here() -> int:
+    """Of the run, on this machine, which share its cores and its memory; torchrun says how many it started."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def cores() -> int:
+    """CPU cores that this process of the run can take."""
+    return max(1, len(os.sched_getaffinity(0)) // processes_here())
+
+
 def available_memory(root: Path = ROOT) -> int:
     """Bytes of host memory that can still be taken without swapping: the kernel's MemAvailable, or what the control group of a
-    container or a cluster's job leaves, if that is less. Pages of cached files count as free.
+    container or a cluster's job leaves, if that is less. Pages of cached files count as free. Of several processes of the run each
+    has an equal part.
 
     Args:
         root: of /proc and /sys, for tests.
@@ -32,7 +44,7 @@ def available_memory(root: Path = ROOT) -> int:
                 continue
             if most != "max":
                 free = min(free, max(0, int(most) - used + int(statistics.get(cached, 0))))
-    return free
+    return free // processes_here()
 
 
 def own_groups(root: Path, mounted: Path) -> list[Path]:

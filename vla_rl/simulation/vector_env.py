@@ -29,7 +29,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 from gymnasium.vector.utils import batch_space
 
-from vla_rl.run.machine import available_memory
+from vla_rl.run.machine import available_memory, cores
 from vla_rl.run.settings import Config
 from vla_rl.simulation.building import BuildingBar
 from vla_rl.simulation.held_tasks import HeldTasks
@@ -434,7 +434,7 @@ def make_vector_env(
 
 def worker_count(config: Config, num_envs: int, overlap: bool = False) -> int:
     """Processes of so many environments: as many as were asked for, or one a CPU core that has something to do."""
-    asked = config.env.num_workers or min(len(os.sched_getaffinity(0)), -(-num_envs // (2 if overlap else 1)))
+    asked = config.env.num_workers or min(cores(), -(-num_envs // (2 if overlap else 1)))
     return min(asked, num_envs)
 
 
