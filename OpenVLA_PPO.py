@@ -49,7 +49,16 @@ from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run import progress
 from vla_rl.run.distributed import ONE, Ranks, share_of
 from vla_rl.run.settings import Config
-from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyInputs, PolicyOutput, SimulatorDied, StopTraining, to_device
+from vla_rl.types import (
+    ACTION_DIM,
+    Observation,
+    Policy,
+    PolicyInputs,
+    PolicyOutput,
+    SimulatorDied,
+    StopTraining,
+    to_device,
+)
 
 log = logging.getLogger(__name__)
 

@@ -9,17 +9,22 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vla_rl.run.command_line import TINY_CONFIG, end_of, flag_settings, new_run_settings, parse, settings_parser
 from vla_rl.run.logs import WARNINGS_FILE, warnings_kept
+from vla_rl.run.machine import launched, restarts
 from vla_rl.run.run_folder import (
     changed_settings,
     make_run_folder,
     resumed_settings,
 )
 from vla_rl.run.settings import Config, ConfigError
+
+if TYPE_CHECKING:  # torch: not before the arguments are known to be sound
+    from vla_rl.run.distributed import Ranks
 
 log = logging.getLogger("start_gae_ppo_training")
 
@@ -55,14 +60,38 @@ def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
         ConfigError: see vla_rl.run.load_settings.load_config; or the checkpoint is missing, torn, or of other settings.
     """
     if args.resume is None:
-        return new_run_settings(args), None
+        config = new_run_settings(args)
+        begun = run_of_restart(config)
+        return (config, None) if begun is None else resume(args, str(begun))
     if args.config is not None:
         raise ConfigError("--resume takes the settings of the run; give --config or --resume, not both")
-    before, config, checkpoint = resumed_settings(args.resume, args.overrides, flag_settings(args), Config)
+    return resume(args, args.resume)
+
+
+def resume(args: argparse.Namespace, run: str) -> tuple[Config, Path]:
+    before, config, checkpoint = resumed_settings(run, args.overrides, flag_settings(args), Config)
     changed = changed_settings(before, config, FIXED_ON_RESUME, FREE_ON_RESUME)
     if changed:
-        raise ConfigError(f"--resume {args.resume}: {', '.join(changed)} cannot change within a run; start a new one")
+        raise ConfigError(f"--resume {run}: {', '.join(changed)} cannot change within a run; start a new one")
     return config, checkpoint
+
+
+def run_of_restart(config: Config) -> Path | None:
+    """The run that this same command began before torchrun started all its processes anew; None where it has no checkpoint.
+
+    Raises:
+        ConfigError: torchrun may do so (--max-restarts), but then the run could not be found.
+    """
+    count, most = restarts()
+    if most == 0:
+        return None
+    if config.run.name is None:
+        raise ConfigError(
+            f"torchrun --max-restarts={most} starts this command anew when a process dies, which finds its run by name; "
+            "give it one with run.name=..., or --max-restarts=0"
+        )
+    folder = Path(config.run.output_dir) / config.run.name
+    return folder if count > 0 and any(folder.glob("checkpoints/iteration-*")) else None
 
 
 def automatic_name(config: Config) -> str:
@@ -72,21 +101,41 @@ def automatic_name(config: Config) -> str:
 
 
 def train(config: Config, checkpoint: Path | None) -> None:
-    """Checks what the settings need, makes the run folder, and trains in it."""
+    """Checks what the settings need, makes the run folder, and trains in it; together with the processes that torchrun started."""
     from vla_rl.preflight.needs import check_start
     from vla_rl.run.checkpoint import locked
+    from vla_rl.run.distributed import joined, share_of
 
-    check_start(config, resumed=checkpoint is not None)
+    with joined(config.run.device) as ranks:
+        share_of(config, ranks.size)  # whether it can be shared
+        config = config if ranks.first else without_bars(config)
+        if checkpoint is None:
+            ranks.by_first(lambda: remove_failed_start(config))
+        ranks.all_of(lambda: check_start(config, resumed=checkpoint is not None))
+        if checkpoint is None:
+            folder = ranks.by_first(lambda: make_run_folder(config, automatic_name(config)))
+        else:
+            folder = checkpoint.parent.parent
+        with locked(folder) if ranks.first else nullcontext():
+            try:
+                build_and_train(config, checkpoint, folder, ranks)
+            except BaseException:
+                if ranks.first and checkpoint is None and is_untouched(folder):
+                    log.warning("nothing was measured or trained: %s is removed", folder)
+                    shutil.rmtree(folder)
+                raise
 
-    folder = make_run_folder(config, automatic_name(config)) if checkpoint is None else checkpoint.parent.parent
-    with locked(folder):
-        try:
-            build_and_train(config, checkpoint, folder)
-        except BaseException:
-            if checkpoint is None and is_untouched(folder):
-                log.warning("nothing was measured or trained: %s is removed", folder)
-                shutil.rmtree(folder)
-            raise
+
+def remove_failed_start(config: Config) -> None:
+    """A folder that this same command made and never trained in before torchrun started it anew."""
+    folder = Path(config.run.output_dir) / str(config.run.name)
+    if restarts()[0] > 0 and config.run.name is not None and folder.is_dir() and is_untouched(folder):
+        shutil.rmtree(folder)
+
+
+def without_bars(config: Config) -> Config:
+    """Of a process beside the one that a person follows."""
+    return config.model_copy(update={"logging": config.logging.model_copy(update={"progress": False})})
 
 
 def is_untouched(folder: Path) -> bool:
@@ -96,18 +145,18 @@ def is_untouched(folder: Path) -> bool:
     return made and all("iteration-000000" in path.name for path in folder.glob("checkpoints/*"))
 
 
-def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> None:
+def build_and_train(config: Config, checkpoint: Path | None, folder: Path, ranks: Ranks) -> None:
     from OpenVLA_PPO import OpenVLAPPO
     from vla_rl.learning.memory import fit_to_card
     from vla_rl.learning.parts import build_trainer, instructions_of
-    from vla_rl.reports.metrics import MetricsLogger
+    from vla_rl.reports.metrics import MetricsLogger, SilentLogger
 
     with ExitStack() as cleanup:
         cleanup.enter_context(warnings_kept(folder))
-        logger = MetricsLogger(folder, config)
+        logger = MetricsLogger(folder, config) if ranks.first else SilentLogger(folder)
         cleanup.callback(logger.close)
         log.info("run folder %s", folder)
-        trainer = build_trainer(OpenVLAPPO, config, logger, cleanup)
+        trainer = build_trainer(OpenVLAPPO, config, logger, cleanup, ranks)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s at %d timesteps", checkpoint, trainer.timesteps)
@@ -140,6 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int | None:
         config, checkpoint = settings_from(args)
         if args.check:
+            if launched():
+                raise ConfigError("--check looks at one process of a run; give it without torchrun and --gpus")
             from vla_rl.check import check_and_report
 
             return check_and_report(config, resumed=checkpoint is not None)
@@ -150,4 +201,8 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if launched():  # torchrun then shows the stack of the process that failed first
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)
     sys.exit(main())

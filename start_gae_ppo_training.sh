@@ -2,6 +2,7 @@
 # From a bare Linux machine to a running training: makes .venv, installs what is missing, then starts the training.
 #
 #   ./start_gae_ppo_training.sh [flags of start_gae_ppo_training.py]
+#   ./start_gae_ppo_training.sh --gpus 4 [flags]      one process for each of 4 GPUs of this machine (docs/scaling.md)
 #   ./start_gae_ppo_training.sh --setup-only
 #
 # A later run starts at once: .venv/setup.stamp tells what was installed. The next run repairs an interrupted setup.
@@ -19,14 +20,29 @@ python=""
 installer=pip # or uv, where it has to provide what pip needs
 
 main() {
-    local setup_only=false arguments=() argument
-    for argument in "$@"; do
-        if [[ $argument == --setup-only ]]; then setup_only=true; else arguments+=("$argument"); fi
+    local setup_only=false gpus="" arguments=() start=("$venv/bin/python")
+    while (($#)); do
+        case $1 in
+        --setup-only) setup_only=true ;;
+        --gpus=*) gpus=${1#*=} ;;
+        --gpus)
+            gpus=${2-}
+            if (($# > 1)); then shift; fi
+            if [[ -z $gpus ]]; then gpus=missing; fi
+            ;;
+        *) arguments+=("$1") ;;
+        esac
+        shift
     done
+    if [[ $gpus && ! $gpus =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: --gpus takes the number of GPUs, as in --gpus 4" >&2
+        exit 2
+    fi
+    if [[ $gpus ]]; then start+=(-m torch.distributed.run --standalone --nproc-per-node "$gpus"); fi
     trap 'report_failure $?' ERR
     is_ready || setup
     if [[ $setup_only == true ]]; then return; fi
-    exec "$venv/bin/python" "$root/start_gae_ppo_training.py" "${arguments[@]}"
+    exec "${start[@]}" "$root/start_gae_ppo_training.py" "${arguments[@]}"
 }
 
 is_ready() {

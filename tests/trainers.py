@@ -10,7 +10,8 @@ import torch
 from OpenVLA_PPO import OpenVLAPPO
 from tests.fakes import CHUNK, FakePolicy, make_envs
 from vla_rl.model.value_head import ValueHead
-from vla_rl.reports.metrics import MetricsLogger
+from vla_rl.reports.metrics import MetricsLogger, SilentLogger
+from vla_rl.run.distributed import ONE, share_of
 from vla_rl.run.load_settings import config_from_dict
 
 SETTINGS = {
@@ -43,6 +44,7 @@ def make_trainer(
     needed=3,
     policy_settings=None,
     report=False,
+    ranks=ONE,
     **changes,
 ):
     """report: also write report.html, which takes half a second each time."""
@@ -53,16 +55,18 @@ def make_trainer(
     head = None
     if config.algorithm.estimator == "gae":
         head = ValueHead(policy.hidden_size, config.value_head.hidden_sizes, generator)
-    logger = MetricsLogger(folder, config, clock=lambda: 0.0)  # what is drawn does not hang on how long it takes
+    # what is drawn does not hang on how long it takes
+    logger = MetricsLogger(folder, config, clock=lambda: 0.0) if ranks.first else SilentLogger(folder)
     if not report:
         logger.write_report = lambda: None
     return OpenVLAPPO(
         config,
         policy,
         head,
-        make_envs(config.rollout.num_envs, max_steps=max_steps, needed=needed),
-        make_envs(config.eval.num_envs, max_steps=max_steps, needed=needed) if evaluate else None,
+        make_envs(share_of(config, ranks.size).rollout.num_envs, max_steps=max_steps, needed=needed),
+        make_envs(share_of(config, ranks.size).eval.num_envs, max_steps=max_steps, needed=needed) if evaluate else None,
         logger,
+        ranks,
     )
 
 

@@ -40,6 +40,10 @@ class SimulatorDied(RuntimeError):
     """A simulator's worker process has ended by itself."""
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the run does not answer."""
+
+
 class StopTraining(Exception):
     """Somebody asked for the run to stop (SIGTERM, Ctrl-C)."""
 

@@ -186,6 +186,8 @@ class RolloutBuffer:
             value_of: [B] of B rows, float32 on the CPU.
             batch_size: most rows of a forward.
         """
+        if not self.reached:  # of a process for which the others left no episode
+            return
         wanted = torch.cat([wanted for wanted, _ in self.reached])  # [R]
         values = torch.zeros(len(wanted))
         if wanted.any():

@@ -38,8 +38,23 @@ from vla_rl.types import Observation, Policy
 # of what a checkpoint holds; 2: a sampling generator for each environment; 3: the actor's schedule
 STATE_VERSION = 3
 STATE = {  # of trainer.pt
-    *("iteration", "timesteps", "groups_played", "evaluated_iteration", "episodes_played", "running_returns", "running_lengths"),
-    *("episodes_under_way", "sampling_generators", "order_generator", "actor_optimizer", "critic_optimizer", "schedule"),
+    *(
+        "iteration",
+        "timesteps",
+        "groups_played",
+        "evaluated_iteration",
+        "episodes_played",
+        "running_returns",
+        "running_lengths",
+    ),
+    *(
+        "episodes_under_way",
+        "sampling_generators",
+        "order_generator",
+        "actor_optimizer",
+        "critic_optimizer",
+        "schedule",
+    ),
 }
 
 

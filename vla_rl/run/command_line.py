@@ -15,7 +15,7 @@ from typing import Any
 
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand, load_config, settings_help
-from vla_rl.run.logs import configure_logging
+from vla_rl.run.logs import configure_logging, who
 from vla_rl.run.run_folder import with_absolute_output_dir
 from vla_rl.run.settings import Config, ConfigError
 
@@ -90,7 +90,7 @@ def end_of(work: Callable[[], int | None], interrupted: str = "interrupted") -> 
         with logging_redirect_tqdm():
             return work() or 0
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who()}error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vla_rl.run.machine import processes_here
+from vla_rl.run.failures import is_out_of_memory, one_line
+from vla_rl.run.machine import launched, processes_here
 from vla_rl.run.settings import Config, ConfigError
-from vla_rl.types import StopTraining
+from vla_rl.types import ProcessLost, StopTraining
 
 T = TypeVar("T")
 
@@ -61,7 +62,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with exchanging():
+            dist.all_gather_object(values, value)
         return values
 
     def all_of(self, work: Callable[[], T]) -> list[T]:
@@ -84,7 +86,8 @@ class Ranks:
     def largest(self, number: float) -> float:
         if self.size > 1:
             tensor = torch.tensor(number, dtype=torch.float64)
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            with exchanging():
+                dist.all_reduce(tensor, dist.ReduceOp.MAX)
             number = tensor.item()
         return number
 
@@ -98,7 +101,8 @@ class Ranks:
                 outcome = None, error
         if self.size > 1:
             box = [outcome]
-            dist.broadcast_object_list(box, src=0)
+            with exchanging():
+                dist.broadcast_object_list(box, src=0)
             outcome = box[0]
         result, error = outcome
         if error is not None:
@@ -133,7 +137,8 @@ class Ranks:
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
+        with exchanging():
+            dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
@@ -149,19 +154,37 @@ class Ranks:
         largest = {name: value for name, value in metrics.items() if name.endswith("_error")}
         for part, operation in ((sums, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
             values = torch.tensor(list(part.values()), dtype=torch.float64)
-            dist.all_reduce(values, operation)
+            with exchanging():
+                dist.all_reduce(values, operation)
             part.update(zip(part, values.tolist(), strict=True))
         return {name: (sums | largest)[name] for name in metrics}
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Makes replicas equal to the bit where every rank has calculated the same."""
         if self.size > 1:
-            with torch.no_grad():
+            with torch.no_grad(), exchanging():
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
 
 
 ONE = Ranks()
+
+
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """Around what waits for the other ranks.
+
+    Raises:
+        ProcessLost: one of them has ended, or has not answered within TIMEOUT.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of gloo, NCCL and the store
+        if is_out_of_memory(error):
+            raise
+        raise ProcessLost(
+            f"another process of this run has ended or does not answer, which its own message explains ({one_line(error)})"
+        ) from error
 
 
 def share_of(config: Config, processes: int) -> Config:
@@ -187,18 +210,6 @@ def share_of(config: Config, processes: int) -> Config:
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
     )
-
-
-def launched() -> bool:
-    """Whether torchrun started this process, with others or alone."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def restarts() -> tuple[int, int]:
-    """How often torchrun has started all ranks anew, and how often it would."""
-    if not launched():
-        return 0, 0
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
 def take_one_gpu() -> None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from vla_rl.run.logs import who
+
 log = logging.getLogger(__name__)
 
 
@@ -16,14 +18,14 @@ def report(error: Exception) -> int:
     hint = explain(error)
     if hint is None:
         raise error
-    print(f"error: {hint}", file=sys.stderr)
+    print(f"{who()}error: {hint}", file=sys.stderr)
     return 1
 
 
 def explain(error: Exception) -> str | None:
     """What happened and the way out; None if it may be a bug."""
 
-    from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, RenderingError, SimulatorDied
+    from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, ProcessLost, RenderingError, SimulatorDied
 
     if is_out_of_memory(error):
         return (
@@ -36,7 +38,7 @@ def explain(error: Exception) -> str | None:
         return f"{error}: the place that is written to must be writable."
     if isinstance(error, ImportError) and not (error.name or "").startswith("vla_rl"):
         return str(error)  # of a package that is missing or broken
-    if isinstance(error, (NonFiniteError, InvariantError, OutOfMemory, RenderingError, SimulatorDied)):
+    if isinstance(error, (NonFiniteError, InvariantError, OutOfMemory, ProcessLost, RenderingError, SimulatorDied)):
         return str(error)
     return None
 

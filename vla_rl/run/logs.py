@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vla_rl.run.machine import rank
+
 OURS = ("vla_rl", "OpenVLA_PPO", "start_gae_ppo_training")  # loggers, and all below them
 # libraries whose warnings are of themselves: that a font cache is built, that a home folder cannot be written to
 QUIET = ("matplotlib",)
@@ -15,13 +17,20 @@ QUIET = ("matplotlib",)
 WARNINGS_FILE = "warnings.log"
 
 
+def who() -> str:
+    """ "rank 3: " in a process beside the first one of a run."""
+    return f"rank {rank()}: " if rank() else ""
+
+
 def configure_logging() -> None:
-    """Once, at the start of a command line; where the root has handlers already (a test), they stay as they are."""
+    """Once, at the start of a command line; where the root has handlers already (a test), they stay as they are. Of several
+    processes of a run the first one tells what is going on, the others their warnings."""
     handler = logging.StreamHandler()
     handler.addFilter(is_shown)  # the level of the root does not hold for a library that sets its own
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    line = f"%(asctime)s {who()}%(message)s"
+    logging.basicConfig(level=logging.WARNING, format=line, datefmt="%H:%M:%S", handlers=[handler])
     for name in OURS:
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.WARNING if rank() else logging.INFO)
     # gymnasium's "WARN: ...", in yellow, through Python's warnings; its errors still show
     warnings.filterwarnings("ignore", message="\x1b\\[33mWARN: ")
 

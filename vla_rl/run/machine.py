@@ -16,6 +16,22 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def launched() -> bool:
+    """Whether torchrun started this process, alone or with others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restarts() -> tuple[int, int]:
+    """How often torchrun has started all processes anew, and how often it would."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    return tuple(int(os.environ.get(name, 0)) if launched() else 0 for name in names)
+
+
+def rank() -> int:
+    """Of this process among those that torchrun started; 0 without."""
+    return int(os.environ.get("RANK", 0)) if launched() else 0
+
+
 def cores() -> int:
     """CPU cores that this process of the run can take."""
     return max(1, len(os.sched_getaffinity(0)) // processes_here())

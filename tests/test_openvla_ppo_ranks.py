@@ -1,0 +1,150 @@
+"""Two processes train as one does: the same episodes, minibatches, steps, evaluations and checkpoints."""
+
+import json
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.trainers import make_trainer, training_lines, with_values
+from vla_rl.run.distributed import ONE, Ranks
+from vla_rl.types import ProcessLost
+
+SMALL_STEPS = {"actor": {"learning_rate": 1e-3}}
+# name -> settings: minibatches that two processes cannot halve, further scorings, halves that step in turns, several tasks
+KINDS = {
+    "gae": SMALL_STEPS
+    | {
+        "algorithm": {"minibatch_size": 15, "critic_epochs": 3, "recompute_logprobs": True},
+        "env": {"task_ids": [0, 1, 2]},
+    },
+    "overlap": SMALL_STEPS
+    | {"rollout": {"overlap": True}, "algorithm": {"target_kl": 1e-4, "freeze_vla_for_critic": True}},
+    "grpo": SMALL_STEPS
+    | {"algorithm": {"estimator": "grpo", "minibatch_size": 7, "micro_batch_size": 4, "kl_coef": 0.1}}
+    | {"env": {"task_ids": [0, 1]}},
+}
+STOPS = ("decide", "minibatch_gradients")
+
+
+def train_all(ranks, folder):
+    results = {name: train(ranks, folder / name, name) for name in KINDS}
+    for part in STOPS:
+        store = None if ranks.store is None else torch.distributed.PrefixStore(part, ranks.store)  # a stop is for good
+        train(Ranks(ranks.rank, ranks.size, store), folder / f"stopped in {part}", "gae", stop_in=part)
+    return results
+
+
+def make(ranks, folder, kind):
+    trainer = make_trainer(folder, evaluate=True, ranks=ranks, needed=2, **KINDS[kind] | {"eval": {"interval": 2}})
+    return with_values(trainer) if trainer.value_head is not None else trainer
+
+
+def train(ranks, folder, kind, stop_in=None, checkpoint=None):
+    """What a run leaves.
+
+    Args:
+        stop_in: a method of the trainer in whose second iteration the last process, and it alone, is asked to stop.
+    """
+    trainer = make(ranks, folder, kind)
+    if checkpoint is not None:
+        trainer.load_checkpoint(checkpoint)
+    if stop_in is not None and ranks.rank == ranks.size - 1:
+        method = getattr(trainer, stop_in)
+
+        def asked(*args):
+            if trainer.iteration == 1:
+                trainer.request_stop()
+            return method(*args)
+
+        setattr(trainer, stop_in, asked)
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.actor_parameters + trainer.critic_parameters])
+    return {"weights": weights.tolist(), "timesteps": trainer.timesteps, "iteration": trainer.iteration}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder and results of one process, and of two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return (folder / "one", [train_all(ONE, folder / "one")]), (
+        folder / "two",
+        run_ranks(2, "tests.test_openvla_ppo_ranks:train_all", folder / "two"),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(runs, kind):
+    (one, (alone,)), (two, results) = runs
+    for result in results:
+        assert result[kind] == results[0][kind]  # replicas are equal to the bit
+        close(result[kind], alone[kind])
+    lines, expected = training_lines(two / kind), training_lines(one / kind)
+    assert len(lines) == len(expected) >= 4
+    for line, line_of_one in zip(lines, expected, strict=True):
+        assert list(line) == list(line_of_one)
+        for name, value in line.items():
+            same = isinstance(value, str) or value is None
+            wanted = line_of_one[name] if same else pytest.approx(line_of_one[name], abs=1e-5, rel=1e-5)
+            assert value == wanted, name
+
+
+def close(result, expected):
+    weights, others = torch.tensor(result["weights"]), torch.tensor(expected["weights"])
+    torch.testing.assert_close(weights, others, atol=1e-6, rtol=0)
+    assert (result["timesteps"], result["iteration"]) == (expected["timesteps"], expected["iteration"])
+
+
+def test_one_process_writes(runs):
+    (one, _), (two, _) = runs
+    for kind in KINDS:
+        names = [sorted(p.relative_to(f / kind).as_posix() for p in (f / kind).rglob("*")) for f in (one, two)]
+        assert names[0] == names[1] and json.loads((two / kind / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("part", STOPS)
+def test_a_stop_of_one_process_is_a_stop_of_all_and_one_goes_on_where_two_were(runs, part, tmp_path):
+    """And its checkpoint is that of one process."""
+    (one, (alone,)), (two, _) = runs
+    for folder in (one, two):
+        checkpoints = sorted(p.name for p in (folder / f"stopped in {part}" / "checkpoints").iterdir())
+        assert checkpoints == ["iteration-000000", "iteration-000001"]
+    newest = two / f"stopped in {part}" / "checkpoints" / "iteration-000001"
+    close(train(ONE, tmp_path / "resumed", "gae", checkpoint=newest), alone["gae"])
+
+
+def test_two_go_on_where_one_was(runs, tmp_path):
+    (one, (alone,)), _ = runs
+    newest = one / "stopped in decide" / "checkpoints" / "iteration-000001"
+    for result in run_ranks(2, "tests.test_openvla_ppo_ranks:go_on", tmp_path, str(newest)):
+        close(result, alone["gae"])
+
+
+def go_on(ranks, folder, checkpoint):
+    from pathlib import Path
+
+    return train(ranks, folder, "gae", checkpoint=Path(checkpoint))
+
+
+def lose_one(ranks, folder):
+    """The second process fails in the second iteration: what the first one then says and leaves."""
+    trainer = make(ranks, folder / "run", "gae")
+    play = trainer.play
+
+    def fails():
+        if trainer.iteration == 1 and ranks.rank == 1:
+            raise SystemExit(0)  # as if killed, but that torchrun leaves the other one to itself
+        return play()
+
+    trainer.play = fails
+    try:
+        trainer.train()
+    except ProcessLost as error:
+        return str(error)
+
+
+def test_a_lost_process_ends_the_others_which_save(tmp_path):
+    (tmp_path / "result_1.json").write_text("null")
+    told = run_ranks(2, "tests.test_openvla_ppo_ranks:lose_one", tmp_path)[0]
+    assert "another process of this run has ended" in told
+    assert (tmp_path / "run/checkpoints/iteration-000001/manifest.json").is_file()
