@@ -39,6 +39,7 @@ class FakeEnv(gymnasium.Env):
         )
         self.action_space = spaces.Box(-1, 1, (CHUNK, ACTION_DIM), np.float32)
         self.episode: Episode | None = None
+        self.targets, self.steps, self.right, self.ended, self.actions = np.zeros(100, int), 0, 0, False, []
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -51,7 +52,7 @@ class FakeEnv(gymnasium.Env):
     def observe(self):
         images = np.zeros((1, 8, 8, 3), np.uint8)
         images[..., 2 if self.targets[self.steps // CHUNK] else 0] = 255
-        instruction = f"do task {self.episode.task_id}"
+        instruction = f"do task {self.episode.task_id}" if self.episode else ""
         return {"images": images, "proprio": np.full(8, self.steps, np.float32), "instruction": instruction}
 
     def step(self, actions):
@@ -107,6 +108,8 @@ class FakeVectorEnv(SyncVectorEnv):
 
     def reset(self, **kwargs):
         assert self.under_way is None, "reset while a step is under way"
+        for index, obs in enumerate(self._env_obs):  # those for which others may have left no episode
+            self._env_obs[index] = self.envs[index].unwrapped.observe() if obs is None else obs
         return super().reset(**kwargs)
 
     def step(self, actions):

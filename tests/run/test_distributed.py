@@ -133,8 +133,10 @@ def test_gpus_exchange_by_nccl_and_the_rest_by_gloo():
 
 
 def test_a_process_that_does_not_answer_is_told_in_one_line():
-    with pytest.raises(ProcessLost, match=r"another process of this run has ended .* \(Connection closed by peer\)"):
-        with exchanging():
-            raise RuntimeError("Connection closed\nby peer")
+    with (
+        pytest.raises(ProcessLost, match=r"another process of this run has ended .* \(Connection closed by peer\)"),
+        exchanging(),
+    ):
+        raise RuntimeError("Connection closed\nby peer")
     with pytest.raises(RuntimeError, match="CUDA out of memory"), exchanging():
         raise RuntimeError("CUDA out of memory")
