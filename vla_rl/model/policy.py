@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +107,7 @@ class OpenVLAPolicy:
         self.lora = lora
         self.adapter = None if lora is None else Adapter(network, lora)
         network.eval()
+        self.before_forward: Callable[[], None] = lambda: None  # what several processes do together (vla_rl.model.sharding)
         self.compiled = compiled
         self.execution = Blocks(network.blocks(), compiled)
         self.set_gradient_checkpointing(gradient_checkpointing)
@@ -206,6 +207,7 @@ class OpenVLAPolicy:
             generator: of the sampling, on any device; one a row makes what a row draws independent of the other rows;
                 None takes torch's global one.
         """
+        self.before_forward()
         inputs = self.prepare(obs)
         tokens, logprobs, hidden = self.generate(
             *self.tensors(inputs), temperature=temperature, greedy=greedy, generator=generator
@@ -315,6 +317,7 @@ class OpenVLAPolicy:
     @torch.no_grad()
     def compute_hidden(self, inputs: PolicyInputs) -> Tensor:
         """Final hidden state of the last prompt token, float32 [N, D]; the same as act's for the same inputs."""
+        self.before_forward()
         prompt = self.fill_rows(self.arrange(*self.tensors(inputs)))
         return self.read_hidden(*prompt)[0][: len(inputs)]
 

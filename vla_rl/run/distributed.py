@@ -44,6 +44,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
         self.rank, self.size, self.store = rank, size, store
         self.lists = 0  # that were claimed from
+        self.idle: Callable[[], Any] | None = None  # a forward of no use, where forwards are exchanges (vla_rl.model.sharding)
 
     @property
     def first(self) -> bool:
@@ -74,10 +75,16 @@ class Ranks:
             done = True, work()
         except StopTraining:
             done = False, None
+        while self.idle is not None and self.any(False):
+            self.idle()
         parts = self.gather(done)
         if not all(finished for finished, _ in parts):
             raise StopTraining
         return [result for _, result in parts]
+
+    def announce(self) -> None:
+        """Before a forward, where others that are done with their work (`all_of`) must run one, too."""
+        self.any(True)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on any rank."""

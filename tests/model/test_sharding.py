@@ -1,0 +1,48 @@
+"""A base that two processes share computes what a whole one does, and keeps them in step."""
+
+import torch
+
+from tests.model.policies import make_obs, make_policy, move_adapters
+from tests.ranks import run_ranks
+from vla_rl.model.sharding import shard
+
+
+def numbers(policy):
+    """What a policy says and learns of three rows, as lists."""
+    output = policy.act(make_obs(), temperature=1.5, generator=torch.Generator().manual_seed(3))
+    evaluation = policy.evaluate_actions(output.inputs, output.action_tokens, temperature=1.5)
+    (evaluation.logprobs.sum() + evaluation.hidden.square().sum()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters() if p.grad is not None])
+    hidden = policy.compute_hidden(output.inputs)
+    return [x.double().flatten().tolist() for x in (output.action_tokens, output.logprobs, gradient, hidden)]
+
+
+def policies(whole=True):
+    for mode in ("none", "full"):
+        policy = make_policy(gradient_checkpointing=mode)
+        move_adapters(policy)
+        yield policy
+
+
+def run_sharded(ranks, folder):
+    results, kept = [], []
+    for policy in policies():
+        whole = sum(p.numel() for p in policy.network.parameters())
+        fingerprint = policy.fingerprint()
+        shard(policy, ranks)
+        kept = [whole, sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.network.parameters())]
+        assert policy.fingerprint() == fingerprint
+        # process 1 has nothing to do while process 0 decides twice
+        played = ranks.all_of(lambda: [policy.act(make_obs(), greedy=True).hidden.tolist() for _ in range(2 - 2 * ranks.rank)])
+        results.append([numbers(policy), played[0]])
+    return [results, kept]
+
+
+def test_it_computes_the_same_and_keeps_its_part(tmp_path):
+    (first, kept), (second, _) = run_ranks(2, "tests.model.test_sharding:run_sharded", tmp_path)
+    assert first == second
+    for (shared, played), policy in zip(first, policies(), strict=True):
+        assert shared == numbers(policy)
+        assert played == [policy.act(make_obs(), greedy=True).hidden.tolist()] * 2
+    whole, own = kept
+    assert own < 0.75 * whole
