@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from vla_rl.learning.episodes import (
     reset_finished,
     step_arguments,
 )
-from vla_rl.learning.guards import check_finite, check_first_minibatch, check_rescored
+from vla_rl.learning.guards import check_finite, check_first_minibatch, check_replicas, check_rescored
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
 from vla_rl.learning.optimizer import adamw, clip_gradient
 from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, shuffled_rows
@@ -384,11 +384,13 @@ class OpenVLAPPO:
         train_actor = self.schedule.steps_in(self.iteration)
         scored: dict[str, float] = {}
         if algorithm.recompute_logprobs and train_actor:
-            old_logprobs = self.score_all(batch, self.policy.logprobs)
+            old_logprobs = self.micro_batches.score(batch, self.policy.logprobs, self.ranks)
             scored = check_rescored(batch, old_logprobs, self.policy.chunk_size, self.config.policy.dtype)
             batch = replace(batch, old_logprobs=old_logprobs)
         if algorithm.kl_coef > 0 and train_actor:
-            batch = replace(batch, reference_logprobs=self.score_all(batch, self.policy.reference_logprobs))
+            batch = replace(
+                batch, reference_logprobs=self.micro_batches.score(batch, self.policy.reference_logprobs, self.ranks)
+            )
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
         bar = progress.progress_bar("update", steps_planned, "step", self.config.logging.progress)
         history: list[dict[str, float]] = []  # metrics of each minibatch
@@ -416,7 +418,8 @@ class OpenVLAPPO:
                 bar.set_postfix_str(progress.update_text(metrics))
         actor_steps = len(history) - stopped_by_kl if train_actor else 0
         passes = list(self.critic_passes(batch))
-        self.ranks.copy_from_first(self.critic_parameters)  # all have calculated the same
+        self.ranks.copy_from_first(self.critic_parameters)  # all have calculated the same, but for rounding perhaps
+        check_replicas(self.actor_parameters, self.ranks)
         steps = {"actor/optimizer_steps": actor_steps, "actor/stopped_by_kl": float(stopped_by_kl)}
         return progress.update_metrics(history, passes) | self.schedule.metrics() | steps | scored
 
@@ -535,19 +538,6 @@ class OpenVLAPPO:
         for optimizer, _ in sides.values():
             optimizer.step()
         return {name: norm.item() for name, norm in norms.items()}
-
-    def score_all(self, batch: Minibatch, logprobs: Callable[..., Tensor]) -> Tensor:
-        """As `score`, each process its share of the rows."""
-        share = batch.share(torch.arange(len(batch)), self.ranks)
-        scored = self.ranks.gather(self.micro_batches.run(self.score, share, logprobs))
-        return torch.stack(scored, dim=1).flatten(0, 1)[: len(batch)]
-
-    @torch.no_grad()
-    def score(self, batch: Minibatch, logprobs: Callable[..., Tensor]) -> Tensor:
-        """Log-probabilities [R, A] of the rows' tokens, on the CPU, by a method of the policy."""
-        parts = batch.split(self.micro_batches.rows)
-        temperature = self.config.rollout.temperature
-        return torch.cat([logprobs(m.inputs, m.action_tokens, temperature=temperature).cpu() for m in parts])
 
     # ---------------------------------------------------------------------------------------------------------- guard
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 from vla_rl.learning.losses import approx_kl, log_ratio, masked_mean, token_mask
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.run.checkpoint import save_torch
+from vla_rl.run.distributed import Ranks
 from vla_rl.types import ACTION_DIM, InvariantError, NonFiniteError
 
 # before the first optimizer step the ratio is 1 but for the order of float32 sums; above this the log-probabilities that
@@ -65,6 +66,19 @@ def check_rescored(batch: Minibatch, logprobs: Tensor, chunk_size: int, dtype: s
     kl = approx_kl(batch.old_logprobs, logprobs, tokens).item()
     check_first_minibatch({"actor/ratio_error": error.max().item(), "actor/approx_kl": kl}, 1, dtype)
     return {"actor/rollout_ratio_error": masked_mean(error, tokens).item()}
+
+
+def check_replicas(parameters: Sequence[Tensor], ranks: Ranks) -> None:
+    """All processes have taken the same steps.
+
+    Raises:
+        InvariantError: their trained weights differ.
+    """
+    sums = ranks.gather(sum(parameter.detach().double().sum() for parameter in parameters).item())
+    if len(set(sums)) > 1:
+        raise InvariantError(
+            f"the trained weights of {ranks.size} processes differ, their sums are {sums}: are their GPUs, drivers and packages the same?"
+        )
 
 
 def check_finite(name: str, value: Tensor, iteration: int, folder: Path, minibatch: Minibatch | None = None) -> None:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from vla_rl.learning.rollout_buffer import Minibatch
+from vla_rl.run.distributed import Ranks
 from vla_rl.run.failures import is_out_of_memory, one_line
 from vla_rl.run.settings import Config
 from vla_rl.types import OutOfMemory, Policy
@@ -49,7 +51,8 @@ class MicroBatches:
 
     def __init__(self, config: Config, policy: Policy):
         asked = config.algorithm.micro_batch_size
-        self.policy = policy
+        self.policy, self.sharded = policy, config.distributed.shard
+        self.temperature = config.rollout.temperature
         self.rows = min(config.algorithm.minibatch_size, CPU_ROWS) if asked == "auto" else asked
 
     @property
@@ -74,7 +77,8 @@ class MicroBatches:
             step: does the same when it is done again; what it leaves of gradients it drops at its start.
 
         Raises:
-            OutOfMemory: one row does not fit with full checkpointing.
+            OutOfMemory: one row does not fit with full checkpointing; or the base is in parts (vla_rl.model.sharding), where
+                processes that did other numbers of forwards would wait for each other.
         """
         while True:
             try:
@@ -83,6 +87,8 @@ class MicroBatches:
                 if not is_out_of_memory(error):
                     raise
                 said = what_ran_out(error)
+            if self.sharded:
+                raise OutOfMemory(f"{said} Resume with algorithm.micro_batch_size={max(1, self.rows // 2)}")
             # here, since the error's stack holds what the step had made
             for parameter in self.policy.trainable_parameters():
                 parameter.grad = None
@@ -91,6 +97,17 @@ class MicroBatches:
                 torch.cuda.empty_cache()
             self.use(self.smaller(min(self.rows, len(batch)), said))
             log.warning("%s The update goes on with %s", said, self.choice)
+
+    def score(self, batch: Minibatch, logprobs: Callable[..., Tensor], ranks: Ranks) -> Tensor:
+        """Log-probabilities [R, A] of the rows' tokens, on the CPU, by a method of the policy; each process scores its share."""
+
+        @torch.no_grad()
+        def of_share(share: Minibatch) -> Tensor:
+            parts = share.split(self.rows)
+            return torch.cat([logprobs(m.inputs, m.action_tokens, temperature=self.temperature).cpu() for m in parts])
+
+        shares = ranks.gather(self.run(of_share, batch.share(torch.arange(len(batch)), ranks)))
+        return torch.stack(shares, dim=1).flatten(0, 1)[: len(batch)]
 
     def smaller(self, rows: int, said: str) -> Choice:
         """Half the rows; of one row more checkpointing.

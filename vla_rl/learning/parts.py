@@ -15,6 +15,7 @@ import torch
 from vla_rl.model.execution import compiles
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.quantization import count_weights
+from vla_rl.model.sharding import shard
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.distributed import ONE, Ranks, share_of
@@ -37,7 +38,10 @@ def build_trainer(
         cleanup: closes the simulators' processes.
         ranks: each builds the policy, and simulators for its share of the environments.
     """
-    policy = build_policy(config)
+    sharded = config.distributed.shard and ranks.size > 1
+    policy = build_policy(config, sharded=sharded)
+    if sharded:
+        shard(policy, ranks, torch.device(config.run.device))
     value_head = build_value_head(config, policy.hidden_size)
     logger.instructions = dict(zip(config.env.task_ids, instructions_of(config), strict=True))
     log_sizes(policy, value_head)
@@ -66,8 +70,13 @@ def instructions_of(config: Config) -> list[str]:
     return [languages[task_id] for task_id in config.env.task_ids]
 
 
-def build_policy(config: Config, adapted: bool = True) -> OpenVLAPolicy:
-    """adapted: with the LoRA weights of the settings, as they begin; else nothing can be trained."""
+def build_policy(config: Config, adapted: bool = True, sharded: bool = False) -> OpenVLAPolicy:
+    """The policy of the settings.
+
+    Args:
+        adapted: with the LoRA weights of the settings, as they begin; else nothing can be trained.
+        sharded: on the CPU and not compiled, for vla_rl.model.sharding.
+    """
     if config.run.torch_threads is not None:
         torch.set_num_threads(config.run.torch_threads)
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
@@ -79,13 +88,13 @@ def build_policy(config: Config, adapted: bool = True) -> OpenVLAPolicy:
         num_images=settings.num_images,
         use_proprio=settings.use_proprio,
         lora=settings.lora if adapted else None,
-        device=config.run.device,
+        device="cpu" if sharded else config.run.device,
         dtype=getattr(torch, settings.dtype),
         chunk_size=settings.chunk_size,
         center_crop=settings.center_crop,
         unnorm_key=config.unnorm_key(),
         gradient_checkpointing="none" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing,
-        compiled=compiles(settings.compile, config.run.device),
+        compiled=not sharded and compiles(settings.compile, config.run.device),
         quantization=settings.quantization,
     )
 

@@ -107,7 +107,9 @@ class OpenVLAPolicy:
         self.lora = lora
         self.adapter = None if lora is None else Adapter(network, lora)
         network.eval()
-        self.before_forward: Callable[[], None] = lambda: None  # what several processes do together (vla_rl.model.sharding)
+        self.before_forward: Callable[[], None] = lambda: (
+            None
+        )  # what several processes do together (vla_rl.model.sharding)
         self.compiled = compiled
         self.execution = Blocks(network.blocks(), compiled)
         self.set_gradient_checkpointing(gradient_checkpointing)

@@ -64,6 +64,11 @@ class Processor:
         self.prompt_ids: dict[str, list[int]] = {}  # instruction -> tokens, BOS first
         self.least_length = 0  # of a batch's prompts
 
+    def to(self, device: torch.device) -> None:
+        """Where its tensors are from now on."""
+        self.device = device
+        self.pixel_mean, self.pixel_std = self.pixel_mean.to(device), self.pixel_std.to(device)
+
     def prepare(self, obs: Observation) -> PolicyInputs:
         """What the buffer keeps of an observation: preprocessed images, raw proprio, instructions.
 

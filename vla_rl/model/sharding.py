@@ -11,21 +11,47 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.run.distributed import Ranks
+from vla_rl.run.settings import Config, ConfigError
 from vla_rl.types import PROPRIO_DIM, PolicyInputs
 
 
-def shard(policy: OpenVLAPolicy, ranks: Ranks) -> None:
+def check_sharding(config: Config) -> None:
+    """Raises ConfigError if the settings need what a base in parts cannot do."""
+    policy, algorithm = config.policy, config.algorithm
+    wrong = {
+        f"policy.decoder={policy.decoder}, which gathers the base seven times a decision": policy.decoder != "parallel",
+        f"policy.quantization={policy.quantization}": policy.quantization != "none",
+        f"policy.compile={policy.compile}": policy.compile == "true",
+    }
+    if config.run.device == "cuda":  # nothing is measured there, since each process would try other sizes
+        auto = (policy.gradient_checkpointing, algorithm.micro_batch_size)
+        wrong["policy.gradient_checkpointing or algorithm.micro_batch_size=auto"] = "auto" in auto
+    for what in (what for what, holds in wrong.items() if holds):
+        raise ConfigError(f"distributed.shard=true with {what}; set another value, or distributed.shard=false")
+
+
+def shard(policy: OpenVLAPolicy, ranks: Ranks, device: torch.device) -> None:
     """Keeps 1/N of the frozen weights of each block here, and all forwards of the processes in step.
 
     What a block computes stays the same to the bit: it runs with whole weights.
+
+    Args:
+        policy: on the CPU; a GPU needs no room for more than its part and one block.
+        device: where it then is.
     """
     policy.base_digest  # noqa: B018  cached: it reads whole weights
+    mesh = init_device_mesh(device.type, (ranks.size,))
     for block in policy.network.blocks():
-        fully_shard(block, ignored_params={p for p in block.parameters() if p.requires_grad})
+        trained = {parameter for parameter in block.parameters() if parameter.requires_grad}
+        fully_shard(block, mesh=mesh, ignored_params=trained)
+    policy.network.to(device)
+    policy.device = device
+    policy.processor.to(device)
     policy.before_forward = ranks.announce
     inputs = nothing(policy)
     ranks.idle = lambda: policy.read_hidden(*policy.arrange(*policy.tensors(inputs)))

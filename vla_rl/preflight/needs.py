@@ -29,6 +29,7 @@ from vla_rl.model.checkpoint_folder import find_l1_head, read_statistics, read_t
 from vla_rl.model.execution import compiles
 from vla_rl.model.find_checkpoint import find_and_check
 from vla_rl.model.quantization import check_quantization
+from vla_rl.model.sharding import check_sharding
 from vla_rl.model.trained_as import differences, read_trained_as
 from vla_rl.reports.weights_and_biases import check_wandb, wandb_mode
 from vla_rl.run.command_line import ROOT, TINY_CONFIG
@@ -366,6 +367,8 @@ def check_start(config: Config, resumed: bool) -> None:
         ConfigError: what the settings need is not there.
     """
     check_device(config)
+    if config.distributed.shard:
+        check_sharding(config)
     check_rendering()
     if not resumed:
         check_run_folder(config)

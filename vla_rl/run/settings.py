@@ -389,6 +389,15 @@ class LoggingConfig(ProgressConfig):
     )
 
 
+class DistributedConfig(Section):
+    """Several processes that train one run (torchrun)."""
+
+    shard: bool = Field(
+        False,
+        description="each process keeps its part of the frozen base and gathers a block while it runs: less memory, slower",
+    )
+
+
 class Config(Section):
     """All settings of a run, checked against each other."""
 
@@ -402,6 +411,7 @@ class Config(Section):
     critic: CriticConfig = Field(default_factory=CriticConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
 
     @model_validator(mode="after")
     def check_combinations(self) -> Config:
