@@ -16,7 +16,7 @@ run() { # name, command...
 }
 
 run "setup" ./start_gae_ppo_training.sh --setup-only
-run "shellcheck" "$bin/shellcheck" start_gae_ppo_training.sh tests/*.sh .ci/run
+run "shellcheck" "$bin/shellcheck" start_gae_ppo_training.sh tests/*.sh integrations/*.sh .ci/run
 run "ruff check" "$bin/ruff" check
 run "ruff format --check" "$bin/ruff" format --check
 # two processes; the tests of a file stay together, since they share a simulator; the long file begins early

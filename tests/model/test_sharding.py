@@ -1,5 +1,7 @@
 """A base that two processes share computes what a whole one does, and keeps them in step."""
 
+from functools import partial
+
 import pytest
 import torch
 
