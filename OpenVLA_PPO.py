@@ -155,7 +155,9 @@ class OpenVLAPPO:
             self.logger.draw_curves()
         except BaseException as error:
             try:
-                log.warning("ended at %d timesteps, saved in %s", self.boundary.timesteps, self.save_checkpoint())
+                saved = self.save_checkpoint()
+                if self.ranks.first:
+                    log.warning("ended at %d timesteps, saved in %s", self.boundary.timesteps, saved)
             except Exception as problem:
                 log.error("the state at %d timesteps could not be saved: %s", self.boundary.timesteps, problem)
                 raise error from None
