@@ -544,7 +544,7 @@ class OpenVLAPPO:
     # ---------------------------------------------------------------------------------------------------------- guard
 
     def check_finite(self, name: str, value: Tensor, minibatch: Minibatch | None = None) -> None:
-        check_finite(name, value, self.iteration + 1, self.logger.folder, minibatch)
+        check_finite(name, value, self.iteration + 1, self.logger.folder, minibatch, self.ranks)
 
     def request_stop(self) -> None:
         """Ends the run at the next decision or minibatch, saved as it was after the last finished iteration."""

@@ -20,25 +20,24 @@ python=""
 installer=pip # or uv, where it has to provide what pip needs
 
 main() {
-    local setup_only=false gpus="" arguments=() start=("$venv/bin/python")
+    local setup_only=false several=false gpus arguments=() start=("$venv/bin/python")
     while (($#)); do
         case $1 in
         --setup-only) setup_only=true ;;
-        --gpus=*) gpus=${1#*=} ;;
+        --gpus=*) several=true gpus=${1#*=} ;;
         --gpus)
-            gpus=${2-}
+            several=true gpus=${2-}
             if (($# > 1)); then shift; fi
-            if [[ -z $gpus ]]; then gpus=missing; fi
             ;;
         *) arguments+=("$1") ;;
         esac
         shift
     done
-    if [[ $gpus && ! $gpus =~ ^[1-9][0-9]*$ ]]; then
+    if [[ $several == true && ! $gpus =~ ^[1-9][0-9]*$ ]]; then
         echo "error: --gpus takes the number of GPUs, as in --gpus 4" >&2
         exit 2
     fi
-    if [[ $gpus ]]; then start+=(-m torch.distributed.run --standalone --nproc-per-node "$gpus"); fi
+    if [[ $several == true ]]; then start+=(-m torch.distributed.run --standalone --nproc-per-node "$gpus"); fi
     trap 'report_failure $?' ERR
     is_ready || setup
     if [[ $setup_only == true ]]; then return; fi

@@ -86,7 +86,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(tmp_path, level):
         assert (batch.steps < CHUNK).any()  # an episode that ended inside a chunk
         with torch.no_grad():
             trainer.policy.adapter.add_(0.05)  # ratios away from 1
-        reference = trainer.score(batch, trainer.policy.reference_logprobs)
+        reference = trainer.micro_batches.score(batch, trainer.policy.reference_logprobs, trainer.ranks)
         metrics = trainer.minibatch_gradients(
             type(batch)(**vars(batch) | {"reference_logprobs": reference}), train_actor=True, score_actor=True
         )
@@ -149,7 +149,12 @@ def test_entropy_bonus_and_kl_penalty_are_of_the_dimensions_that_are_learned(tmp
         batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
         other = ((torch.arange(batch.old_logprobs.shape[1]) % 7) > 2).repeat_interleave(4)  # four bins a token
         batch = type(batch)(
-            **vars(batch) | {"reference_logprobs": trainer.score(batch, trainer.policy.reference_logprobs)}
+            **vars(batch)
+            | {
+                "reference_logprobs": trainer.micro_batches.score(
+                    batch, trainer.policy.reference_logprobs, trainer.ranks
+                )
+            }
         )
         trainer.policy.head.data[:, other] *= scale
         trainer.minibatch_gradients(batch, train_actor=True, score_actor=True)

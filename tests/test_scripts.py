@@ -48,6 +48,7 @@ case "$1 $2" in
     echo "pip ${options[*]}${options:+ }$requirements" >>"$CALLS"
     [[ -z ${SLOW:-} ]] || sleep "$SLOW"
     if [[ ${FAIL_AT:-} == "$requirements" ]]; then echo "ERROR: No matching distribution found"; exit 7; fi ;;
+"-m torch.distributed.run") echo "launched:$(printf ' <%s>' "$@")" ;;
 *start_gae_ppo_training.py*) shift; echo "training in $PWD with:$(printf ' <%s>' "$@")${PYTHONPATH:-}" ;;
 *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
@@ -553,3 +554,18 @@ def test_requirements_are_pinned_and_name_no_registry():
             assert len(pins) == 6 and all("--hash=sha256:" in line for line in pins)
         else:
             assert all(" # " in line for line in pins)  # each with its reason
+
+
+def test_a_number_of_gpus_starts_as_many_processes(machine):
+    machine.run("--setup-only")
+    for flags in (("--gpus", "3", "--x"), ("--x", "--gpus=3")):
+        said = machine.run(*flags).stdout
+        assert "<-m> <torch.distributed.run> <--standalone> <--nproc-per-node> <3>" in said and said.endswith(
+            "<--x>\n"
+        ), said
+
+
+@pytest.mark.parametrize("flags", [("--gpus",), ("--gpus", "all"), ("--gpus=0",), ("--gpus=",)])
+def test_a_number_of_gpus_that_is_none(machine, flags):
+    result = machine.run(*flags)
+    assert result.returncode == 2 and "--gpus takes the number of GPUs" in result.stderr and machine.logged() == []

@@ -218,7 +218,7 @@ def test_run_that_another_process_works_on_is_refused(run, capsys):
 
 
 def test_run_that_ends_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
-    def interrupted(config):
+    def interrupted(config, **kind):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vla_rl.learning.parts.build_policy", interrupted)
@@ -230,7 +230,7 @@ def test_run_that_ends_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
     "left", [[], ["report.html", "wandb_id", "wandb/x", "checkpoints/iteration-000000/trainer.pt"]]
 )
 def test_start_that_fails_leaves_no_run_of_nothing(left, tmp_path, monkeypatch):
-    def fails(config, checkpoint, folder):
+    def fails(config, checkpoint, folder, ranks):
         write(folder, *left)
         raise SimulatorDied("no rendering")
 
@@ -249,7 +249,7 @@ def write(folder: Path, *names: str) -> None:
     "left", ["metrics.jsonl", "checkpoints/iteration-000001/trainer.pt", "nonfinite_iteration_1.pt"]
 )
 def test_run_that_fails_later_keeps_what_it_has(left, tmp_path, monkeypatch):
-    def fails(config, checkpoint, folder):
+    def fails(config, checkpoint, folder, ranks):
         write(folder, left, "checkpoints/iteration-000000/trainer.pt")
         raise SimulatorDied("killed")
 
@@ -270,7 +270,7 @@ def test_wandb_is_finished_when_the_start_fails(tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr("vla_rl.reports.metrics.MetricsLogger.close", lambda logger: closed.append(logger))
 
-    def fails(config):
+    def fails(config, **kind):
         raise ConfigError("no such thing")
 
     monkeypatch.setattr("vla_rl.learning.parts.build_policy", fails)
@@ -301,7 +301,7 @@ def keep_statistics(model: Path, name: str) -> None:
 def started(monkeypatch) -> list[Path]:
     """The run folders of starts that passed all checks; nothing is built."""
     folders = []
-    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda c, _, folder: folders.append(folder))
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda c, _, folder, ranks: folders.append(folder))
     return folders
 
 
@@ -457,7 +457,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch
     folders = []
     monkeypatch.setattr("start_gae_ppo_training.time.strftime", lambda _: "20240101-000000")
     monkeypatch.setattr(
-        "start_gae_ppo_training.build_and_train", lambda c, _, folder: folders.append(folder) or mark(folder)
+        "start_gae_ppo_training.build_and_train", lambda c, _, folder, ranks: folders.append(folder) or mark(folder)
     )
     for _ in range(3):
         assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 0
@@ -534,7 +534,7 @@ def test_settings_too_large_for_the_card_are_refused_before_training_and_leave_n
     monkeypatch.setattr("vla_rl.learning.parts.make_vector_env", envs)
     policy = FakePolicy()
     policy.processor = SimpleNamespace(image_transform=None, tokenize=lambda instructions: None)
-    monkeypatch.setattr("vla_rl.learning.parts.build_policy", lambda config: policy)
+    monkeypatch.setattr("vla_rl.learning.parts.build_policy", lambda config, **kind: policy)
     monkeypatch.setattr("vla_rl.learning.parts.log_sizes", lambda policy, head: None)
     argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), "--no-wandb"]
     assert main([*argv, "algorithm.micro_batch_size=32", "policy.gradient_checkpointing=none"]) == 2
@@ -542,3 +542,60 @@ def test_settings_too_large_for_the_card_are_refused_before_training_and_leave_n
     assert "policy.gradient_checkpointing=none with algorithm.micro_batch_size=32 needs" in error
     assert "what fits: algorithm.micro_batch_size=8" in error and "Traceback" not in error
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ started by torchrun
+
+
+def torchrun(monkeypatch, restarts: int, most: int) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(most))
+
+
+def test_a_restart_of_torchrun_continues_the_run_of_the_same_command(tmp_path, monkeypatch):
+    make_trainer(tmp_path / "mine", policy_settings={"checkpoint": "tiny-openvla"}).save_checkpoint()
+    args = parse_args(["--config", TINY, "--output-dir", str(tmp_path), "run.name=mine", "run.seed=4"])
+    torchrun(monkeypatch, restarts=1, most=3)
+    with pytest.raises(ConfigError, match="cannot change within a run"):  # so it is that run; its settings are others
+        settings_from(args)
+    torchrun(monkeypatch, restarts=0, most=3)
+    assert settings_from(args)[1] is None
+    torchrun(monkeypatch, restarts=1, most=3)
+    shutil.rmtree(tmp_path / "mine/checkpoints")
+    assert settings_from(args)[1] is None  # it died before its first checkpoint
+    with pytest.raises(ConfigError, match=r"--max-restarts=3 .* finds its run by name; give it one with run.name="):
+        settings_from(parse_args(["--config", TINY]))
+
+
+@pytest.mark.parametrize(("restarts", "removed"), [(0, False), (1, True)])
+def test_what_a_start_left_that_died_is_made_anew_by_its_restart(tmp_path, monkeypatch, restarts, removed):
+    write(tmp_path / "mine", "config.yaml", "warnings.log")
+    write(tmp_path / "other", "config.yaml")
+    torchrun(monkeypatch, restarts, most=1)
+    folders = []
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda c, _, folder, ranks: folders.append(folder))
+    code = main(["--config", TINY, "--output-dir", str(tmp_path), "run.name=mine"])
+    assert code == (0 if removed else 2) and folders == [tmp_path / "mine"] * removed
+    assert (tmp_path / "mine/warnings.log").exists() is not removed and (tmp_path / "other/config.yaml").exists()
+
+
+def test_a_folder_with_results_stays_where_a_restart_finds_no_checkpoint(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "mine", "config.yaml", "metrics.jsonl")
+    torchrun(monkeypatch, restarts=1, most=1)
+    assert main(["--config", TINY, "--output-dir", str(tmp_path), "run.name=mine"]) == 2
+    assert "exists; choose another run.name" in capsys.readouterr().err and (tmp_path / "mine/metrics.jsonl").exists()
+
+
+def test_checks_are_of_one_process(monkeypatch, capsys):
+    torchrun(monkeypatch, restarts=0, most=0)
+    assert main(["--config", TINY, "--check"]) == 2
+    assert "give it without torchrun" in capsys.readouterr().err
+
+
+def test_a_process_beside_the_first_one_says_who_it_is(monkeypatch, capsys):
+    torchrun(monkeypatch, restarts=0, most=0)
+    monkeypatch.setenv("RANK", "3")
+    assert main(["--config", "no.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("rank 3: error: ")

@@ -99,3 +99,13 @@ def test_no_torch_is_imported_for_it():
     code = "import sys, vla_rl.run.logs; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "torch" not in loaded.split() and "numpy" not in loaded.split()
+
+
+def test_of_several_processes_the_first_tells_what_goes_on_and_the_others_their_warnings():
+    code = """
+    log = logging.getLogger("vla_rl.x")
+    log.info("going on")
+    log.warning("odd")
+    """
+    who = {"TORCHELASTIC_RUN_ID": "a"}
+    assert logged(code, **who, RANK="0") == ["going on", "odd"] and logged(code, **who, RANK="2") == ["rank 2: odd"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_rl.run.machine import available_memory, commit, versions
+from vla_rl.run.machine import available_memory, commit, cores, launched, rank, restarts, versions
 
 GIB = 2**30
 
@@ -84,3 +84,22 @@ def test_versions_are_those_installed_and_the_commit_is_that_of_the_folder(tmp_p
     assert re.fullmatch(r"[0-9a-f]{40}-changed", commit(tmp_path))
     monkeypatch.setenv("PATH", "/nowhere")
     assert commit(tmp_path) is None
+
+
+def test_processes_of_a_run_share_cores_and_memory(monkeypatch):
+    alone, memory = cores(), available_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert cores() == max(1, alone // 2) and available_memory() == pytest.approx(memory / 2, rel=0.2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1000))
+    assert cores() == 1
+
+
+def test_torchrun_says_who_is_who(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "2")  # of something else
+    assert not launched() and rank() == 0 and restarts() == (0, 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert launched() and rank() == 2 and restarts() == (1, 3)

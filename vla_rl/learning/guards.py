@@ -13,7 +13,7 @@ from torch import Tensor
 from vla_rl.learning.losses import approx_kl, log_ratio, masked_mean, token_mask
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.run.checkpoint import save_torch
-from vla_rl.run.distributed import Ranks
+from vla_rl.run.distributed import ONE, Ranks
 from vla_rl.types import ACTION_DIM, InvariantError, NonFiniteError
 
 # before the first optimizer step the ratio is 1 but for the order of float32 sums; above this the log-probabilities that
@@ -81,12 +81,14 @@ def check_replicas(parameters: Sequence[Tensor], ranks: Ranks) -> None:
         )
 
 
-def check_finite(name: str, value: Tensor, iteration: int, folder: Path, minibatch: Minibatch | None = None) -> None:
+def check_finite(
+    name: str, value: Tensor, iteration: int, folder: Path, minibatch: Minibatch | None = None, ranks: Ranks = ONE
+) -> None:
     """Stops the run if value has a NaN or an infinity: nothing has been stepped with it yet.
 
     Args:
         iteration: the one under way.
-        folder: the run's, where the minibatch is dumped.
+        folder: the run's, where the minibatch is dumped; of several processes each dumps its share.
 
     Raises:
         NonFiniteError: it has.
@@ -95,7 +97,8 @@ def check_finite(name: str, value: Tensor, iteration: int, folder: Path, minibat
         return
     where = ""
     if minibatch is not None:
-        dump = folder / f"nonfinite_iteration_{iteration:06d}.pt"
+        which = f"_rank{ranks.rank}" if ranks.size > 1 else ""
+        dump = folder / f"nonfinite_iteration_{iteration:06d}{which}.pt"
         with suppress(OSError):  # a full disk must not hide what went wrong
             save_torch(asdict(minibatch.to(torch.device("cpu"))), dump)
             where = f"; its minibatch is in {dump}"

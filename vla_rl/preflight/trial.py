@@ -25,6 +25,7 @@ from vla_rl.learning.advantages import normalize
 from vla_rl.learning.rollout_buffer import Minibatch, RolloutBuffer
 from vla_rl.preflight.checklist import BUG
 from vla_rl.run.checkpoint import verify
+from vla_rl.run.distributed import ONE
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.settings import Config, ConfigError
 
@@ -270,9 +271,8 @@ class Trial:
         self.step_s = self.seconds(lambda: trainer.optimizer_steps(minibatch, True))
         self.score_s = 0.0
         if config.algorithm.kl_coef > 0 or config.algorithm.recompute_logprobs:
-            self.score_s = self.seconds(
-                lambda: trainer.micro_batches.run(trainer.score, minibatch, trainer.policy.logprobs)
-            ) / len(minibatch)
+            scored_s = self.seconds(lambda: trainer.micro_batches.score(minibatch, trainer.policy.logprobs, ONE))
+            self.score_s = scored_s / len(minibatch)
         self.critic_step_s = 0.0
         if self.has_critic and config.algorithm.critic_epochs > 0:
             wide = self.repeated(config.algorithm.minibatch_size)
