@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -52,12 +53,15 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=5, help="the first is not counted")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--gather-mb", type=int, help=argparse.SUPPRESS)  # what the processes of `gathering` are told
     args = parser.parse_intermixed_args()
+    if args.gather_mb is not None:
+        return gather(args.gather_mb)
     overrides = [*SMALL, *args.overrides]
     config = load_config(find_config(args.config), overrides)
     decisions = config.rollout.n_steps * config.rollout.num_envs
     overrides.append(f"run.timesteps={args.iterations * decisions * config.policy.chunk_size * 9 // 10}")
-    figures = exchanged(config)
+    figures = exchanged(config) | gathering(args.processes)
     for count in (1, args.processes):
         for name, seconds in measure(args.config, overrides, count).items():
             figures[f"{name}, {count} process{'es' if count > 1 else ''}"] = seconds
@@ -85,12 +89,42 @@ def exchanged(config) -> dict[str, float]:
     }
 
 
+GATHERED_MB = 200
+
+
+def gathering(processes: int) -> dict[str, float]:
+    """How fast rollouts are gathered."""
+    command = [sys.executable, *launcher(processes), __file__, "--gather-mb", str(GATHERED_MB)]
+    said = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    return {f"gathering {GATHERED_MB} MB of each of {processes}, s": float(said.split()[-1])}
+
+
+def gather(megabytes: int) -> int:
+    from vla_rl.run.distributed import joined
+
+    with joined("cpu") as ranks:
+        value, seconds = bytes(megabytes * 10**6), []
+        for _ in range(4):
+            ranks.any(False)
+            start = time.perf_counter()
+            ranks.gather(value)
+            seconds.append(time.perf_counter() - start)
+        if ranks.first:
+            print(statistics.median(seconds[1:]))
+    return 0
+
+
+def launcher(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+
+
 def measure(config: str, overrides: list[str], processes: int) -> dict[str, float]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--config", config, *overrides, f"run.output_dir={folder}", "run.name=run"]
         subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "start_gae_ppo_training.py"), *arguments], check=True, cwd=ROOT
+            [sys.executable, *launcher(processes), str(ROOT / "start_gae_ppo_training.py"), *arguments],
+            check=True,
+            cwd=ROOT,
         )
         lines = [line for line in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "time/update_s" in line]
     return {
