@@ -25,6 +25,7 @@ SETTINGS = {
     "critic": {"learning_rate": 0.003},
     "eval": {"interval": 0, "states": "0-3", "num_envs": 2, "video": False},
     "env": {},
+    "distributed": {},
     "logging": {"checkpoint_interval": 1, "keep_checkpoints": 10, "progress": False},
 }
 

@@ -17,6 +17,8 @@ from vla_rl.learning.episodes import (
     group_queue,
     reset_finished,
 )
+from vla_rl.run.distributed import Ranks
+from vla_rl.simulation.held_tasks import HeldTasks
 from vla_rl.types import Episode, place_in_round
 
 
@@ -92,6 +94,37 @@ def test_a_task_that_is_soon_solved_is_not_played_more_often_for_that(num_tasks,
                 left[env] = 28 if task % 2 else 8
             left[env] -= 1
     assert count.max() < 1.15 * count.min()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_environments_play_and_sample_the_same_in_whichever_process_they_are(processes):
+    whole, each = EpisodeStreams(sampler(range(3)), 8), 8 // processes
+    parts = [EpisodeStreams(sampler(range(3)), 8, range(r * each, (r + 1) * each)) for r in range(processes)]
+    for _ in range(9):
+        expected = [whole.next(i) for i in range(8)]
+        assert [part.next(i) for part in parts for i in range(each)] == expected
+        drawn = [torch.rand(1, generator=part.generator_of(i)).item() for part in parts for i in range(each)]
+        assert drawn == [torch.rand(1, generator=whole.generator_of(i)).item() for i in range(8)]
+        assert [part.task_of(i) for part in parts for i in range(each)] == [episode.task_id for episode in expected]
+
+
+def test_processes_take_from_one_list_and_each_begins_with_tasks_of_its_own():
+    class Two(Ranks):
+        taken: ClassVar[dict] = {}
+
+        def claims(self):
+            def claim(task):
+                self.taken[task] = self.taken.get(task, -1) + 1
+                return self.taken[task]
+
+            return claim
+
+    episodes = [Episode(task, state, 0) for task in range(4) for state in range(2)]
+    first, second = (EpisodeQueue(episodes, HeldTasks([0], 4), ranks=Two(rank, 2)) for rank in range(2))
+    played = [(queue.next(0), queue) for queue in (first, second, second, first, first, second, second, first)]
+    assert [episode.task_id for episode, _ in played] == [0, 2, 2, 0, 1, 3, 3, 1]
+    assert {episode for episode, _ in played} == set(episodes)
+    assert first.next(0) is None and second.next(0) is None and not first.playing and not second.playing
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4, 16])

@@ -317,6 +317,13 @@ def test_value_loss_by_hand():
     assert values.grad.tolist() == pytest.approx([-2 / 3, 2, 0])  # 2 (V - R) / 3
 
 
+def test_rows_that_do_not_count_add_nothing_to_the_value_loss():
+    values, returns = torch.tensor([1.0, 3.0, 5.0], requires_grad=True), torch.tensor([2.0, 0.0, 1000.0])
+    loss = value_loss(values, returns, 20, torch.tensor([True, True, False]))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5) and values.grad.tolist() == pytest.approx([-0.1, 0.3, 0])
+
+
 @pytest.mark.parametrize(("values", "returns"), [((4,), (4, 1)), ((4, 1), (4, 1)), ((4,), (1,))])
 def test_value_loss_refuses_shapes_that_would_broadcast(values, returns):
     with pytest.raises(ValueError, match=r"must both be \[B\]"):

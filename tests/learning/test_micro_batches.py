@@ -43,6 +43,13 @@ def test_an_update_that_runs_out_of_memory_is_that_of_smaller_micro_batches(tmp_
     assert {line["system/gradient_checkpointing"] for line in lines} == {"none"}
 
 
+def test_a_base_in_parts_is_not_tried_with_fewer_rows_since_others_would_wait(tmp_path):
+    policy = WatchedPolicy(fits=lambda policy, rows: rows <= 4)
+    trainer = make_trainer(tmp_path, policy=policy, distributed={"shard": True})
+    with pytest.raises(OutOfMemory, match=r"Resume with algorithm.micro_batch_size=4$"):
+        trainer.train()
+
+
 def test_memory_that_runs_out_later_in_a_run_changes_what_follows_and_nothing_before(tmp_path):
     class Later(WatchedPolicy):
         def evaluate_actions(self, *args, **kwargs):
