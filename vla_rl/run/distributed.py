@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vla_rl.run.failures import is_out_of_memory, one_line
-from vla_rl.run.machine import launched, processes_here
+from vla_rl.run.machine import launched, processes_here, restarts
 from vla_rl.run.settings import Config, ConfigError
 from vla_rl.types import ProcessLost, StopTraining
 
@@ -251,6 +251,8 @@ def joined(device: str) -> Iterator[Ranks]:
     if device == "cuda":
         take_one_gpu()
     store, rank, size = next(dist.rendezvous("env://"))
+    # else a restarted process may read where one of before was to be reached (seen with torch 2.15)
+    store = dist.PrefixStore(f"start {restarts()[0]}", store)
     dist.init_process_group(BACKENDS[device], store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Ranks(rank, size, dist.PrefixStore("vla_rl", store))
