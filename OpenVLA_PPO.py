@@ -37,6 +37,7 @@ from vla_rl.learning.episodes import (
 )
 from vla_rl.learning.guards import check_finite, check_first_minibatch, check_rescored
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
+from vla_rl.learning.no_signal import SignalWatch
 from vla_rl.learning.optimizer import adamw, clip_gradient
 from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, minibatches, shuffled_rows
 from vla_rl.learning.schedule import ActorSchedule
@@ -94,6 +95,7 @@ class OpenVLAPPO:
         level, dims = config.algorithm.logprob_level, config.algorithm.action_dims
         self.tokens_per_ratio = losses.tokens_per_ratio(level, len(dims), policy.chunk_size)
         self.schedule = ActorSchedule(self.actor_optimizer, config, self.tokens_per_ratio)
+        self.signal_watch = SignalWatch(config)
 
         # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
         # each environment (PPO) or episode (GRPO): which ones decide together does not either.
@@ -120,6 +122,7 @@ class OpenVLAPPO:
 
         Raises:
             NonFiniteError, InvariantError: what is trained or measured is wrong.
+            NoSignal: run.stop_without_signal episodes had no reward.
             RuntimeError: a simulator died, the GPU is out of memory, ...
         """
         try:
@@ -130,6 +133,7 @@ class OpenVLAPPO:
             if self.iteration > 0 and self.timesteps >= self.config.run.timesteps:
                 log.info("nothing left to train: %d timesteps are done; give --timesteps more", self.timesteps)
             while self.timesteps < self.config.run.timesteps:
+                self.signal_watch.check()
                 self.train_iteration()
             if self.evaluated_iteration < self.iteration:
                 self.save_checkpoint()  # before an evaluation in which the run may be killed
@@ -166,6 +170,7 @@ class OpenVLAPPO:
         }
         self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
         log.info(progress.summary_line(self.iteration, self.timesteps, self.config.run.timesteps, metrics))
+        self.signal_watch.see(metrics)
 
         self.boundary.take()
         checkpoint_due = self.iteration % self.config.logging.checkpoint_interval == 0

@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from vla_rl.learning.episodes import EpisodeStreams, RunningEpisodes
+from vla_rl.learning.no_signal import SignalWatch
 from vla_rl.learning.optimizer import load_optimizer
 from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.model.value_head import ValueHead
@@ -51,6 +52,7 @@ class Trainer(Protocol):
     actor_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer | None
     schedule: ActorSchedule
+    signal_watch: SignalWatch
     order_generator: torch.Generator
     streams: EpisodeStreams
     running: RunningEpisodes
@@ -107,6 +109,7 @@ class TrainerState:
                 "actor_optimizer": trainer.actor_optimizer.state_dict(),
                 "critic_optimizer": trainer.critic_optimizer.state_dict() if trainer.critic_optimizer else None,
                 "schedule": trainer.schedule.state(),
+                "signal_watch": trainer.signal_watch.state(),
             }
         )
 
@@ -140,7 +143,8 @@ class TrainerState:
         trainer = self.trainer
         verify(folder, self.fingerprint)
         values = load_trainer_state(folder)
-        if missing := sorted(self.values.keys() - {"adapter", "value_head"} - values.keys()):
+        apart = {"adapter", "value_head", "signal_watch"}  # in files of their own; in no older checkpoint
+        if missing := sorted(self.values.keys() - apart - values.keys()):
             raise CheckpointError(f"checkpoint {folder} is torn: trainer.pt lacks {', '.join(missing)}")
         if trainer.value_head is not None:
             trainer.value_head.load_state_dict(load_tensors(folder / "value_head.safetensors"))
@@ -149,6 +153,7 @@ class TrainerState:
             trainer.policy.load_adapter(folder / "adapter")
         load_optimizer(trainer.actor_optimizer, values["actor_optimizer"], trainer.config.actor)
         trainer.schedule.load(values["schedule"])
+        trainer.signal_watch.load(values.get("signal_watch"))
         trainer.iteration, trainer.timesteps = values["iteration"], values["timesteps"]
         trainer.groups_played, trainer.evaluated_iteration = values["groups_played"], values["evaluated_iteration"]
         trainer.streams.played = list(values["episodes_played"])

@@ -23,7 +23,7 @@ def report(error: Exception) -> int:
 def explain(error: Exception) -> str | None:
     """What happened and the way out; None if it may be a bug."""
 
-    from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, RenderingError, SimulatorDied
+    from vla_rl.types import InvariantError, NonFiniteError, NoSignal, OutOfMemory, RenderingError, SimulatorDied
 
     if is_out_of_memory(error):
         return (
@@ -36,7 +36,7 @@ def explain(error: Exception) -> str | None:
         return f"{error}: the place that is written to must be writable."
     if isinstance(error, ImportError) and not (error.name or "").startswith("vla_rl"):
         return str(error)  # of a package that is missing or broken
-    if isinstance(error, (NonFiniteError, InvariantError, OutOfMemory, RenderingError, SimulatorDied)):
+    if isinstance(error, (NonFiniteError, InvariantError, NoSignal, OutOfMemory, RenderingError, SimulatorDied)):
         return str(error)
     return None
 
