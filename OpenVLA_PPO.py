@@ -45,6 +45,7 @@ from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run import progress
+from vla_rl.run.best_checkpoint import evaluation_of, keep_best
 from vla_rl.run.settings import Config
 from vla_rl.types import ACTION_DIM, Observation, Policy, PolicyInputs, PolicyOutput, SimulatorDied
 
@@ -127,18 +128,14 @@ class OpenVLAPPO:
         """
         try:
             if self.evaluated_iteration < 0 or self.evaluation_due():
-                self.evaluate()
-            if self.iteration == 0 and self.timesteps < self.config.run.timesteps:
-                self.save_checkpoint()  # a run that is killed from here on can be resumed
+                self.evaluate_saved()
             if self.iteration > 0 and self.timesteps >= self.config.run.timesteps:
                 log.info("nothing left to train: %d timesteps are done; give --timesteps more", self.timesteps)
             while self.timesteps < self.config.run.timesteps:
                 self.signal_watch.check()
                 self.train_iteration()
             if self.evaluated_iteration < self.iteration:
-                self.save_checkpoint()  # before an evaluation in which the run may be killed
-                self.evaluate()
-            self.save_checkpoint()
+                self.evaluate_saved()
             self.logger.draw_curves()
         except BaseException as error:
             try:
@@ -173,13 +170,10 @@ class OpenVLAPPO:
         self.signal_watch.see(metrics)
 
         self.boundary.take()
-        checkpoint_due = self.iteration % self.config.logging.checkpoint_interval == 0
-        if checkpoint_due:
-            self.save_checkpoint()  # before an evaluation in which the run may be killed
         if self.evaluation_due():
-            self.evaluate()
-            if checkpoint_due:
-                self.save_checkpoint()  # a resumed run does not evaluate again
+            self.evaluate_saved()
+        elif self.iteration % self.config.logging.checkpoint_interval == 0:
+            self.save_checkpoint()
         if self.iteration % self.config.logging.curves_interval == 0:
             self.logger.draw_curves()
 
@@ -539,8 +533,17 @@ class OpenVLAPPO:
         interval = self.config.eval.interval
         return interval > 0 and self.iteration % interval == 0 and self.evaluated_iteration < self.iteration
 
-    def evaluate(self) -> None:
+    def evaluate_saved(self) -> None:
+        """Evaluates what is saved first, as the run may be killed in it, and keeps that if it is the best so far."""
+        folder = self.save_checkpoint()
+        entry = self.evaluate()
+        if entry and self.config.logging.keep_best:
+            keep_best(folder, evaluation_of(entry, self.config.eval))
+        self.save_checkpoint()  # a resumed run does not evaluate again
+
+    def evaluate(self) -> dict[str, Any]:
         """Success from the fixed initial states, logged as eval/*, with a video of one success and one failure."""
+        entry: dict[str, Any] = {}
         if self.eval_envs is not None:
             start, prefix = time.perf_counter(), f"{self.timesteps:09d}"
             videos = self.logger.folder / "videos"
@@ -555,6 +558,7 @@ class OpenVLAPPO:
             log.info("evaluation at %d timesteps: %s", self.timesteps, progress.evaluation_text(metrics))
         self.evaluated_iteration = self.iteration
         self.boundary.set_evaluated()
+        return entry
 
     # ----------------------------------------------------------------------------------------------------- checkpoint
 

@@ -13,7 +13,6 @@ from vla_rl.evaluation.subject import (
     check_subject,
     check_suite,
     family_of,
-    find_run_checkpoint,
     fingerprint,
     lora_of,
     measured,
@@ -23,7 +22,7 @@ from vla_rl.evaluation.subject import (
 )
 from vla_rl.learning.parts import build_policy, build_value_head
 from vla_rl.model.tiny_openvla import TRAINED
-from vla_rl.run.checkpoint import save_tensors, write_checkpoint
+from vla_rl.run.checkpoint import find_saved, save_tensors, write_checkpoint
 from vla_rl.run.load_settings import load_config, save_config
 from vla_rl.run.settings import Config, ConfigError
 
@@ -87,7 +86,7 @@ def test_an_earlier_checkpoint_can_be_named(run):
 def test_a_run_in_the_midst_of_a_renaming_is_left_alone(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "checkpoints/iteration-000003").rename(copy / "checkpoints/.iteration-000003.old")
-    assert find_run_checkpoint(copy).name == "iteration-000001"
+    assert find_saved(copy, "--run ").name == "iteration-000001"
     assert (copy / "checkpoints/.iteration-000003.old").is_dir()
 
 
@@ -141,12 +140,12 @@ def test_what_is_no_run_or_has_no_whole_checkpoint_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"has no checkpoint in .*checkpoints yet$"):
         of_run(str(tmp_path), [], {})
     (tmp_path / "model").mkdir()
-    with pytest.raises(ConfigError, match=r"it has a fine-tuned model: --checkpoint .*/model"):
+    with pytest.raises(ConfigError, match=r"it has a fine-tuned model: .*/model"):
         of_run(str(tmp_path), [], {})
     copy = shutil.copytree(run, tmp_path / "torn")
     weights = copy / "checkpoints/iteration-000003/adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=r"is torn: .*; evaluate the one before: --run .*iteration-000001"):
+    with pytest.raises(ConfigError, match=r"is torn: .*; take the one before: --run .*iteration-000001"):
         of_run(str(copy), [], {})
     with pytest.raises(ConfigError, match="is torn"):
         of_run(str(weights.parent.parent), [], {})

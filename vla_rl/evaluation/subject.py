@@ -24,7 +24,7 @@ from vla_rl.model.trained_as import read_trained_as
 from vla_rl.model.value_head import ValueHead
 from vla_rl.preflight.needs import check_device, check_policy, check_rendering
 from vla_rl.run import task_suites
-from vla_rl.run.checkpoint import list_checkpoints, load_tensors, loading, verify
+from vla_rl.run.checkpoint import find_saved, load_tensors, loading
 from vla_rl.run.load_settings import absolute, config_from_dict, expand, merge, put_paths, read_yaml, set_key
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import Config, ConfigError
@@ -76,7 +76,7 @@ def of_run(run: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Subj
     Raises:
         ConfigError: no run, no checkpoint in it, a torn one; or what is asked for does not go with it.
     """
-    folder = find_run_checkpoint(Path(expand(run, "--run")))
+    folder = find_saved(Path(expand(run, "--run")), "--run ")
     source = f"{folder}/config.yaml"
     recorded = read_yaml(source)
     put_paths(recorded, absolute)
@@ -102,29 +102,6 @@ def of_run(run: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Subj
     home = folder.parent.parent if folder.parent.name == "checkpoints" else None
     name = folder.name if home is None else f"{home.name}/{folder.name}"
     return Subject(name, config, folder / "adapter", head if head.exists() else None, home, trained_on)
-
-
-def find_run_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run folder, or `run` itself if it is one; verified. The run may be going on.
-
-    Raises:
-        ConfigError: see of_run.
-    """
-    if not run.is_dir():
-        raise ConfigError(f"--run {run}: no such folder; give a run's, such as runs/NAME, or one of its checkpoints")
-    if (run / "manifest.json").exists() or run.name.startswith("iteration-"):
-        verify(run)
-        return run.absolute()
-    found = list_checkpoints(run / "checkpoints")
-    if not found:
-        model = "; it has a fine-tuned model: " + f"--checkpoint {run / 'model'}" if (run / "model").is_dir() else ""
-        raise ConfigError(f"--run {run} has no checkpoint in {run / 'checkpoints'} yet{model}")
-    try:
-        verify(found[-1])
-    except ConfigError as error:
-        earlier = f"; evaluate the one before: --run {found[-2]}" if len(found) > 1 else ""
-        raise ConfigError(f"{error}{earlier}") from None
-    return found[-1].absolute()
 
 
 # -------------------------------------------------------------------------------------------------------------- a model

@@ -205,7 +205,7 @@ def check_disk(config: Config, checkpoint_bytes: int, other_bytes: int, free: in
     output_dir = Path(config.run.output_dir)
     nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     free = shutil.disk_usage(nearest).free if free is None else free
-    count = config.logging.keep_checkpoints + 1  # one more while it is written
+    count = config.logging.keep_checkpoints + config.logging.keep_best + 1  # one more while it is written
     needed = count * checkpoint_bytes + other_bytes
     figures = (
         f"{size_text(needed)} for {count} checkpoints of {size_text(checkpoint_bytes)} and {size_text(other_bytes)} of videos and "

@@ -95,7 +95,7 @@ class RunConfig(RunFolderConfig):
 
     timesteps: int = Field(100_000, ge=0, description="simulator steps to train for, all environments together (20 Hz)")
     stop_without_signal: int | None = Field(
-        None, ge=1, description="stop after so many episodes in a row without reward"
+        None, ge=1, description="ends after so many episodes in a row without reward"
     )
 
 
@@ -385,8 +385,9 @@ class ProgressConfig(Section):
 class LoggingConfig(ProgressConfig):
     """What a run leaves behind."""
 
-    checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints")
+    checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints, which evaluations have too")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    keep_best: bool = Field(True, description="and that of the best evaluation, greedy or else sampled")
     curves_interval: int = Field(
         10, ge=1, description="iterations between redrawings of curves and report, which each minute has, too"
     )
