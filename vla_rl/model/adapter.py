@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -135,16 +136,73 @@ class Adapter:
             )
 
     @torch.no_grad()
-    def merged_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The network's own names and weights, the adapter added."""
+    def merged_tensors(
+        self, dtype: torch.dtype | None = None, change: WeightChange | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The network's own names and weights, the adapter added in float32.
+
+        Args:
+            dtype: of adapted weights; None: as the network's.
+            change: notes how much of the adapter is left in them.
+        """
         adapted = {name: module for name, module in self.network.named_modules() if isinstance(module, LoraLayer)}
         for name, parameter in dense_parameters(self.network):
             if ".lora_" in name:
                 continue
             module = adapted.get(name.removesuffix(".base_layer.weight"))
             if module is not None:
-                parameter = (parameter.float() + module.get_delta_weight("default").float()).to(parameter.dtype)
+                delta = module.get_delta_weight("default").float()
+                rounded = (parameter.float() + delta).to(dtype or parameter.dtype)
+                if change is not None:
+                    change.add(parameter, delta, rounded)
+                parameter = rounded
             yield name.replace(".base_layer.", "."), parameter
+
+
+@dataclass
+class WeightChange:
+    """How much of an adapter's change D of the weights W is left in round(W + D), over all of its layers."""
+
+    dtype: torch.dtype  # that is rounded to
+    kept: float = 0.0  # <round(W + D) - round(W), D>
+    total: float = 0.0  # <D, D>
+    unchanged: int = 0  # weights with round(W + D) = round(W)
+    weights: int = 0
+
+    def add(self, weight: Tensor, delta: Tensor, rounded: Tensor) -> None:
+        kept, total, unchanged = surviving_change(weight, delta, rounded)
+        self.kept, self.total = self.kept + kept, self.total + total
+        self.unchanged, self.weights = self.unchanged + unchanged, self.weights + delta.numel()
+
+    @property
+    def share(self) -> float:
+        """1: all of it is there."""
+        return self.kept / self.total if self.total else 1.0
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        if not self.total:
+            return f"saved in {name}; there is no adapter, or it changes nothing"
+        return (
+            f"saved in {name}: {self.share:.1%} of the adapter's change of the weights survives the rounding, "
+            f"{self.unchanged / self.weights:.1%} of the adapted weights stay as they were"
+        )
+
+
+def surviving_change(weight: Tensor, delta: Tensor, rounded: Tensor) -> tuple[float, float, int]:
+    """What of a change D of the weights W is left in round(W + D).
+
+    Args:
+        weight: W, any shape and precision.
+        delta: D, of W's shape.
+        rounded: round(W + D), in the precision that it is rounded to.
+
+    Returns:
+        <round(W + D) - round(W), D>, <D, D>, and the number of weights with round(W + D) = round(W).
+    """
+    before = weight.to(rounded.dtype)
+    moved, delta = rounded.double() - before.double(), delta.double()
+    return (moved * delta).sum().item(), (delta * delta).sum().item(), int((rounded == before).sum())
 
 
 def digest_base(network: Prismatic) -> str:

@@ -94,9 +94,7 @@ class RunConfig(RunFolderConfig):
     """One training run."""
 
     timesteps: int = Field(100_000, ge=0, description="simulator steps to train for, all environments together (20 Hz)")
-    stop_without_signal: int | None = Field(
-        None, ge=1, description="ends after so many episodes in a row without reward"
-    )
+    stop_without_signal: int | None = Field(None, ge=1, description="ends after that many episodes without a reward")
 
 
 class LoraConfig(Section):
