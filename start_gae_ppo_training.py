@@ -18,6 +18,7 @@ from vla_rl.run.run_folder import (
     changed_settings,
     make_run_folder,
     resumed_settings,
+    with_found_adapter,
 )
 from vla_rl.run.settings import Config, ConfigError
 
@@ -55,7 +56,7 @@ def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
         ConfigError: see vla_rl.run.load_settings.load_config; or the checkpoint is missing, torn, or of other settings.
     """
     if args.resume is None:
-        return new_run_settings(args), None
+        return with_found_adapter(new_run_settings(args)), None
     if args.config is not None:
         raise ConfigError("--resume takes the settings of the run; give --config or --resume, not both")
     before, config, checkpoint = resumed_settings(args.resume, args.overrides, flag_settings(args), Config)
@@ -107,7 +108,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path) -> No
         logger = MetricsLogger(folder, config)
         cleanup.callback(logger.close)
         log.info("run folder %s", folder)
-        trainer = build_trainer(OpenVLAPPO, config, logger, cleanup)
+        trainer = build_trainer(OpenVLAPPO, config, logger, cleanup, resumed=checkpoint is not None)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s at %d timesteps", checkpoint, trainer.timesteps)

@@ -14,13 +14,13 @@ from vla_rl.evaluation.subject import (
     check_suite,
     family_of,
     fingerprint,
-    lora_of,
     measured,
     of_checkpoint,
     of_run,
     suite_settings,
 )
 from vla_rl.learning.parts import build_policy, build_value_head
+from vla_rl.model.adapter import lora_of
 from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.run.checkpoint import find_saved, save_tensors, write_checkpoint
 from vla_rl.run.load_settings import load_config, save_config
@@ -222,8 +222,39 @@ def test_an_adapter_brings_its_rank_and_layers(run, tmp_path):
     build_subject(of_checkpoint("tiny-openvla", str(tmp_path / "last"), [], SUITE))
 
 
+@pytest.mark.parametrize("place", ["", "checkpoints/iteration-000003", "checkpoints/iteration-000003/adapter"])
+@pytest.mark.parametrize("as_setting", [False, True])
+def test_an_adapter_is_a_run_or_its_checkpoint_or_a_folder_in_peft_s_format(run, place, as_setting):
+    given = str(run / place)
+    flag, overrides = (None, [f"policy.adapter={given}"]) if as_setting else (given, [])
+    subject = of_checkpoint("tiny-openvla", flag, overrides, SUITE)
+    assert subject.adapter == run / "checkpoints/iteration-000003/adapter" and subject.value_head is None
+    assert subject.name == "tiny-openvla+one-iteration-000003" and subject.config.policy.lora.rank == 2
+
+
+@pytest.mark.parametrize("as_setting", [False, True])
+def test_a_run_can_be_evaluated_with_other_lora_weights_of_any_rank(run, tmp_path, as_setting):
+    other = write_run(tmp_path / "two", "policy.lora.rank=3", "policy.lora.alpha=6", iterations=[2])
+    overrides, flags = ([f"policy.adapter={other}"], {}) if as_setting else ([], {"policy.adapter": str(other)})
+    subject = of_run(str(run), overrides, flags)
+    assert subject.name == "one/iteration-000003+two-iteration-000002" and subject.value_head is None
+    assert subject.adapter == other / "checkpoints/iteration-000002/adapter"
+    assert (subject.config.policy.lora.rank, subject.config.policy.lora.alpha) == (3, 6)
+    expected, _ = build_subject(of_run(str(other), [], {}))
+    assert fingerprint(build_subject(subject)[0]) == fingerprint(expected)
+
+
+def test_a_run_is_evaluated_with_what_it_learned_not_with_what_it_began_with(run, tmp_path):
+    began = run / "checkpoints/iteration-000001/adapter"
+    later = write_run(tmp_path / "later", f"policy.adapter={began}", iterations=[2])
+    subject = of_run(str(later), [], {})
+    assert subject.adapter == later / "checkpoints/iteration-000002/adapter" and subject.value_head is not None
+    policy, _ = build_subject(subject)
+    assert {round(p.flatten()[0].item(), 6) for p in policy.trainable_parameters()} == {0.02, 0.03, 0.04}
+
+
 def test_a_torn_or_absent_adapter_or_one_of_another_base_is_refused(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"has no adapter_config.json; give a folder in peft's format"):
+    with pytest.raises(ConfigError, match=r"has no adapter_config.json; give a run, .* or a folder in peft's format"):
         of_checkpoint("tiny-openvla", str(tmp_path), [], SUITE)
     adapter = shutil.copytree(run / "checkpoints/iteration-000003/adapter", tmp_path / "adapter")
     other = of_checkpoint("tiny-openvla-random", str(adapter), ["policy.use_proprio=true"], SUITE)

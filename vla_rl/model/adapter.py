@@ -8,10 +8,12 @@ Not here: which layers there are (vla_rl.model.prismatic), what one computes (lo
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -21,9 +23,9 @@ from torch import Tensor
 from vla_rl.model.checkpoint_folder import open_tensors
 from vla_rl.model.lora_linear import add_adapters
 from vla_rl.model.prismatic import Prismatic
-from vla_rl.model.prismatic_config import read_json
+from vla_rl.model.prismatic_config import read_config, read_json
 from vla_rl.model.quantization import dense_parameters, packed_layer, sample_of
-from vla_rl.run.checkpoint import save_tensors
+from vla_rl.run.checkpoint import ADAPTER_FILES, save_tensors
 from vla_rl.run.settings import ConfigError, LoraConfig
 
 BASE_DIGEST = "base_digest"  # in the metadata of adapter_model.safetensors, which peft passes over
@@ -85,7 +87,7 @@ class Adapter:
             ConfigError: there is no adapter, or it is of other settings, of another model or of another base.
         """
         folder = Path(folder)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in ADAPTER_FILES:
             if not (folder / name).exists():
                 other = ", only adapter_model.bin" if (folder / "adapter_model.bin").exists() else ""
                 raise ConfigError(
@@ -203,6 +205,46 @@ def surviving_change(weight: Tensor, delta: Tensor, rounded: Tensor) -> tuple[fl
     before = weight.to(rounded.dtype)
     moved, delta = rounded.double() - before.double(), delta.double()
     return (moved * delta).sum().item(), (delta * delta).sum().item(), int((rounded == before).sum())
+
+
+def lora_of(folder: Path, model: Path) -> dict[str, Any]:
+    """policy.lora of an adapter's folder: rank, alpha, and by its tensors' names the layers.
+
+    Args:
+        folder: in peft's format, see vla_rl.run.checkpoint.find_adapter.
+        model: the checkpoint's folder that it is put on.
+
+    Raises:
+        ConfigError: it is torn.
+    """
+    config = read_json(folder / ADAPTER_FILES[0])
+    with open_tensors(folder / ADAPTER_FILES[1]) as file:
+        names = list(file.keys())
+    lora = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "target_modules": "all-linear"}
+    if any("vision_backbone" in name for name in names):
+        return lora | {"last_layers": None}
+    layers = {int(m[1]) for name in names if (m := re.search(r"language_model\..*layers\.(\d+)\.", name))}
+    count = read_config(model).llama.get("num_hidden_layers")
+    return lora | {
+        "target_modules": "language-model",
+        "last_layers": None if len(layers) == count else len(layers) or None,
+    }
+
+
+def check_lora(folder: Path, model: Path, lora: LoraConfig) -> str:
+    """Whether the adapter to begin with is of the settings' layers, told before the model loads.
+
+    Raises:
+        ConfigError: it is torn, or of other settings; the message has those to set.
+    """
+    theirs = lora_of(folder, model)
+    other = [f"policy.lora.{n}={'null' if v is None else v}" for n, v in theirs.items() if v != getattr(lora, n)]
+    if other:
+        ours = ", ".join(f"{name}={getattr(lora, name)}" for name in theirs)
+        raise ConfigError(
+            f"policy.adapter={folder} was made with other policy.lora than the settings' {ours}; set {' '.join(other)}"
+        )
+    return f"{folder}, rank {lora.rank}, alpha {lora.alpha:g}"
 
 
 def digest_base(network: Prismatic) -> str:

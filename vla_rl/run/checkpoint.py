@@ -35,6 +35,7 @@ from vla_rl.run.settings import ConfigError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as peft names them
 BEST = "best-"  # before the name of what vla_rl.run.best_checkpoint keeps
 # what flock answers on Lustre without -o flock, on some NFS and FUSE
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
@@ -183,6 +184,30 @@ def find_saved(folder: Path, said: str) -> Path:
         earlier = f"; take the one before: {said}{found[-2]}" if len(found) > 1 else ""
         raise ConfigError(f"{error}{earlier}") from None
     return found[-1].absolute()
+
+
+def find_adapter(folder: Path, said: str) -> Path:
+    """LoRA weights in peft's format: `folder` itself, or those of a run's newest checkpoint or of one that is named.
+
+    Args:
+        said: as find_saved.
+
+    Raises:
+        ConfigError: there are none, or they are torn.
+    """
+    if not any((folder / name).exists() for name in (*ADAPTER_FILES, "adapter_model.bin")):
+        saved = (folder / MANIFEST, folder / "checkpoints")
+        if folder.is_dir() and not any(path.exists() for path in saved) and checkpoint_number(folder) is None:
+            raise ConfigError(
+                f"{said}{folder} has no {ADAPTER_FILES[0]}; give a run, one of its checkpoints, or a folder in peft's format"
+            )
+        folder = find_saved(folder, said) / "adapter"
+    missing = [name for name in ADAPTER_FILES if not (folder / name).exists()]
+    if missing:
+        raise ConfigError(
+            f"{said}{folder} has no {missing[0]}; give a run of PPO or GRPO, or a folder in peft's format"
+        )
+    return folder.absolute()
 
 
 def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:

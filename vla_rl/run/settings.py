@@ -158,6 +158,7 @@ class PolicyConfig(Section):
         description="settings that differ from how the checkpoint was trained are an error; false: a warning",
     )
     lora: LoraConfig = Field(default_factory=LoraConfig)
+    adapter: str | None = Field(None, description="LoRA weights to begin with: a run, its checkpoint, or a peft folder")
 
     @model_validator(mode="before")
     @classmethod
