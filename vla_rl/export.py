@@ -96,7 +96,8 @@ def export(args: argparse.Namespace) -> None:
         merge(config, adapter, unfinished, dtype, from_run=recorded(adapters[0]) is not None)
         if args.average:
             shutil.rmtree(adapter)
-    log.info("model in %s; python -m vla_rl.evaluate --checkpoint %s evaluates it", out, out)
+    suite = "SUITE" if recorded(adapters[0]) is None else config.env.task_suite
+    log.info("model in %s; to try it: python -m vla_rl.evaluate --checkpoint %s --task-suite %s", out, out, suite)
 
 
 def check_arguments(args: argparse.Namespace, runs: Sequence[str], out: Path) -> None:
