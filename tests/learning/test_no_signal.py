@@ -49,7 +49,7 @@ def test_any_reward_in_the_beginning_is_a_signal(rewards, caplog):
     assert caplog.text == ""
 
 
-def test_a_run_stops_after_so_many_episodes_in_a_row_without_a_reward():
+def test_a_run_stops_after_so_many_episodes_in_a_row_without_a_reward(caplog):
     watched = watch(stop_without_signal=20)
     for mean_return in (0.0, 0.1, 0.0):
         see(watched, 19, mean_return)
@@ -57,6 +57,12 @@ def test_a_run_stops_after_so_many_episodes_in_a_row_without_a_reward():
     see(watched, 1, 0.0)
     with pytest.raises(NoSignal, match=r"no reward in the last 20 training episodes \(run.stop_without_signal=20\)"):
         watched.check()
+    assert "There were rewards before" in caplog.text and "L1 head" not in caplog.text
+    never = watch(stop_without_signal=20)
+    see(never, 20, 0.0)
+    with pytest.raises(NoSignal):
+        never.check()
+    assert "1. policy.checkpoint=tiny-openvla acts by an L1 head" in caplog.text
     unlimited = watch()
     see(unlimited, 10**6, 0.0)
     unlimited.check()
@@ -87,7 +93,8 @@ def test_a_run_that_nobody_succeeds_in_warns_saves_and_stops_and_a_resume_knows(
         trainer.train()
     assert "run.stop_without_signal=null" in explain(stopped.value)  # its exit status is 1
     said = (tmp_path / WARNINGS_FILE).read_text().splitlines()
-    assert len([line for line in said if "NO SUCCESS in the first" in line and "5. the gripper" in line]) == 1
+    for words in ("NO SUCCESS in the first", "stopped: no reward in the last"):
+        assert len([line for line in said if words in line and "5. the gripper" in line]) == 1
 
     resumed = make_trainer(tmp_path, needed=99, **changes)
     resumed.load_checkpoint(find_checkpoint(tmp_path))

@@ -53,10 +53,15 @@ class SignalWatch:
         """
         most = self.config.run.stop_without_signal
         if most is not None and self.episodes >= most:
-            raise NoSignal(
-                f"stopped: no reward in the last {self.episodes} training episodes (run.stop_without_signal={most}), so nothing to "
-                f"learn from. {likely_causes(self.config)}\nTo go on all the same: --resume with run.stop_without_signal=null"
+            stopped = (
+                f"stopped: no reward in the last {self.episodes} training episodes (run.stop_without_signal={most}); to go on all the "
+                "same: --resume with run.stop_without_signal=null"
             )
+            lost = "There were rewards before: look at actor/approx_kl and actor/entropy; checkpoints/best is of before, perhaps"
+            log.warning(
+                "%s. %s", stopped, lost if self.rewarded else likely_causes(self.config)
+            )  # into the report, too
+            raise NoSignal(stopped)
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
