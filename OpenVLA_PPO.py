@@ -40,6 +40,7 @@ from vla_rl.learning.episodes import (
 )
 from vla_rl.learning.guards import check_finite, check_first_minibatch, check_replicas, check_rescored
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
+from vla_rl.learning.no_signal import SignalWatch
 from vla_rl.learning.optimizer import adamw, clip_gradient
 from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, shuffled_rows
 from vla_rl.learning.schedule import ActorSchedule
@@ -47,6 +48,7 @@ from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run import progress
+from vla_rl.run.best_checkpoint import evaluation_of, keep_best
 from vla_rl.run.distributed import ONE, Ranks, share_of
 from vla_rl.run.settings import Config
 from vla_rl.types import (
@@ -106,6 +108,7 @@ class OpenVLAPPO:
         level, dims = config.algorithm.logprob_level, config.algorithm.action_dims
         self.tokens_per_ratio = losses.tokens_per_ratio(level, len(dims), policy.chunk_size)
         self.schedule = ActorSchedule(self.actor_optimizer, config, self.tokens_per_ratio)
+        self.signal_watch = SignalWatch(config)
 
         # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
         # each environment (PPO) or episode (GRPO): which ones decide together does not either.
@@ -137,21 +140,19 @@ class OpenVLAPPO:
 
         Raises:
             NonFiniteError, InvariantError: what is trained or measured is wrong.
+            NoSignal: run.stop_without_signal episodes had no reward.
             RuntimeError: a simulator died, the GPU is out of memory, ...
         """
         try:
             if self.evaluated_iteration < 0 or self.evaluation_due():
-                self.evaluate()
-            if self.iteration == 0 and self.timesteps < self.config.run.timesteps:
-                self.save_checkpoint()  # a run that is killed from here on can be resumed
+                self.evaluate_saved()
             if self.iteration > 0 and self.timesteps >= self.config.run.timesteps:
                 log.info("nothing left to train: %d timesteps are done; give --timesteps more", self.timesteps)
             while self.timesteps < self.config.run.timesteps:
+                self.signal_watch.check()
                 self.train_iteration()
             if self.evaluated_iteration < self.iteration:
-                self.save_checkpoint()  # before an evaluation in which the run may be killed
-                self.evaluate()
-            self.save_checkpoint()
+                self.evaluate_saved()
             self.logger.draw_curves()
         except BaseException as error:
             try:
@@ -185,15 +186,13 @@ class OpenVLAPPO:
         }
         self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
         log.info(progress.summary_line(self.iteration, self.timesteps, self.config.run.timesteps, metrics))
+        self.signal_watch.see(metrics)
 
         self.boundary.take()
-        checkpoint_due = self.iteration % self.config.logging.checkpoint_interval == 0
-        if checkpoint_due:
-            self.save_checkpoint()  # before an evaluation in which the run may be killed
         if self.evaluation_due():
-            self.evaluate()
-            if checkpoint_due:
-                self.save_checkpoint()  # a resumed run does not evaluate again
+            self.evaluate_saved()
+        elif self.iteration % self.config.logging.checkpoint_interval == 0:
+            self.save_checkpoint()
         if self.iteration % self.config.logging.curves_interval == 0:
             self.logger.draw_curves()
 
@@ -566,8 +565,17 @@ class OpenVLAPPO:
         interval = self.config.eval.interval
         return interval > 0 and self.iteration % interval == 0 and self.evaluated_iteration < self.iteration
 
-    def evaluate(self) -> None:
+    def evaluate_saved(self) -> None:
+        """Evaluates what is saved first, as the run may be killed in it, and keeps that if it is the best so far."""
+        folder = self.save_checkpoint()
+        entry = self.evaluate()
+        if entry and self.config.logging.keep_best and self.ranks.first:
+            keep_best(folder, evaluation_of(entry, self.config.eval))
+        self.save_checkpoint()  # a resumed run does not evaluate again
+
+    def evaluate(self) -> dict[str, Any]:
         """Success from the fixed initial states, logged as eval/*, with a video of one success and one failure."""
+        entry: dict[str, Any] = {}
         if self.eval_envs is not None:
             start, prefix = time.perf_counter(), f"{self.timesteps:09d}"
             videos = self.logger.folder / "videos"
@@ -581,6 +589,7 @@ class OpenVLAPPO:
             log.info("evaluation at %d timesteps: %s", self.timesteps, progress.evaluation_text(metrics))
         self.evaluated_iteration = self.iteration
         self.boundary.set_evaluated()
+        return entry
 
     # ----------------------------------------------------------------------------------------------------- checkpoint
 

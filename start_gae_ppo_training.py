@@ -20,6 +20,7 @@ from vla_rl.run.run_folder import (
     changed_settings,
     make_run_folder,
     resumed_settings,
+    with_found_adapter,
 )
 from vla_rl.run.settings import Config, ConfigError
 
@@ -60,7 +61,7 @@ def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
         ConfigError: see vla_rl.run.load_settings.load_config; or the checkpoint is missing, torn, or of other settings.
     """
     if args.resume is None:
-        config = new_run_settings(args)
+        config = with_found_adapter(new_run_settings(args))
         begun = run_of_restart(config)
         return (config, None) if begun is None else resume(args, str(begun))
     if args.config is not None:
@@ -156,7 +157,7 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path, ranks
         logger = MetricsLogger(folder, config) if ranks.first else SilentLogger(folder)
         cleanup.callback(logger.close)
         log.info("run folder %s", folder)
-        trainer = build_trainer(OpenVLAPPO, config, logger, cleanup, ranks)
+        trainer = build_trainer(OpenVLAPPO, config, logger, cleanup, ranks, resumed=checkpoint is not None)
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s at %d timesteps", checkpoint, trainer.timesteps)

@@ -25,12 +25,14 @@ from start_gae_ppo_training import (
 from tests.fakes import FakePolicy, make_envs
 from tests.trainers import make_trainer
 from vla_rl.learning import memory
+from vla_rl.learning.parts import build_policy
 from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.model.trained_as import write_trained_as
+from vla_rl.preflight.needs import check_start
 from vla_rl.run.checkpoint import write_manifest
 from vla_rl.run.command_line import ROOT
 from vla_rl.run.failures import explain
-from vla_rl.run.load_settings import list_settings, save_config
+from vla_rl.run.load_settings import list_settings, load_config, save_config
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import SimulatorDied
@@ -393,6 +395,55 @@ def test_a_checkpoint_of_which_nothing_is_known_is_used_as_the_settings_say(mode
     (model / "trained_as.json").unlink()
     argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs"), "env.image_size=64"]
     assert main(argv) == 0 and len(started) == 1 and "was trained with" not in caplog.text
+
+
+@pytest.fixture
+def other_run(tmp_path) -> Path:
+    """With LoRA weights of rank 2."""
+    checkpoint = tmp_path / "other/checkpoints/iteration-000007"
+    build_policy(load_config(TINY, ["policy.lora.rank=2"])).save_adapter(checkpoint / "adapter")
+    write_manifest(checkpoint, "model")
+    return tmp_path / "other"
+
+
+def test_lora_weights_to_begin_with_are_found_once_and_for_all(other_run, started, tmp_path, caplog):
+    argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), f"policy.adapter={other_run}"]
+    config, _ = settings_from(parse_args([*argv, "policy.lora.rank=2"]))
+    assert config.policy.adapter == str(other_run / "checkpoints/iteration-000007/adapter")
+    check_start(config, resumed=False)
+    assert "kl_coef" not in caplog.text
+    check_start(settings_from(parse_args([*argv, "policy.lora.rank=2", "algorithm.kl_coef=0.1"]))[0], resumed=False)
+    assert "algorithm.kl_coef=0.1 holds the policy near policy.checkpoint alone, without policy.adapter" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "made with other policy.lora than the settings' rank=8, alpha=16.0"),
+        (["policy.lora.rank=2", "policy.lora.alpha=3"], "set policy.lora.alpha=16"),
+        (
+            ["policy.lora.rank=2", "policy.lora.target_modules=language-model"],
+            "set policy.lora.target_modules=all-linear",
+        ),
+    ],
+)
+def test_lora_weights_of_other_settings_are_refused_with_those_to_set(
+    argv, words, other_run, started, tmp_path, capsys
+):
+    argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs"), f"policy.adapter={other_run}", *argv]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and not (tmp_path / "runs").exists() and started == []
+
+
+def test_lora_weights_that_are_not_there_are_told_before_anything_heavy(tmp_path, started, capsys):
+    argv = ["--config", TINY, "--output-dir", str(tmp_path / "runs")]
+    (tmp_path / "empty").mkdir()
+    for name, words in (("none", "no such folder"), ("empty", "has no adapter_config.json; give a run")):
+        assert main([*argv, f"policy.adapter={tmp_path / name}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: policy.adapter={tmp_path / name}") and words in error
+    assert not (tmp_path / "runs").exists()
 
 
 def test_torn_checkpoint_is_refused_and_the_earlier_one_named(run, capsys):

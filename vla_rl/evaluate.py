@@ -86,13 +86,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="any setting, for example eval.temperature=1.5")
-    add("--run", metavar="RUN", help="a run's folder (its newest checkpoint), or one of its checkpoints")
+    add(
+        "--run",
+        metavar="RUN",
+        help="a run's folder (its newest checkpoint), one of its checkpoints, or RUN/checkpoints/best",
+    )
     add(
         "--checkpoint",
         metavar="MODEL",
         help="a model: folder, Hugging Face id or tiny-openvla; with --run, where its base is now",
     )
-    add("--adapter", metavar="FOLDER", help="LoRA weights in peft's format, put on the model")
+    add(
+        "--adapter",
+        metavar="FOLDER",
+        help="LoRA weights on the model: a run, its checkpoint, a peft folder (policy.adapter)",
+    )
     suite = parser.add_mutually_exclusive_group()
     suite.add_argument("--task-suite", metavar="SUITE", help="default: the run's")
     suite.add_argument("--suite-family", metavar="SUITE", help="a suite and its LIBERO-PRO perturbations, in one table")
@@ -143,10 +151,8 @@ def subject_from(args: argparse.Namespace) -> tuple[Subject, list[str]]:
         subject = of_checkpoint(args.checkpoint, args.adapter, args.overrides, flags)
     else:
         flags["policy.checkpoint"] = args.checkpoint
+        flags["policy.adapter"] = args.adapter
         subject = of_run(args.run, args.overrides, flags)
-        if args.adapter is not None:
-            adapter = Path(expand(args.adapter, "--adapter"))
-            subject = replace(subject, name=f"{subject.name}+{adapter.name}", adapter=adapter, value_head=None)
     return with_first_episodes(subject, args.episodes), suites or [subject.config.env.task_suite]
 
 

@@ -28,6 +28,10 @@ class InvariantError(RuntimeError):
     """The first minibatch of an update did not find the ratio 1."""
 
 
+class NoSignal(RuntimeError):
+    """So many training episodes without a reward that the run was told to stop."""
+
+
 class RenderingError(RuntimeError):
     """OpenGL cannot be used: a library is missing, or MUJOCO_GL names no back-end that is here."""
 

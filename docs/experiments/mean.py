@@ -5,24 +5,26 @@
     python docs/experiments/mean.py runs/ppo_seed0 --scale 0.6    its weight change times 0.6
     python docs/experiments/mean.py runs/ppo_seed0 --sampled      at the temperature of training
 
-The mean of k adapters of rank r is an adapter of rank k r: their A below each other, their B beside each other, over k.
+The mean is that of python -m vla_rl.export --average, an adapter of the summed rank.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from safetensors.torch import load_file
 
 from vla_rl.evaluation.play import evaluate_policy, evaluation_episodes
 from vla_rl.learning.parts import build_policy
-from vla_rl.run.checkpoint import list_checkpoints
+from vla_rl.model.adapter import write_mean
+from vla_rl.run.checkpoint import find_adapter
+from vla_rl.run.command_line import end_of
 from vla_rl.run.load_settings import load_config
 from vla_rl.simulation.vector_env import make_vector_env
 
@@ -32,22 +34,20 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--scale", type=float, default=1.0, help="of the mean weight change (default: 1)")
     parser.add_argument("--sampled", action="store_true", help="instead of greedy")
-    args = parser.parse_args()
-    runs = args.runs
-    missing = [str(run) for run in runs if not list_checkpoints(run / "checkpoints")]
-    if missing:
-        raise SystemExit(f"no checkpoint in {', '.join(missing)}")
-    adapters = [list_checkpoints(run / "checkpoints")[-1] / "adapter" / "adapter_model.safetensors" for run in runs]
-    config = load_config(runs[0] / "config.yaml")
-    lora = config.policy.lora
-    lora = lora.model_copy(update={"rank": lora.rank * len(runs), "alpha": lora.alpha * len(runs)})
-    config = config.model_copy(update={"policy": config.policy.model_copy(update={"lora": lora})})
-    policy = build_policy(config)
-    saved = [load_file(adapter) for adapter in adapters]
+    sys.exit(end_of(lambda: play(parser.parse_args())))
+
+
+def play(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rank = write_mean([find_adapter(run, "") for run in args.runs], Path(folder))
+        config = load_config(args.runs[0] / "config.yaml")
+        lora = config.policy.lora
+        lora = lora.model_copy(update={"rank": rank, "alpha": lora.alpha / lora.rank * rank})
+        policy = config.policy.model_copy(update={"lora": lora, "adapter": folder})
+        policy = build_policy(config.model_copy(update={"policy": policy}))
     with torch.no_grad():
         for name, tensor in policy.adapter_tensors().items():
-            parts = [tensors[name] for tensors in saved]
-            tensor.copy_(torch.cat(parts) if "lora_A" in name else torch.cat(parts, dim=1) * args.scale / len(runs))
+            tensor.mul_(args.scale if "lora_B" in name else 1)
     with closing(make_vector_env(config, config.eval.num_envs, evaluation=True)) as envs:
         episodes = evaluation_episodes(config.env.task_ids, range(50))
         temperature = config.rollout.temperature

@@ -13,17 +13,16 @@ from vla_rl.evaluation.subject import (
     check_subject,
     check_suite,
     family_of,
-    find_run_checkpoint,
     fingerprint,
-    lora_of,
     measured,
     of_checkpoint,
     of_run,
     suite_settings,
 )
 from vla_rl.learning.parts import build_policy, build_value_head
+from vla_rl.model.adapter import lora_of
 from vla_rl.model.tiny_openvla import TRAINED
-from vla_rl.run.checkpoint import save_tensors, write_checkpoint
+from vla_rl.run.checkpoint import find_saved, save_tensors, write_checkpoint
 from vla_rl.run.load_settings import load_config, save_config
 from vla_rl.run.settings import Config, ConfigError
 
@@ -87,7 +86,7 @@ def test_an_earlier_checkpoint_can_be_named(run):
 def test_a_run_in_the_midst_of_a_renaming_is_left_alone(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "checkpoints/iteration-000003").rename(copy / "checkpoints/.iteration-000003.old")
-    assert find_run_checkpoint(copy).name == "iteration-000001"
+    assert find_saved(copy, "--run ").name == "iteration-000001"
     assert (copy / "checkpoints/.iteration-000003.old").is_dir()
 
 
@@ -141,12 +140,12 @@ def test_what_is_no_run_or_has_no_whole_checkpoint_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"has no checkpoint in .*checkpoints yet$"):
         of_run(str(tmp_path), [], {})
     (tmp_path / "model").mkdir()
-    with pytest.raises(ConfigError, match=r"it has a fine-tuned model: --checkpoint .*/model"):
+    with pytest.raises(ConfigError, match=r"it has a fine-tuned model: .*/model"):
         of_run(str(tmp_path), [], {})
     copy = shutil.copytree(run, tmp_path / "torn")
     weights = copy / "checkpoints/iteration-000003/adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=r"is torn: .*; evaluate the one before: --run .*iteration-000001"):
+    with pytest.raises(ConfigError, match=r"is torn: .*; take the one before: --run .*iteration-000001"):
         of_run(str(copy), [], {})
     with pytest.raises(ConfigError, match="is torn"):
         of_run(str(weights.parent.parent), [], {})
@@ -223,8 +222,39 @@ def test_an_adapter_brings_its_rank_and_layers(run, tmp_path):
     build_subject(of_checkpoint("tiny-openvla", str(tmp_path / "last"), [], SUITE))
 
 
+@pytest.mark.parametrize("place", ["", "checkpoints/iteration-000003", "checkpoints/iteration-000003/adapter"])
+@pytest.mark.parametrize("as_setting", [False, True])
+def test_an_adapter_is_a_run_or_its_checkpoint_or_a_folder_in_peft_s_format(run, place, as_setting):
+    given = str(run / place)
+    flag, overrides = (None, [f"policy.adapter={given}"]) if as_setting else (given, [])
+    subject = of_checkpoint("tiny-openvla", flag, overrides, SUITE)
+    assert subject.adapter == run / "checkpoints/iteration-000003/adapter" and subject.value_head is None
+    assert subject.name == "tiny-openvla+one-iteration-000003" and subject.config.policy.lora.rank == 2
+
+
+@pytest.mark.parametrize("as_setting", [False, True])
+def test_a_run_can_be_evaluated_with_other_lora_weights_of_any_rank(run, tmp_path, as_setting):
+    other = write_run(tmp_path / "two", "policy.lora.rank=3", "policy.lora.alpha=6", iterations=[2])
+    overrides, flags = ([f"policy.adapter={other}"], {}) if as_setting else ([], {"policy.adapter": str(other)})
+    subject = of_run(str(run), overrides, flags)
+    assert subject.name == "one/iteration-000003+two-iteration-000002" and subject.value_head is None
+    assert subject.adapter == other / "checkpoints/iteration-000002/adapter"
+    assert (subject.config.policy.lora.rank, subject.config.policy.lora.alpha) == (3, 6)
+    expected, _ = build_subject(of_run(str(other), [], {}))
+    assert fingerprint(build_subject(subject)[0]) == fingerprint(expected)
+
+
+def test_a_run_is_evaluated_with_what_it_learned_not_with_what_it_began_with(run, tmp_path):
+    began = run / "checkpoints/iteration-000001/adapter"
+    later = write_run(tmp_path / "later", f"policy.adapter={began}", iterations=[2])
+    subject = of_run(str(later), [], {})
+    assert subject.adapter == later / "checkpoints/iteration-000002/adapter" and subject.value_head is not None
+    policy, _ = build_subject(subject)
+    assert {round(p.flatten()[0].item(), 6) for p in policy.trainable_parameters()} == {0.02, 0.03, 0.04}
+
+
 def test_a_torn_or_absent_adapter_or_one_of_another_base_is_refused(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"has no adapter_config.json; give a folder in peft's format"):
+    with pytest.raises(ConfigError, match=r"has no adapter_config.json; give a run, .* or a folder in peft's format"):
         of_checkpoint("tiny-openvla", str(tmp_path), [], SUITE)
     adapter = shutil.copytree(run / "checkpoints/iteration-000003/adapter", tmp_path / "adapter")
     other = of_checkpoint("tiny-openvla-random", str(adapter), ["policy.use_proprio=true"], SUITE)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.fakes import CHUNK
 from tests.trainers import final_state, make_trainer, training_lines
 from vla_rl.learning.trainer_state import TrainerState
-from vla_rl.run.checkpoint import CheckpointError, find_checkpoint
+from vla_rl.run.checkpoint import CheckpointError, find_checkpoint, find_saved
 from vla_rl.types import SimulatorDied
 
 
@@ -166,8 +167,9 @@ def test_checkpoints_and_curves_come_at_their_intervals_and_only_the_newest_are_
     assert drawn == [3, 6, 7]
 
 
-def test_a_run_that_is_killed_in_an_evaluation_has_its_iteration_saved(tmp_path):
-    changes = {"evaluate": True, "eval": {"interval": 1}, "logging": {"checkpoint_interval": 1}}
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_run_that_is_killed_in_an_evaluation_has_its_iteration_saved(tmp_path, every):
+    changes = {"evaluate": True, "eval": {"interval": 1}, "logging": {"checkpoint_interval": every}}
     trainer = make_trainer(tmp_path, **changes)
 
     def killed():
@@ -201,6 +203,43 @@ def test_an_evaluation_that_no_checkpoint_knows_of_is_logged_once(tmp_path):
     whole.train_iteration()
     whole.train()
     assert training_lines(tmp_path) == training_lines(tmp_path / "whole")
+
+
+def test_the_best_of_a_runs_evaluations_is_kept(tmp_path):
+    """Success in 0, 3, 2 and 3 of 4 states: the last, of equals. A resume knows it."""
+    changes = {"evaluate": True, "eval": {"interval": 1, "modes": ["greedy"]}}
+    logging_settings = {"keep_checkpoints": 1, "curves_interval": 100}
+    trainer = make_trainer(tmp_path, logging=logging_settings, **changes)
+    rates = iter([0.0, 0.75, 0.5, 0.75, 0.25])
+    measured = {"eval/render": "exact"}
+    play = lambda *args, **kwargs: measured | rates_of(next(rates))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("OpenVLA_PPO.evaluate_modes", play)
+        trainer.train()
+        assert best_of(tmp_path) == ["best-iteration-000003"]
+        best = find_saved(tmp_path / "checkpoints/best", "--run ")
+        weights = load_file(best / "adapter/adapter.safetensors")["adapter"]
+        assert torch.equal(weights, trainer.policy.adapter)
+        longer = {"run": {"timesteps": trainer.timesteps + 1}}
+        resumed = make_trainer(tmp_path, logging=logging_settings, **changes | longer)
+        resumed.load_checkpoint(find_checkpoint(tmp_path))
+        resumed.train()
+    assert find_checkpoint(tmp_path).name == "iteration-000004" and best_of(tmp_path) == ["best-iteration-000003"]
+
+
+def rates_of(rate: float) -> dict[str, float]:
+    key = "eval/success_rate_greedy"
+    return {key: rate, f"{key}_low": 0.0, f"{key}_high": 1.0, "eval/episodes_greedy": 4}
+
+
+def best_of(run) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("*best*"))
+
+
+def test_no_best_is_kept_where_it_is_not_wanted(tmp_path):
+    trainer = make_trainer(tmp_path, evaluate=True, logging={"keep_best": False})
+    trainer.evaluate_saved()
+    assert best_of(tmp_path) == []
 
 
 def test_later_checkpoints_stay_where_an_earlier_one_cannot_be_restored(tmp_path):

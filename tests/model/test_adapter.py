@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.model.policies import make_obs, make_policy
-from vla_rl.model.adapter import Adapter
+from vla_rl.model.adapter import Adapter, surviving_change
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network
 from vla_rl.model.tiny_openvla import ensure_tiny_openvla
@@ -67,6 +67,52 @@ def test_merged_checkpoint_acts_as_base_and_adapter_together(policy, tmp_path):
     scored = merged.evaluate_actions(merged.prepare(obs), out.action_tokens, temperature=1.0)
     torch.testing.assert_close(scored.logprobs, out.logprobs, atol=2e-4, rtol=0)
     assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(ensure_tiny_openvla() / "model.safetensors"))
+
+
+def test_what_survives_the_rounding_by_hand():
+    """Between 1 and 2 a bfloat16 has steps of 1/128, below 1 of 1/256."""
+    delta = torch.tensor([[0.001, 0.006, 1 / 128], [-0.003, -0.001, 0.0]])
+    weight = torch.ones(2, 3, dtype=torch.bfloat16)
+    rounded = (weight.float() + delta).bfloat16()
+    kept, total, unchanged = surviving_change(weight, delta, rounded)
+    assert total == pytest.approx(1e-6 + 36e-6 + 1 / 128**2 + 9e-6 + 1e-6)
+    assert kept == pytest.approx(0.006 / 128 + 1 / 128**2 + 0.003 / 256) and unchanged == 3
+    exact = weight.float() + delta
+    assert surviving_change(weight, delta, exact) == (pytest.approx(total, rel=1e-4), pytest.approx(total), 1)
+    # weights between two steps are rounded anyway: only what the change adds to that counts
+    assert surviving_change(torch.tensor([1.003]), torch.tensor([1e-3]), torch.tensor([1.0078125]).bfloat16()) == (
+        *(pytest.approx(1e-3 / 128), pytest.approx(1e-6)),
+        0,
+    )
+
+
+def test_merged_weights_are_float32_unless_told_otherwise_and_say_what_is_left(tmp_path, caplog):
+    """A base in bfloat16, an adapter with B of 3e-4: in bfloat16 most of the change is rounded away."""
+    caplog.set_level("INFO")
+    policy = make_policy(dtype=torch.bfloat16, use_proprio=True)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in policy.adapter_tensors().items():
+        if "lora_B" in name:
+            tensor.data.normal_(std=3e-4, generator=generator)
+    whole = policy.save_merged(tmp_path / "whole")
+    rounded = policy.save_merged(tmp_path / "rounded", torch.bfloat16)
+    assert whole.share == pytest.approx(1, abs=1e-6) and whole.unchanged < 0.01 * whole.weights
+    assert 0 < rounded.share < 0.5 and rounded.unchanged > 0.7 * rounded.weights
+    assert f"{rounded.share:.1%} of the adapter's change of the weights survives the rounding, " in caplog.text
+    for name, dtype in (("whole", torch.float32), ("rounded", torch.bfloat16)):
+        for file in ("model", "proprio_projector"):
+            saved = load_file(tmp_path / name / f"{file}.safetensors")
+            assert {tensor.dtype for tensor in saved.values()} == {dtype}
+        assert json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    base = dict(policy.network.named_parameters())[name.replace(".weight", ".base_layer.weight")].float()
+    delta = policy.network.get_submodule(name.removesuffix(".weight")).get_delta_weight("default")
+    assert load_file(tmp_path / "whole/model.safetensors")[name].equal(base + delta)
+
+
+def test_without_a_change_nothing_is_lost(tmp_path):
+    assert str(make_policy().save_merged(tmp_path / "a")).endswith("there is no adapter, or it changes nothing")
+    assert make_policy(lora=None).save_merged(tmp_path / "b", torch.bfloat16).share == 1
 
 
 def test_adapters_stay_float32_on_a_bfloat16_base():

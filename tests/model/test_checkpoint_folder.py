@@ -7,10 +7,12 @@ import json
 import shutil
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -78,7 +80,8 @@ def test_saved_checkpoint_loads_back_equal(network_with_proprio, tmp_path, max_s
     again = load_network(tmp_path, use_proprio=True)
     pairs = zip(network.named_parameters(), again.named_parameters(), strict=True)
     assert all(a == b and x.equal(y) for (a, x), (b, y) in pairs)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((RECORDED / "config.json").read_text())
+    recorded = json.loads((RECORDED / "config.json").read_text()) | {"torch_dtype": "float32"}  # as they are saved
+    assert json.loads((tmp_path / "config.json").read_text()) == recorded
     assert (tmp_path / "dataset_statistics.json").exists()
 
 
@@ -321,6 +324,51 @@ def test_statistics_that_are_given_are_checked(tmp_path):
 def test_a_checkpoint_is_not_written_over_itself(checkpoint):
     with pytest.raises(ConfigError, match="is the checkpoint that the weights come from"):
         OpenVLAPolicy.from_checkpoint(checkpoint).save_merged(checkpoint)
+
+
+def test_a_shard_is_written_as_soon_as_it_is_full_and_let_go(tmp_path):
+    """20 tensors of 400 bytes, two to a shard: no third one is ever alive, but for the one that is being made."""
+    alive: set[int] = set()
+    most = []
+
+    def tensors():
+        for number in range(20):
+            memory = np.full(100, number, np.float32)
+            alive.add(number)
+            weakref.finalize(memory, alive.remove, number)
+            most.append(len(alive))
+            yield f"weight_{number:02d}", torch.from_numpy(memory)
+            del memory
+
+    save_checkpoint(tmp_path, tensors(), max_shard_bytes=800)
+    assert max(most) == 3
+    assert len(list(tmp_path.glob("model-*-of-00010.safetensors"))) == 10
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 20 * 400
+    assert index["weight_map"]["weight_05"] == "model-00003-of-00010.safetensors"
+    with safe_open(tmp_path / "model-00003-of-00010.safetensors", "pt") as file:
+        assert file.get_tensor("weight_05").unique().tolist() == [5]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_ends_the_writing_leaves_no_checkpoint(network, tmp_path, older):
+    """Not even of an older and a newer half."""
+    if older:
+        save_checkpoint(tmp_path, network.named_parameters(), RECORDED)
+    weights = (tmp_path / "model.safetensors").read_bytes() if older else b""
+
+    def tensors():
+        yield from list(network.named_parameters())[:-1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, tensors(), RECORDED, max_shard_bytes=300_000)
+    if older:  # as it was
+        assert (tmp_path / "model.safetensors").read_bytes() == weights and check_checkpoint(tmp_path) == tmp_path
+    else:
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(ConfigError, match=r"no config.json"):
+            check_checkpoint(tmp_path)
 
 
 def test_an_older_sharded_checkpoint_in_the_folder_does_not_hide_the_new_one(network, tmp_path):

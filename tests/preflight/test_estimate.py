@@ -48,11 +48,12 @@ def test_ppo_by_hand():
     # 10 episodes of 25 decisions, 4 at a time, two modes with videos
     assert found.eval_s == pytest.approx(3 * (2 * 25 * 0.25 + 0.5) + 2 * 25 * 0.125)
     assert found.evaluations == 3  # before, after the second and after the third iteration
-    assert found.total_s == pytest.approx(10 + 3 * (found.rollout_s + found.update_s) + 3 * found.eval_s + 3 * 2.0)
+    # saved before and after each evaluation, and at most once more; the three newest and the best stay
+    assert found.total_s == pytest.approx(10 + 3 * (found.rollout_s + found.update_s) + 3 * found.eval_s + 7 * 2.0)
     assert found.gpu_peak_gib is None and found.trainer_host_gib == pytest.approx(1 + 2 * 992 / 1024)
     assert found.host_peak_gib == pytest.approx(found.trainer_host_gib + 2.5)
     assert found.other_bytes == 3 * 2 * 2 * 25 * 10 + 500_000 + 3 * 2000
-    assert found.disk_bytes == 3000 + found.other_bytes
+    assert found.disk_bytes == 4000 + found.other_bytes
 
 
 def test_grpo_plays_whole_episodes_and_has_no_critic():

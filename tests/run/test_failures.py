@@ -10,10 +10,10 @@ import torch
 from vla_rl.run.checkpoint import save_tensors, save_torch
 from vla_rl.run.failures import explain, is_out_of_memory, one_line, warn_of_failure
 from vla_rl.simulation.vector_env import describe_death
-from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, RenderingError, SimulatorDied
+from vla_rl.types import InvariantError, NonFiniteError, NoSignal, OutOfMemory, RenderingError, SimulatorDied
 
 
-@pytest.mark.parametrize("kind", [NonFiniteError, RenderingError, SimulatorDied, InvariantError, OutOfMemory])
+@pytest.mark.parametrize("kind", [NonFiniteError, NoSignal, RenderingError, SimulatorDied, InvariantError, OutOfMemory])
 def test_failures_that_name_their_own_way_out_are_passed_on(kind):
     assert explain(kind("what happened")) == "what happened"
 

@@ -18,6 +18,7 @@ DATA = ["data.name=n", "data.files=[d.hdf5]"]
         (["data.augment=false"], "need the centre crop afterwards"),
         (["training.method=full", "policy.dtype=bfloat16"], "rounds small steps away"),
         (["policy.decoder=autoregressive"], "decodes one action"),
+        (["policy.adapter=runs/one"], "merge the two with python -m vla_rl.export"),
     ],
 )
 def test_combination_that_cannot_train_is_refused(overrides, message):

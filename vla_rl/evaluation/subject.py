@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,14 @@ from typing import Any
 import torch
 
 from vla_rl.learning.parts import build_policy, build_value_head
-from vla_rl.model.checkpoint_folder import open_tensors
+from vla_rl.model.adapter import lora_of
 from vla_rl.model.find_checkpoint import check_checkpoint
 from vla_rl.model.policy import OpenVLAPolicy
-from vla_rl.model.prismatic_config import read_config, read_json
 from vla_rl.model.trained_as import read_trained_as
 from vla_rl.model.value_head import ValueHead
 from vla_rl.preflight.needs import check_device, check_policy, check_rendering
 from vla_rl.run import task_suites
-from vla_rl.run.checkpoint import list_checkpoints, load_tensors, loading, verify
+from vla_rl.run.checkpoint import find_adapter, find_saved, load_tensors, loading
 from vla_rl.run.load_settings import absolute, config_from_dict, expand, merge, put_paths, read_yaml, set_key
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import Config, ConfigError
@@ -41,7 +39,16 @@ TRAINED_AS = {
 # of a run's policy, what may be otherwise in its evaluation
 FREE = tuple(
     f"policy.{name}"
-    for name in ("checkpoint", "as_trained", "gradient_checkpointing", "compile", "dtype", "quantization", "unnorm_key")
+    for name in (
+        "checkpoint",
+        "adapter",
+        "as_trained",
+        "gradient_checkpointing",
+        "compile",
+        "dtype",
+        "quantization",
+        "unnorm_key",
+    )
 )
 EVALUATION_TEMPERATURE = 1.0  # VLA-RL (arXiv:2505.18719) evaluates at 1 what it samples at 1.5
 
@@ -51,11 +58,14 @@ class Subject:
     """A policy that can be built, and the settings of its evaluation."""
 
     name: str
-    config: Config
-    adapter: Path | None  # folder in peft's format
+    config: Config  # whose policy.adapter is the very folder, in peft's format, of what is evaluated
     value_head: Path | None  # safetensors file
     run: Path | None = None  # folder of the run that it is of
     trained_on: tuple[str, list[int], list[int]] | None = None  # suite, tasks, fixed states; None of random placements
+
+    @property
+    def adapter(self) -> Path | None:
+        return None if self.config.policy.adapter is None else Path(self.config.policy.adapter)
 
     @property
     def temperature(self) -> float:
@@ -67,16 +77,16 @@ class Subject:
 
 
 def of_run(run: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Subject:
-    """A run's newest checkpoint, or the one that is named, with the run's own settings.
+    """A run's newest checkpoint, or the one that is named, with the run's own settings; with policy.adapter that in its place.
 
     Args:
-        run: runs/NAME or runs/NAME/checkpoints/iteration-NNNNNN.
+        run: runs/NAME, runs/NAME/checkpoints/iteration-NNNNNN or runs/NAME/checkpoints/best.
         overrides, flags: see vla_rl.run.load_settings.load_config; other tasks, states, places and devices, not another policy.
 
     Raises:
         ConfigError: no run, no checkpoint in it, a torn one; or what is asked for does not go with it.
     """
-    folder = find_run_checkpoint(Path(expand(run, "--run")))
+    folder = find_saved(Path(expand(run, "--run")), "--run ")
     source = f"{folder}/config.yaml"
     recorded = read_yaml(source)
     put_paths(recorded, absolute)
@@ -94,37 +104,38 @@ def of_run(run: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Subj
         set_key(recorded, "eval.max_steps", None)
     if before.run.device == "cuda" and not torch.cuda.is_available():
         put_on_cpu(recorded)
-    config = config_from_dict(merge(recorded, list(overrides), dict(flags)), source)
+    adapter = asked_adapter(overrides, flags)
+    merge(recorded, list(overrides), dict(flags))
+    set_key(recorded, "policy.adapter", str(folder / "adapter" if adapter is None else adapter))
+    config = config_from_dict(recorded, source)
     changed = changed_settings(before, config, ("policy.", "value_head.", "algorithm.estimator"), FREE)
     if changed:
         raise ConfigError(f"--run {run}: {', '.join(changed)} cannot differ from the run's; it is another policy then")
+    if adapter is not None:
+        for name, value in lora_of(adapter, check_checkpoint(config.policy.checkpoint)).items():
+            set_key(recorded, f"policy.lora.{name}", value)
+        config = config_from_dict(recorded, source)
     head = folder / "value_head.safetensors"
     home = folder.parent.parent if folder.parent.name == "checkpoints" else None
     name = folder.name if home is None else f"{home.name}/{folder.name}"
-    return Subject(name, config, folder / "adapter", head if head.exists() else None, home, trained_on)
+    name += "" if adapter is None else f"+{label(adapter)}"
+    return Subject(name, config, head if head.exists() and adapter is None else None, home, trained_on)
 
 
-def find_run_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run folder, or `run` itself if it is one; verified. The run may be going on.
+def asked_adapter(overrides: Sequence[str], flags: Mapping[str, Any]) -> Path | None:
+    """The folder of policy.adapter, where it was given now.
 
     Raises:
-        ConfigError: see of_run.
+        ConfigError: there are no LoRA weights, or they are torn.
     """
-    if not run.is_dir():
-        raise ConfigError(f"--run {run}: no such folder; give a run's, such as runs/NAME, or one of its checkpoints")
-    if (run / "manifest.json").exists() or run.name.startswith("iteration-"):
-        verify(run)
-        return run.absolute()
-    found = list_checkpoints(run / "checkpoints")
-    if not found:
-        model = "; it has a fine-tuned model: " + f"--checkpoint {run / 'model'}" if (run / "model").is_dir() else ""
-        raise ConfigError(f"--run {run} has no checkpoint in {run / 'checkpoints'} yet{model}")
-    try:
-        verify(found[-1])
-    except ConfigError as error:
-        earlier = f"; evaluate the one before: --run {found[-2]}" if len(found) > 1 else ""
-        raise ConfigError(f"{error}{earlier}") from None
-    return found[-1].absolute()
+    given = merge({}, list(overrides), dict(flags)).get("policy", {}).get("adapter")
+    return find_adapter(Path(given), "policy.adapter=") if isinstance(given, str) else None
+
+
+def label(adapter: Path) -> str:
+    """Of its folder; of a checkpoint's the run and the checkpoint."""
+    parts = adapter.parts
+    return f"{parts[-4]}-{parts[-2]}" if parts[-3:-2] == ("checkpoints",) and parts[-1] == "adapter" else parts[-1]
 
 
 # -------------------------------------------------------------------------------------------------------------- a model
@@ -135,7 +146,7 @@ def of_checkpoint(checkpoint: str, adapter: str | None, overrides: Sequence[str]
 
     Args:
         checkpoint: see policy.checkpoint.
-        adapter: folder in peft's format; its rank, alpha and layers are read there.
+        adapter: see policy.adapter; its rank, alpha and layers are read there.
 
     Raises:
         ConfigError: a setting is wrong, or the model or adapter is missing or torn.
@@ -152,12 +163,13 @@ def of_checkpoint(checkpoint: str, adapter: str | None, overrides: Sequence[str]
             set_key(values, key, trained[name])
     if not torch.cuda.is_available():
         put_on_cpu(values)
-    folder = None
-    if adapter is not None:
-        folder = Path(expand(adapter, "--adapter"))
+    flags = {**flags, "policy.adapter": adapter}
+    folder = asked_adapter(overrides, flags)
+    if folder is not None:
         for name, value in lora_of(folder, model).items():
             set_key(values, f"policy.lora.{name}", value)
-    config = config_from_dict(merge(values, list(overrides), dict(flags)), "the command line")
+        flags["policy.adapter"] = str(folder)
+    config = config_from_dict(merge(values, list(overrides), flags), "the command line")
     if not trained and checkpoint != "tiny-openvla-random":
         policy = config.policy
         log.warning(
@@ -165,33 +177,8 @@ def of_checkpoint(checkpoint: str, adapter: str | None, overrides: Sequence[str]
             "(vanilla OpenVLA: policy.decoder=autoregressive policy.chunk_size=1)",
             *(checkpoint, policy.decoder, policy.chunk_size, policy.num_images, policy.use_proprio, policy.center_crop),
         )
-    name = checkpoint.rstrip("/").rpartition("/")[2] + (f"+{folder.name}" if folder is not None else "")
-    return Subject(name, config, folder, None)
-
-
-def lora_of(folder: Path, model: Path) -> dict[str, Any]:
-    """policy.lora of an adapter's folder: rank, alpha, and by its tensors' names the layers.
-
-    Raises:
-        ConfigError: there is no adapter, or it is torn.
-    """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).exists():
-            raise ConfigError(
-                f"--adapter {folder} has no {name}; give a folder in peft's format, such as a checkpoint's adapter/"
-            )
-    config = read_json(folder / "adapter_config.json")
-    with open_tensors(folder / "adapter_model.safetensors") as file:
-        names = list(file.keys())
-    lora = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "target_modules": "all-linear"}
-    if not any("vision_backbone" in name for name in names):
-        layers = {int(m[1]) for name in names if (m := re.search(r"language_model\..*layers\.(\d+)\.", name))}
-        count = read_config(model).llama.get("num_hidden_layers")
-        lora |= {
-            "target_modules": "language-model",
-            "last_layers": None if len(layers) == count else len(layers) or None,
-        }
-    return lora
+    name = checkpoint.rstrip("/").rpartition("/")[2] + (f"+{label(folder)}" if folder is not None else "")
+    return Subject(name, config, None)
 
 
 def put_on_cpu(values: dict[str, Any]) -> None:
@@ -236,15 +223,12 @@ def check_unseen(subject: Subject, suites: Sequence[str]) -> None:
 
 
 def build_subject(subject: Subject) -> tuple[OpenVLAPolicy, ValueHead | None]:
-    """The policy with its adapter, and the value head if there is one.
+    """The policy with its LoRA weights, and the value head if there is one.
 
     Raises:
         ConfigError: the adapter or value head is torn or of another base.
     """
     policy = build_policy(subject.config, adapted=subject.adapter is not None)
-    if subject.adapter is not None:
-        with loading(subject.adapter):
-            policy.load_adapter(subject.adapter)
     head = None
     if subject.value_head is not None and (head := build_value_head(subject.config, policy.hidden_size)) is not None:
         with loading(subject.value_head):

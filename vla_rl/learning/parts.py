@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from vla_rl.model.quantization import count_weights
 from vla_rl.model.sharding import shard
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
+from vla_rl.run.checkpoint import find_adapter, loading
 from vla_rl.run.distributed import ONE, Ranks, share_of
 from vla_rl.run.settings import Config
 from vla_rl.simulation.suites import task_languages
@@ -29,7 +31,12 @@ T = TypeVar("T")
 
 
 def build_trainer(
-    make: Callable[..., T], config: Config, logger: MetricsLogger, cleanup: ExitStack, ranks: Ranks = ONE
+    make: Callable[..., T],
+    config: Config,
+    logger: MetricsLogger,
+    cleanup: ExitStack,
+    ranks: Ranks = ONE,
+    resumed: bool = False,
 ) -> T:
     """A trainer on the real model and the real simulators.
 
@@ -37,9 +44,11 @@ def build_trainer(
         make: OpenVLA_PPO.OpenVLAPPO.
         cleanup: closes the simulators' processes.
         ranks: each builds the policy, and simulators for its share of the environments.
+        resumed: a checkpoint will be loaded, so policy.adapter, with which the run began, is not read.
     """
     sharded = config.distributed.shard and ranks.size > 1
-    policy = build_policy(config, sharded=sharded)
+    own = config.policy.model_copy(update={"adapter": None})
+    policy = build_policy(config.model_copy(update={"policy": own}) if resumed else config, sharded=sharded)
     if sharded:
         shard(policy, ranks, torch.device(config.run.device))
     value_head = build_value_head(config, policy.hidden_size)
@@ -74,15 +83,18 @@ def build_policy(config: Config, adapted: bool = True, sharded: bool = False) ->
     """The policy of the settings.
 
     Args:
-        adapted: with the LoRA weights of the settings, as they begin; else nothing can be trained.
+        adapted: with LoRA weights, those of policy.adapter or as they begin; else nothing can be trained.
         sharded: on the CPU and not compiled, for vla_rl.model.sharding.
+
+    Raises:
+        ConfigError: policy.adapter is torn, or of other settings or another base.
     """
     if config.run.torch_threads is not None:
         torch.set_num_threads(config.run.torch_threads)
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
     torch.backends.cudnn.allow_tf32 = False  # convolutions too in true float32, as matrix products are by default
     settings = config.policy
-    return OpenVLAPolicy.from_checkpoint(
+    policy = OpenVLAPolicy.from_checkpoint(
         settings.checkpoint,
         decoder=settings.decoder,
         num_images=settings.num_images,
@@ -97,6 +109,11 @@ def build_policy(config: Config, adapted: bool = True, sharded: bool = False) ->
         compiled=not sharded and compiles(settings.compile, config.run.device),
         quantization=settings.quantization,
     )
+    if adapted and settings.adapter is not None:
+        folder = find_adapter(Path(settings.adapter), "policy.adapter=")
+        with loading(folder):
+            policy.load_adapter(folder)
+    return policy
 
 
 def build_value_head(config: Config, hidden_size: int) -> ValueHead | None:

@@ -14,6 +14,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from vla_rl.learning.episodes import EpisodeStreams, RunningEpisodes
+from vla_rl.learning.no_signal import SignalWatch
 from vla_rl.learning.optimizer import load_optimizer
 from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.model.value_head import ValueHead
@@ -73,6 +74,7 @@ class Trainer(Protocol):
     actor_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer | None
     schedule: ActorSchedule
+    signal_watch: SignalWatch
     order_generator: torch.Generator
     streams: EpisodeStreams
     running: RunningEpisodes
@@ -146,6 +148,7 @@ class TrainerState:
                 "actor_optimizer": trainer.actor_optimizer.state_dict(),
                 "critic_optimizer": trainer.critic_optimizer.state_dict() if trainer.critic_optimizer else None,
                 "schedule": trainer.schedule.state(),
+                "signal_watch": trainer.signal_watch.state(),
             }
         )
 
@@ -190,6 +193,7 @@ class TrainerState:
             trainer.policy.load_adapter(folder / "adapter")
         load_optimizer(trainer.actor_optimizer, values["actor_optimizer"], trainer.config.actor)
         trainer.schedule.load(values["schedule"])
+        trainer.signal_watch.load(values.get("signal_watch"))
         trainer.iteration, trainer.timesteps = values["iteration"], values["timesteps"]
         trainer.groups_played, trainer.evaluated_iteration = values["groups_played"], values["evaluated_iteration"]
         own = slice(trainer.streams.own.start, trainer.streams.own.stop)  # environments of this process

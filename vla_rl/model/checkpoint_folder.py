@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -29,6 +30,7 @@ from torch import Tensor
 from vla_rl.model.prismatic_config import is_list, read_config, read_json, refuse_lfs_pointer
 from vla_rl.run.checkpoint import save_tensors, save_torch
 from vla_rl.run.failures import one_line
+from vla_rl.run.files import write_whole
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM, PROPRIO_DIM
 
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 SPACE = "▁"  # token 29871 of Llama-2: the training prompts end in it, the tokenised text does not
 MAX_SHARD_BYTES = 5 * 1024**3  # transformers' own default when these checkpoints were written
 HUB_FILES = ["*.json", "*.safetensors", "*.py", "tokenizer.model", "proprio_projector--*", "*.txt"]
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TRAINED_AS = "trained_as.json"
 LISTING_TIMEOUT_S = 10.0  # as the hub client waits for one file's entity tag
 FLOATS = ("F64", "F32", "F16", "BF16")  # other safetensors types are quantized: their values alone mean nothing
@@ -249,7 +251,7 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in the index's order if there is an index."""
-    single, index = folder / "model.safetensors", folder / INDEX
+    single, index = folder / SINGLE, folder / INDEX
     if not index.exists():
         if not single.exists():
             raise ConfigError(f"no weights in {folder}: expected model.safetensors or {INDEX}")
@@ -362,11 +364,13 @@ def save_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     statistics: dict[str, dict] | None = None,
 ) -> None:
-    """Writes a checkpoint in the official layout.
+    """Writes a checkpoint in the official layout, a shard as soon as it is full: never a second copy of the model in memory.
+
+    config.json comes last: whatever ends the writing, a folder without it is no checkpoint.
 
     Args:
         folder: made if it is not there.
-        tensors: the network's parameter names and values, for instance network.named_parameters().
+        tensors: the network's parameter names and values, for instance network.named_parameters(); one at a time.
         source: the checkpoint whose config, statistics, tokenizer and processor files go along; None leaves them out.
         proprio_file: the file for the proprio projector; None puts it into the main state dict.
         max_shard_bytes: weights above this are split, with an index.
@@ -380,22 +384,23 @@ def save_checkpoint(
     if source is not None and folder.resolve() == Path(source).resolve():
         raise ConfigError(f"{folder} is the checkpoint that the weights come from; give another folder to save in")
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
     proprio: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        name = official_name(name)
-        if proprio_file and name.startswith("proprio_projector."):
-            proprio[name.removeprefix("proprio_projector.")] = tensor
-            continue
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    write_shards(folder, shards)
+    shards = Shards(folder, max_shard_bytes)
+    try:
+        for name, tensor in tensors:
+            name = official_name(name)
+            if proprio_file and name.startswith("proprio_projector."):
+                proprio[name.removeprefix("proprio_projector.")] = tensor.detach().cpu().contiguous()
+            else:
+                shards.add(name, tensor)
+            del tensor  # a shard is written without the next one's first beside it
+        if source is not None:
+            (folder / "config.json").unlink(missing_ok=True)  # of an older checkpoint: half of it is no checkpoint
+        shards.close()
+    finally:
+        for path in folder.glob(".model-*.safetensors"):
+            path.unlink()
     if proprio:
-        proprio = {name: tensor.detach().cpu().contiguous() for name, tensor in proprio.items()}
         if proprio_file.endswith(".pt"):
             save_torch({"module." + name: tensor for name, tensor in proprio.items()}, folder / proprio_file)
         else:
@@ -403,30 +408,57 @@ def save_checkpoint(
     if source is not None:
         for path in Path(source).iterdir():
             left_out = (INDEX,) if statistics is None else (INDEX, TRAINED_AS)
-            if path.suffix in (".json", ".py", ".model", ".txt") and path.name not in left_out:
+            if path.suffix in (".json", ".py", ".model", ".txt") and path.name not in (*left_out, "config.json"):
                 shutil.copyfile(path, folder / path.name)
-        write_statistics(folder, load_statistics(Path(source)) if statistics is None else statistics)
+        # into both places: config.json is what other OpenVLA code reads
+        statistics = load_statistics(Path(source)) if statistics is None else statistics
+        write_whole(folder / "dataset_statistics.json", json.dumps(statistics, indent=1))
+        config = read_json(Path(source) / "config.json") | {"norm_stats": statistics} | shards.torch_dtype()
+        write_whole(folder / "config.json", json.dumps(config, indent=1))
 
 
-def write_statistics(folder: Path, statistics: dict[str, dict]) -> None:
-    """Into both places: dataset_statistics.json, and norm_stats of config.json, which is what other OpenVLA code reads."""
-    (folder / "dataset_statistics.json").write_text(json.dumps(statistics, indent=1))
-    config = read_json(folder / "config.json") | {"norm_stats": statistics}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+class Shards:
+    """Weight files of a folder, of which one at a time is in memory. Until all are there they have hidden names."""
 
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder, self.max_bytes = folder, max_bytes
+        self.tensors: dict[str, Tensor] = {}  # of the next shard
+        self.size, self.total = 0, 0  # bytes of it, and of all
+        self.names: list[list[str]] = []  # of the tensors in each shard that is written
+        self.dtypes: set[torch.dtype] = set()
 
-def write_shards(folder: Path, shards: list[dict[str, Tensor]]) -> None:
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file_name, shard in zip(names, shards, strict=True):
-        # one shard on the CPU at a time; the format needs tensors of their own, not views
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-        save_tensors(tensors, folder / file_name, format="pt")
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2))
-    else:
-        (folder / INDEX).unlink(missing_ok=True)  # of an older checkpoint: it would be read instead
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.tensors and self.size + tensor.nbytes > self.max_bytes:
+            self.write()
+        self.tensors[name] = tensor.detach().cpu()
+        self.size += tensor.nbytes
+        self.dtypes.add(tensor.dtype)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f".model-{number:05d}.safetensors"
+
+    def write(self) -> None:
+        # the format needs tensors of their own, not views
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        save_tensors(tensors, self.path(len(self.names)), format="pt")
+        self.names.append(list(self.tensors))
+        self.total += self.size
+        self.tensors, self.size = {}, 0
+
+    def close(self) -> None:
+        """Writes the rest and the index, and gives all files their names."""
+        self.write()
+        count = len(self.names)
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
+        if count > 1:
+            weight_map = {name: file for file, names in zip(files, self.names, strict=True) for name in names}
+            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+            write_whole(self.folder / INDEX, json.dumps(index, indent=2))
+        else:
+            (self.folder / INDEX).unlink(missing_ok=True)  # of an older checkpoint: it would be read instead
+        for number, file in enumerate(files):
+            os.replace(self.path(number), self.folder / file)
+
+    def torch_dtype(self) -> dict[str, str]:
+        """config.json's entry of the precision in which others load the weights."""
+        return {"torch_dtype": str(next(iter(self.dtypes))).removeprefix("torch.")} if len(self.dtypes) == 1 else {}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.model.action_tokenizer import ActionTokenizer, to_environment, unnormalize
-from vla_rl.model.adapter import Adapter, digest_base
+from vla_rl.model.adapter import Adapter, WeightChange, digest_base
 from vla_rl.model.checkpoint_folder import (
     check_statistics,
     read_statistics,
@@ -457,10 +457,18 @@ class OpenVLAPolicy:
         """The network's names and weights, with the adapter merged into them if there is one."""
         return dense_parameters(self.network) if self.adapter is None else self.adapter.merged_tensors()
 
-    def save_merged(self, folder: Path) -> None:
-        """Writes a checkpoint in the official layout with the adapters merged into the weights, 4-bit ones unpacked."""
-        new = {self.unnorm_key: self.statistics} if self.new_statistics else None
-        save_checkpoint(folder, self.merged_tensors(), self.folder, self.network.proprio_file, statistics=new)
+    def save_merged(self, folder: Path, dtype: torch.dtype = torch.float32) -> WeightChange:
+        """Writes a checkpoint in the official layout with the adapters merged into the weights, 4-bit ones unpacked.
+
+        Args:
+            dtype: of all weights. bfloat16 takes half of the disk and rounds small changes away; the log says how much is left.
+        """
+        new, change = {self.unnorm_key: self.statistics} if self.new_statistics else None, WeightChange(dtype)
+        merged = self.merged_tensors() if self.adapter is None else self.adapter.merged_tensors(dtype, change)
+        tensors = ((name, tensor.to(dtype)) for name, tensor in merged)
+        save_checkpoint(folder, tensors, self.folder, self.network.proprio_file, statistics=new)
+        logger.info("%s", change)
+        return change
 
     @cached_property
     def base_digest(self) -> str:

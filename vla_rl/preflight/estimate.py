@@ -75,9 +75,15 @@ def estimate(config: Config, pieces: Pieces) -> Estimate:
     iterations = int(-(-config.run.timesteps // steps))
     evaluations, eval_s = count_evaluations(config, iterations), evaluation_seconds(config, pieces)
     update_s = update_seconds(config, pieces, rows)
-    saves = iterations // config.logging.checkpoint_interval + 2  # the first and the last
-    total_s = pieces.start_s + iterations * (rollout_s + update_s) + evaluations * eval_s + saves * pieces.save_s
+    saved = evaluations + iterations // config.logging.checkpoint_interval  # states; twice where they are evaluated
+    total_s = (
+        pieces.start_s
+        + iterations * (rollout_s + update_s)
+        + evaluations * eval_s
+        + (saved + evaluations) * pieces.save_s
+    )
 
+    kept = min(saved, config.logging.keep_checkpoints) + config.logging.keep_best
     growth_gib = BUFFER_COPIES * max(0, rows - pieces.rows) * pieces.row_bytes / 2**30
     trainer_host_gib = pieces.host_peak_gib + growth_gib
     on_gpu = config.run.device == "cuda"
@@ -97,7 +103,7 @@ def estimate(config: Config, pieces: Pieces) -> Estimate:
         trainer_host_gib=trainer_host_gib,
         trainer_peak_gib=pieces.peak_gib if on_gpu else trainer_host_gib,
         other_bytes=other_bytes,
-        disk_bytes=min(saves, config.logging.keep_checkpoints) * pieces.checkpoint_bytes + other_bytes,
+        disk_bytes=kept * pieces.checkpoint_bytes + other_bytes,
     )
 
 

@@ -25,6 +25,7 @@ from statistics import median
 import torch
 
 from vla_rl.learning.memory import check_weights
+from vla_rl.model.adapter import check_lora
 from vla_rl.model.checkpoint_folder import find_l1_head, read_statistics, read_tokenizer, tensor_shapes
 from vla_rl.model.execution import compiles
 from vla_rl.model.find_checkpoint import find_and_check
@@ -32,6 +33,7 @@ from vla_rl.model.quantization import check_quantization
 from vla_rl.model.sharding import check_sharding
 from vla_rl.model.trained_as import differences, read_trained_as
 from vla_rl.reports.weights_and_biases import check_wandb, wandb_mode
+from vla_rl.run.checkpoint import find_adapter
 from vla_rl.run.command_line import ROOT, TINY_CONFIG
 from vla_rl.run.failures import one_line
 from vla_rl.run.machine import available_memory
@@ -206,7 +208,7 @@ def check_disk(config: Config, checkpoint_bytes: int, other_bytes: int, free: in
     output_dir = Path(config.run.output_dir)
     nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     free = shutil.disk_usage(nearest).free if free is None else free
-    count = config.logging.keep_checkpoints + 1  # one more while it is written
+    count = config.logging.keep_checkpoints + config.logging.keep_best + 1  # one more while it is written
     needed = count * checkpoint_bytes + other_bytes
     figures = (
         f"{size_text(needed)} for {count} checkpoints of {size_text(checkpoint_bytes)} and {size_text(other_bytes)} of videos and "
@@ -393,6 +395,14 @@ def check_policy(config: Config, resumed: bool) -> None:
     read_statistics(model, config.unnorm_key(), settings.use_proprio)
     read_tokenizer(model)
     check_trained_as(config, model, resumed)
+    if settings.adapter is not None and not resumed:
+        check_lora(find_adapter(Path(settings.adapter), "policy.adapter="), model, settings.lora)
+        if config.algorithm.kl_coef > 0:
+            log.warning(
+                "algorithm.kl_coef=%g holds the policy near policy.checkpoint alone, without policy.adapter; to hold it near the "
+                "two, merge them first (python -m vla_rl.export) and start from that",
+                config.algorithm.kl_coef,
+            )
 
 
 def check_card(config: Config, model: Path) -> str:

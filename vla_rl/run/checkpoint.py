@@ -35,6 +35,8 @@ from vla_rl.run.settings import ConfigError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as peft names them
+BEST = "best-"  # before the name of what vla_rl.run.best_checkpoint keeps
 # what flock answers on Lustre without -o flock, on some NFS and FUSE
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
@@ -89,7 +91,7 @@ def write_manifest(folder: Path, fingerprint: str) -> None:
 
 
 def set_aside_later_checkpoints(folder: Path) -> None:
-    """Renames what is later than a checkpoint that a run resumes from to superseded-NAME, or superseded-1-NAME, ...
+    """Renames what is later than a checkpoint that a run resumes from to superseded-NAME, or superseded-1-NAME, ...; a best one, too.
 
     They are not of the resumed run's history, so the next resume must not find them; nor must they be lost. The newest goes
     first: whenever this is interrupted, what is left is the beginning of a history.
@@ -100,22 +102,22 @@ def set_aside_later_checkpoints(folder: Path) -> None:
     number = checkpoint_number(folder)
     if number is None:
         raise CheckpointError(f"{folder} is not named as a checkpoint is, iteration-NUMBER; rename it")
-    for later in reversed(list_checkpoints(folder.parent)):
+    for later in [*reversed(list_checkpoints(folder.parent, BEST)), *reversed(list_checkpoints(folder.parent))]:
         if checkpoint_number(later) > number:
             names = (f"superseded-{f'{n}-' if n else ''}{later.name}" for n in itertools.count())
             os.replace(later, next(p for name in names if not (p := folder.parent / name).exists()))
 
 
 def checkpoint_number(folder: Path) -> int | None:
-    """10 of iteration-000010; None of any other name, which is not ours to read or remove."""
-    match = re.fullmatch(r"iteration-([0-9]+)", folder.name)
+    """10 of iteration-000010 or best-iteration-000010; None of any other name, which is not ours to read or remove."""
+    match = re.fullmatch(rf"(?:{BEST})?iteration-([0-9]+)", folder.name)
     return int(match[1]) if match else None
 
 
-def list_checkpoints(root: Path) -> list[Path]:
+def list_checkpoints(root: Path, kind: str = "") -> list[Path]:
     """Finished checkpoint folders, oldest first: by their number, as iteration-1000000 comes before iteration-999999 in
-    the order of names."""
-    found = [path for path in root.glob("iteration-*") if checkpoint_number(path) is not None and path.is_dir()]
+    the order of names. kind: BEST lists those of best evaluations instead, the last of which is the best."""
+    found = [path for path in root.glob(f"{kind}iteration-*") if checkpoint_number(path) is not None and path.is_dir()]
     return sorted(found, key=lambda path: (checkpoint_number(path), path.name))
 
 
@@ -126,6 +128,8 @@ def find_checkpoint(run: Path) -> Path:
         CheckpointError: no such folder, no checkpoint in it, or the newest one is torn.
     """
     run = Path(run)
+    if run.parent.name == "checkpoints" and run.name.startswith(BEST.rstrip("-")):
+        raise CheckpointError(f"{run} is kept to be used, not to go on from; start a new run with policy.adapter={run}")
     if not run.is_dir():
         raise CheckpointError(f"no run folder {run}; --resume takes a folder such as runs/NAME")
     if run.name.startswith("iteration-") and not (run / "checkpoints").is_dir():
@@ -146,6 +150,64 @@ def find_checkpoint(run: Path) -> Path:
         earlier = f"; resume from the one before: --resume {found[-2]}" if len(found) > 1 else ""
         raise CheckpointError(f"{error}{earlier}") from None
     return found[-1]
+
+
+def find_saved(folder: Path, said: str) -> Path:
+    """As find_checkpoint, for use and not to go on from: the run may be going on, so nothing is repaired. A best one does too,
+    by the name of its folder or as RUN/checkpoints/best.
+
+    Args:
+        said: what names it in an error, such as "--run " or "policy.adapter=".
+
+    Raises:
+        ConfigError: no run, no checkpoint in it, or a torn one.
+    """
+    if folder.name == BEST.rstrip("-") and folder.parent.name == "checkpoints" and not folder.exists():
+        best = list_checkpoints(folder.parent, BEST)
+        if not best:
+            raise ConfigError(f"{said}{folder}: no evaluation's checkpoint is kept there (logging.keep_best)")
+        folder = best[-1]
+    if not folder.is_dir():
+        raise ConfigError(f"{said}{folder}: no such folder; give a run's, such as runs/NAME, or one of its checkpoints")
+    if (folder / MANIFEST).exists() or (
+        checkpoint_number(folder) is not None and not (folder / "checkpoints").is_dir()
+    ):
+        verify(folder)
+        return folder.absolute()
+    found = list_checkpoints(folder / "checkpoints")
+    if not found:
+        model = f"; it has a fine-tuned model: {folder / 'model'}" if (folder / "model").is_dir() else ""
+        raise ConfigError(f"{said}{folder} has no checkpoint in {folder / 'checkpoints'} yet{model}")
+    try:
+        verify(found[-1])
+    except ConfigError as error:
+        earlier = f"; take the one before: {said}{found[-2]}" if len(found) > 1 else ""
+        raise ConfigError(f"{error}{earlier}") from None
+    return found[-1].absolute()
+
+
+def find_adapter(folder: Path, said: str) -> Path:
+    """LoRA weights in peft's format: `folder` itself, or those of a run's newest checkpoint or of one that is named.
+
+    Args:
+        said: as find_saved.
+
+    Raises:
+        ConfigError: there are none, or they are torn.
+    """
+    if not any((folder / name).exists() for name in (*ADAPTER_FILES, "adapter_model.bin")):
+        saved = (folder / MANIFEST, folder / "checkpoints")
+        if folder.is_dir() and not any(path.exists() for path in saved) and checkpoint_number(folder) is None:
+            raise ConfigError(
+                f"{said}{folder} has no {ADAPTER_FILES[0]}; give a run, one of its checkpoints, or a folder in peft's format"
+            )
+        folder = find_saved(folder, said) / "adapter"
+    missing = [name for name in ADAPTER_FILES if not (folder / name).exists()]
+    if missing:
+        raise ConfigError(
+            f"{said}{folder} has no {missing[0]}; give a run of PPO or GRPO, or a folder in peft's format"
+        )
+    return folder.absolute()
 
 
 def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:

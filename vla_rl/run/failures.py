@@ -25,7 +25,17 @@ def report(error: Exception) -> int:
 def explain(error: Exception) -> str | None:
     """What happened and the way out; None if it may be a bug."""
 
-    from vla_rl.types import InvariantError, NonFiniteError, OutOfMemory, ProcessLost, RenderingError, SimulatorDied
+    from vla_rl.types import (
+        InvariantError,
+        NonFiniteError,
+        NoSignal,
+        OutOfMemory,
+        ProcessLost,
+        RenderingError,
+        SimulatorDied,
+    )
+
+    ours = (InvariantError, NonFiniteError, NoSignal, OutOfMemory, ProcessLost, RenderingError, SimulatorDied)
 
     if is_out_of_memory(error):
         return (
@@ -38,7 +48,7 @@ def explain(error: Exception) -> str | None:
         return f"{error}: the place that is written to must be writable."
     if isinstance(error, ImportError) and not (error.name or "").startswith("vla_rl"):
         return str(error)  # of a package that is missing or broken
-    if isinstance(error, (NonFiniteError, InvariantError, OutOfMemory, ProcessLost, RenderingError, SimulatorDied)):
+    if isinstance(error, ours):
         return str(error)
     return None
 

@@ -1,8 +1,9 @@
-"""A file that is there whole or not at all, whatever ends the writing."""
+"""A file or folder that is there whole or not at all, whatever ends the writing."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,19 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # nothing torn stays
             unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` to fill; renamed to it, which must not be there, at the end, removed where that failed."""
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:

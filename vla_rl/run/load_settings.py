@@ -23,7 +23,7 @@ from vla_rl.run.sft_settings import SftConfig
 ConfigKind = TypeVar("ConfigKind", Config, SftConfig)
 
 MAX_FILE_BYTES = 1_000_000  # ours have 3,000
-PATHS = ("policy.checkpoint", "run.output_dir", "data.files")
+PATHS = ("policy.checkpoint", "policy.adapter", "run.output_dir", "data.files")
 NO_PATHS = ("tiny-openvla", "tiny-openvla-random")  # names of policy.checkpoint, also beside a folder of that name
 STR, INT, FLOAT, NULL, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "null", "merge"))
 

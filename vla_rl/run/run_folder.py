@@ -37,6 +37,20 @@ def with_absolute_output_dir(config: ConfigKind) -> ConfigKind:
     return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": output_dir})})
 
 
+def with_found_adapter(config: Config) -> Config:
+    """The same settings; policy.adapter is the very folder of the weights, also once the run that it names has newer ones.
+
+    Raises:
+        ConfigError: there are no such weights, or they are torn.
+    """
+    if config.policy.adapter is None:
+        return config
+    from vla_rl.run.checkpoint import find_adapter  # torch: only where it is needed
+
+    adapter = str(find_adapter(Path(config.policy.adapter), "policy.adapter="))
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"adapter": adapter})})
+
+
 def check_run_folder(config: Config | SftConfig) -> None:
     """Whether the folder of a new run can be made; makes nothing.
 

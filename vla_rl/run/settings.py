@@ -94,6 +94,7 @@ class RunConfig(RunFolderConfig):
     """One training run."""
 
     timesteps: int = Field(100_000, ge=0, description="simulator steps to train for, all environments together (20 Hz)")
+    stop_without_signal: int | None = Field(None, ge=1, description="ends after that many episodes without a reward")
 
 
 class LoraConfig(Section):
@@ -157,6 +158,7 @@ class PolicyConfig(Section):
         description="settings that differ from how the checkpoint was trained are an error; false: a warning",
     )
     lora: LoraConfig = Field(default_factory=LoraConfig)
+    adapter: str | None = Field(None, description="LoRA weights to begin with: a run, its checkpoint, or a peft folder")
 
     @model_validator(mode="before")
     @classmethod
@@ -382,8 +384,9 @@ class ProgressConfig(Section):
 class LoggingConfig(ProgressConfig):
     """What a run leaves behind."""
 
-    checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints")
+    checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints, which evaluations have too")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    keep_best: bool = Field(True, description="and that of the best evaluation, greedy or else sampled")
     curves_interval: int = Field(
         10, ge=1, description="iterations between redrawings of curves and report, which each minute has, too"
     )

@@ -88,6 +88,11 @@ class SftConfig(Section):
     def check_combinations(self) -> SftConfig:
         check_decoder(self.policy)
         training = self.training
+        if self.policy.adapter is not None:
+            raise ValueError(
+                f"policy.adapter={self.policy.adapter}: fine-tuning begins with a checkpoint alone; merge the two with "
+                "python -m vla_rl.export and give the result as policy.checkpoint"
+            )
         if training.batch_size % training.micro_batch_size:
             raise ValueError(
                 f"training.batch_size={training.batch_size} is not a multiple of "
