@@ -147,7 +147,7 @@ def subject_from(args: argparse.Namespace) -> tuple[Subject, list[str]]:
         if args.adapter is not None:
             adapter = Path(expand(args.adapter, "--adapter"))
             subject = replace(subject, name=f"{subject.name}+{adapter.name}", adapter=adapter, value_head=None)
-    return with_first_episodes(subject, args.episodes), suites or [subject.config.env.task_suite]
+    return with_modes_of_head(with_first_episodes(subject, args.episodes)), suites or [subject.config.env.task_suite]
 
 
 def with_first_episodes(subject: Subject, episodes: int | None) -> Subject:
@@ -160,6 +160,24 @@ def with_first_episodes(subject: Subject, episodes: int | None) -> Subject:
         )
     evaluation = subject.config.eval.model_copy(update={"states": states[:episodes]})
     return replace(subject, config=subject.config.model_copy(update={"eval": evaluation}))
+
+
+def with_modes_of_head(subject: Subject) -> Subject:
+    """An L1 head has one action for an observation, so it is evaluated greedily alone.
+
+    Raises:
+        ConfigError: that was not asked for.
+    """
+    config = subject.config
+    if config.policy.head == "tokens" or config.eval.modes == ["greedy"]:
+        return subject
+    if "greedy" not in config.eval.modes:
+        raise ConfigError(
+            "--modes sampled with policy.head=l1, which has one action for an observation; give --modes greedy"
+        )
+    log.info("policy.head=l1 has one action for an observation: evaluated greedily alone")
+    evaluation = config.eval.model_copy(update={"modes": ["greedy"]})
+    return replace(subject, config=config.model_copy(update={"eval": evaluation}))
 
 
 def out_folder(args: argparse.Namespace, subject: Subject, suites: list[str]) -> Path:

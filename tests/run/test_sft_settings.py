@@ -18,6 +18,9 @@ DATA = ["data.name=n", "data.files=[d.hdf5]"]
         (["data.augment=false"], "need the centre crop afterwards"),
         (["training.method=full", "policy.dtype=bfloat16"], "rounds small steps away"),
         (["policy.decoder=autoregressive"], "decodes one action"),
+        (["policy.head=l1"], "what is trained is training.head=l1"),
+        (["training.head=l1", "policy.decoder=autoregressive", "policy.chunk_size=1"], "set policy.decoder=parallel"),
+        (["training.head=l1", "training.label_sigma=1"], "set training.label_sigma=0"),
     ],
 )
 def test_combination_that_cannot_train_is_refused(overrides, message):

@@ -81,6 +81,7 @@ def build_policy(config: Config, adapted: bool = True) -> OpenVLAPolicy:
         gradient_checkpointing="none" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing,
         compiled=compiles(settings.compile, config.run.device),
         quantization=settings.quantization,
+        head=settings.head,
     )
 
 

@@ -129,6 +129,10 @@ class PolicyConfig(Section):
         "parallel",
         description="autoregressive: vanilla OpenVLA, one action; parallel: OpenVLA-OFT, a chunk in one forward",
     )
+    head: Literal["tokens", "l1"] = Field(
+        "tokens",
+        description="tokens: action tokens, which RL trains; l1: OpenVLA-OFT's L1 head, to evaluate (to RL: vla_rl.warmstart)",
+    )
     chunk_size: int = Field(8, ge=1, description="actions a decision; 1 for the autoregressive decoder")
     num_images: Literal[1, 2] = Field(1, description="1: agent view; 2: agent view and wrist camera")
     use_proprio: bool = Field(False, description="feed end-effector position, orientation and gripper (8 numbers)")
@@ -470,6 +474,8 @@ class Config(Section):
 
 
 def check_decoder(policy: PolicyConfig) -> None:
+    if policy.head == "l1" and policy.decoder != "parallel":
+        raise ValueError(f"policy.head=l1 with policy.decoder={policy.decoder}; set policy.decoder=parallel")
     if policy.decoder == "autoregressive" and policy.chunk_size != 1:
         raise ValueError(
             f"policy.chunk_size={policy.chunk_size} with policy.decoder=autoregressive, which decodes one action; "
