@@ -148,7 +148,7 @@ def test_wrong_uses_are_told():
         OpenVLAPolicy.from_checkpoint(RECORDED, head="l1")
     with pytest.raises(ConfigError, match="expected tokens or l1"):
         OpenVLAPolicy.from_checkpoint(RECORDED, head="L1")
-    with pytest.raises(ConfigError, match=r"has no action_head--N_checkpoint\.pt; set policy\.head=tokens"):
+    with pytest.raises(ConfigError, match=r"has no L1 head.*give a checkpoint with one.*policy\.head=tokens"):
         OpenVLAPolicy.from_checkpoint(RECORDED, "parallel", head="l1")
     with pytest.raises(ConfigError, match="no L1 head"):
         OpenVLAPolicy.from_checkpoint(RECORDED, "parallel").forward_l1(None, None, None)

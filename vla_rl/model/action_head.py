@@ -123,8 +123,8 @@ def load_action_head(
     path = find_action_head_file(folder)
     if path is None:
         raise ConfigError(
-            f"policy.head=l1, but {folder} has no action_head--N_checkpoint.pt; set policy.head=tokens, or give a checkpoint with an "
-            "L1 head, such as moojink/openvla-7b-oft-finetuned-libero-spatial"
+            f"{folder} has no L1 head (no action_head--N_checkpoint.pt); give a checkpoint with one, such as "
+            "moojink/openvla-7b-oft-finetuned-libero-spatial, or use its token head (policy.head=tokens)"
         )
     tensors = {name.removeprefix("module."): tensor for name, tensor in read_tensor_file(path).items()}
     with torch.device("meta"):

@@ -27,6 +27,7 @@ from vla_rl.run.load_settings import (
 )
 from vla_rl.run.settings import Config, ConfigError, check_name
 from vla_rl.run.sft_settings import SftConfig
+from vla_rl.run.warmstart_settings import WarmstartConfig
 
 # ------------------------------------------------------------------------------------------------------------------ new
 
@@ -37,7 +38,7 @@ def with_absolute_output_dir(config: ConfigKind) -> ConfigKind:
     return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": output_dir})})
 
 
-def check_run_folder(config: Config | SftConfig) -> None:
+def check_run_folder(config: Config | SftConfig | WarmstartConfig) -> None:
     """Whether the folder of a new run can be made; makes nothing.
 
     Raises:
@@ -53,7 +54,7 @@ def check_run_folder(config: Config | SftConfig) -> None:
         raise ConfigError(f"run.output_dir={output_dir}: {nearest} cannot be written to; give another place for runs")
 
 
-def make_run_folder(config: Config | SftConfig, automatic_name: str) -> Path:
+def make_run_folder(config: Config | SftConfig | WarmstartConfig, automatic_name: str) -> Path:
     """The new folder of a run, with its config.yaml in it.
 
     Args:
