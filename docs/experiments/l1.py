@@ -31,8 +31,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sft": (
         L1,
         f"-m vla_rl.sft --config configs/tiny_sft.yaml run.name=l1_sft policy.checkpoint={START} data.files=[demonstrations/l1.hdf5] "
-        "training.head=l1 training.label_sigma=0 training.value_coef=1 training.steps=500 training.warmup_steps=50 "
-        "training.evaluation_interval=250 optimizer.learning_rate=5e-4 run.torch_threads=1 logging.progress=false",
+        "training.head=l1 training.label_sigma=0 training.value_coef=1 training.steps=400 training.warmup_steps=40 training.micro_batch_size=8 "
+        "training.evaluation_interval=100 optimizer.learning_rate=5e-4 run.torch_threads=1 logging.progress=false",
     ),
     "evaluate_l1": (
         "runs/l1_eval_l1/results.json",

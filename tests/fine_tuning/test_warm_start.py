@@ -16,6 +16,7 @@ from vla_rl.fine_tuning.warm_start import WarmStart, pushed, token_share
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.checkpoint import CheckpointError, list_checkpoints
 from vla_rl.run.load_settings import config_from_dict
+from vla_rl.run.settings import ConfigError
 from vla_rl.run.warmstart_settings import WarmstartConfig
 from vla_rl.types import ACTION_DIM, NonFiniteError, PolicyOutput
 
@@ -189,6 +190,14 @@ def test_a_margin_is_what_is_left_to_the_l1_head(tmp_path):
         assert trainer.reached() is reached
     trainer.iteration = 1  # not measured yet
     assert not trainer.reached()
+
+
+def test_a_teacher_that_solves_nothing_is_told_before_anything_is_played(tmp_path):
+    trainer = make(tmp_path)
+    trainer.measure = lambda head: {"eval/success_rate_l1": 0.0, "eval/episodes_l1": 50}
+    with pytest.raises(ConfigError, match=r"solves none of 50 episodes.*policy\.num_images"):
+        trainer.train()
+    assert trainer.iteration == 0 and trainer.teacher.asked == 0
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path):

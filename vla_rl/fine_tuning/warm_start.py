@@ -45,6 +45,7 @@ from vla_rl.run.checkpoint import (
     write_checkpoint,
 )
 from vla_rl.run.load_settings import save_config
+from vla_rl.run.settings import ConfigError
 from vla_rl.run.warmstart_settings import WarmstartConfig
 from vla_rl.types import NonFiniteError, Observation
 
@@ -126,6 +127,7 @@ class WarmStart:
         if "l1" not in self.success:
             self.l1_metrics = self.measure("l1")
             self.success["l1"] = self.l1_metrics["eval/success_rate_l1"]
+            self.check_teacher()
         metrics = dict(self.l1_metrics)
         if self.iteration > 0:
             metrics |= self.measure("tokens")
@@ -133,6 +135,15 @@ class WarmStart:
         self.evaluated_iteration = self.iteration
         self.logger.log({"iteration": self.iteration, "step": self.step, **metrics})
         log.info("iteration %d | success %s", self.iteration, success_text(metrics))
+
+    def check_teacher(self) -> None:
+        """Raises ConfigError where the L1 head solves nothing: so would what learns from it, within any margin."""
+        if self.success["l1"] == 0:
+            raise ConfigError(
+                f"the L1 head solves none of {self.l1_metrics['eval/episodes_l1']} episodes, so there is nothing to learn from it; "
+                "check, in this order, policy.num_images, policy.use_proprio, env.image_size and eval.render, policy.unnorm_key, "
+                "policy.center_crop, with python -m vla_rl.evaluate --checkpoint ... policy.head=l1"
+            )
 
     def train_iteration(self) -> None:
         start = time.perf_counter()
