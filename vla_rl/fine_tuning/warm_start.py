@@ -107,10 +107,8 @@ class WarmStart:
                 self.evaluate()
                 self.save_checkpoint()
             if self.reached() or self.iteration >= self.config.training.iterations:
-                break
+                return self.reached()
             self.train_iteration()
-        self.logger.draw_curves()
-        return self.reached()
 
     def reached(self) -> bool:
         """Whether the token head of this iteration was measured to be as good as the margin asks for."""
@@ -135,6 +133,7 @@ class WarmStart:
         self.evaluated_iteration = self.iteration
         self.logger.log({"iteration": self.iteration, "step": self.step, **metrics})
         log.info("iteration %d | success %s", self.iteration, success_text(metrics))
+        self.logger.draw_curves()
 
     def check_teacher(self) -> None:
         """Raises ConfigError where the L1 head solves nothing: so would what learns from it, within any margin."""
