@@ -163,7 +163,13 @@ def test_on_the_real_simulator_it_is_killed_resumed_and_its_model_trained(tmp_pa
     resumed = subprocess.run([sys.executable, "-c", program, "--resume", str(run)], timeout=300, **options)
     assert resumed.returncode == 0 and (run / "model").is_dir(), resumed.stdout
     start = [sys.executable, "start_gae_ppo_training.py", "--config", "configs/tiny_gae_ppo.yaml", "--no-wandb"]
-    small = ["rollout.num_envs=2", "rollout.n_steps=2", "algorithm.minibatch_size=2", "env.max_steps=20"]
+    small = [
+        "rollout.num_envs=2",
+        "rollout.n_steps=2",
+        "algorithm.minibatch_size=2",
+        "algorithm.micro_batch_size=2",
+        "env.max_steps=20",
+    ]
     small += [
         "eval.max_steps=20",
         "eval.states=0-1",
