@@ -326,6 +326,8 @@ def run_server(args: argparse.Namespace) -> None:
     from vla_eval.model_servers.serve import serve
 
     config, env = subject.config, subject.config.env
+    if args.temperature is not None and config.policy.head == "l1":
+        raise ConfigError(f"--temperature {args.temperature:g} with an L1 head, which has one action; leave it out")
     check_device(config)
     check_policy(config, resumed=subject.run is not None)
     if env.render != "exact":

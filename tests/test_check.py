@@ -20,6 +20,7 @@ import torch
 from tests.preflight.test_trial import make_trial
 from vla_rl import check
 from vla_rl.check import CHECKS, Visit
+from vla_rl.model.action_head import ActionHead, save_action_head
 from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.preflight import needs
 from vla_rl.preflight.checklist import Checklist, Result
@@ -247,7 +248,17 @@ def test_a_checkpoint_whose_actions_are_of_another_head(model):
     (model / "trained_as.json").unlink()
     (model / "action_head--150000_checkpoint.pt").write_bytes(b"")
     assert "an L1 action head (action_head--150000" in (found := failure_of("action head", visit_of(model)))
-    assert "Haozhan72" in found
+    assert "Haozhan72" in found and "python -m vla_rl.warmstart" in found
+
+
+def test_an_l1_head_is_not_trained_and_the_parts_are_not_built(model):
+    visit = visit_of(model, "policy.head=l1")
+    assert "python -m vla_rl.warmstart --checkpoint" in failure_of("settings", visit)
+    assert "no action_head--N_checkpoint.pt" in failure_of("action head", visit)
+    save_action_head(ActionHead(128), model, 3)
+    assert result_of("action head", visit).found == "l1, as it acts"
+    results = {r.name: r.ok for r in CHECKS.run(visit, {"settings", "action head", "parts"})}
+    assert results == {"settings": False, "action head": True, "parts": None}
 
 
 def test_statistics_that_are_of_another_suite(model):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from tests.fakes import CHUNK, FakePolicy, FakeVectorEnv, make_envs
 from vla_rl import evaluate as command
 from vla_rl.evaluate import main
 from vla_rl.evaluation.results import JOURNAL
+from vla_rl.model.action_head import ActionHead, save_action_head
+from vla_rl.model.tiny_openvla import TRAINED
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = ["--checkpoint", "tiny-openvla", "--task-suite", "libero_spatial", "--no-progress", "--task-ids", "0", "1"]
@@ -171,6 +174,19 @@ def test_episodes_are_the_first_states_and_a_folder_is_named_by_what_is_measured
     (folder,) = (tmp_path / "runs/evaluations").iterdir()
     assert folder.name == "tiny-openvla_libero_spatial_tasks0-1_states5-6_greedy"
     assert [e["initial_state"] for e in episodes(folder)] == [5, 6, 5, 6]
+
+
+def test_an_l1_head_is_evaluated_greedily_alone(tmp_path, capsys, monkeypatch):
+    model = shutil.copytree(TRAINED, tmp_path / "model")
+    save_action_head(ActionHead(128), model, 1)
+    arguments = ["--checkpoint", str(model), *ARGUMENTS[2:]]
+    assert run(tmp_path / "a", arguments=arguments) == 0
+    assert {row["mode"] for row in episodes(tmp_path / "a")} == {"greedy"}
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert results["protocol"]["head"] == "l1" and results["config"]["policy"]["head"] == "l1"
+    assert run(tmp_path / "b", "--modes", "sampled", arguments=arguments) == 2
+    error = capsys.readouterr().err
+    assert "give --modes greedy" in error.splitlines()[-1]
 
 
 # a family of suites

@@ -9,6 +9,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.trainers import make_trainer, training_lines, with_values
+from vla_rl.run.checkpoint import list_checkpoints
 from vla_rl.run.distributed import ONE, Ranks
 from vla_rl.types import ProcessLost
 
@@ -130,8 +131,8 @@ def test_a_stop_of_one_process_is_a_stop_of_all_and_one_goes_on_where_two_were(r
     """And its checkpoint is that of one process."""
     (one, (alone,)), (two, _) = runs
     for folder in (one, two):
-        checkpoints = sorted(p.name for p in (folder / f"stopped in {part}" / "checkpoints").iterdir())
-        assert checkpoints == ["iteration-000000", "iteration-000001"]
+        checkpoints = list_checkpoints(folder / f"stopped in {part}" / "checkpoints")
+        assert [path.name for path in checkpoints] == ["iteration-000000", "iteration-000001"]
     newest = two / f"stopped in {part}" / "checkpoints" / "iteration-000001"
     close(train(ONE, tmp_path / "resumed", "gae", checkpoint=newest), alone["gae"])
 

@@ -29,6 +29,7 @@ from vla_rl.reports.records import read_metrics
 from vla_rl.run.load_settings import load_config, read_yaml
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.sft import main
+from vla_rl.types import Observation
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +98,34 @@ def test_the_result_says_how_it_was_trained_and_has_one_truth_of_its_statistics(
     assert json.loads((model / "config.json").read_text())["norm_stats"] == statistics
 
 
+L1 = ("training.head=l1", "training.label_sigma=0", "training.value_coef=0")
+
+
+def test_an_l1_head_learns_what_the_picture_and_the_instruction_tell_and_is_the_official_file(data, tmp_path):
+    assert main(arguments(data, tmp_path, *L1, "optimizer.learning_rate=1e-3", steps=60)) == 0
+    records = [r for r in read_metrics(tmp_path / "r/metrics.jsonl") if "validation/loss" in r]
+    assert records[0]["validation/l1"] > 0.3 and records[-1]["validation/l1"] < 0.15
+    assert records[-1]["validation/gripper_accuracy"] == 1.0 and "validation/token_accuracy" not in records[-1]
+    model = tmp_path / "r/model"
+    heads = {path.name: torch.load(path, weights_only=True) for path in model.glob("*--*.pt")}
+    assert heads.keys() == {"action_head--60_checkpoint.pt", "proprio_projector--60_checkpoint.pt"}
+    assert all(name.startswith("module.") for tensors in heads.values() for name in tensors)
+    assert read_trained_as(model)["head"] == "l1"
+    # what was learned is what acts: the picture tells the first six numbers, the instruction one more
+    policy = OpenVLAPolicy.from_checkpoint(model, "parallel", use_proprio=True, chunk_size=1, head="l1")
+    images = np.stack([np.full((1, 16, 16, 3), grey, np.uint8) for grey in (60, 180)] * 2)
+    texts = ("close the box", "close the box", "open the box", "open the box")
+    proprio = np.tile(np.array(policy.statistics["proprio"]["mean"], np.float32), (4, 1))
+    actions = policy.act(Observation(images, proprio, texts), greedy=True).actions[:, 0]
+    np.testing.assert_allclose(actions[:, 0], [-0.4, 0.4, -0.1, 0.7], atol=0.25)
+    assert actions[:, 6].tolist() == [-1, -1, 1, 1]
+    # a further fine-tuning goes on from that head
+    more = (f"policy.checkpoint={model}", "run.name=s", "optimizer.learning_rate=1e-6")
+    assert main(arguments(data, tmp_path, *L1, *more, steps=1)) == 0
+    first = read_metrics(tmp_path / "s/metrics.jsonl")[0]
+    assert first["validation/l1"] == pytest.approx(records[-1]["validation/l1"], abs=0.02)
+
+
 def test_images_are_augmented_in_training_and_cropped_in_the_middle_otherwise():
     policy = OpenVLAPolicy.from_checkpoint("tiny-openvla-random", "parallel", unnorm_key="libero_spatial", chunk_size=1)
     image = np.random.default_rng(0).integers(0, 256, (1, 1, policy.image_size, policy.image_size, 3), np.uint8)
@@ -119,9 +148,9 @@ def test_the_setting_decides_whether_images_are_augmented(data, tmp_path, monkey
     assert bool(calls) is changes
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, method):
-    more = (f"training.method={method}",)
+@pytest.mark.parametrize(("method", "head"), [("full", ()), ("lora", ()), ("lora", L1)])
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, method, head):
+    more = (f"training.method={method}", *head)
     assert main(arguments(data, tmp_path / "whole", *more)) == 0
     assert main(arguments(data, tmp_path / "parts", *more)) == 0
     parts = tmp_path / "parts/r"
@@ -138,6 +167,10 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, me
         "iteration-000006",
         "superseded-iteration-000006",
     ]
+    if head:
+        names = "r/model/action_head--6_checkpoint.pt"
+        whole, after = (torch.load(tmp_path / run / names, weights_only=True) for run in ("whole", "early"))
+        assert all(torch.equal(whole[name], after[name]) for name in whole)
     losses = [[r["sft/loss"] for r in read_metrics(run / "metrics.jsonl")] for run in (tmp_path / "early/r", parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
 

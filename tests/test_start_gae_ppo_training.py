@@ -369,6 +369,32 @@ def test_a_checkpoint_is_used_as_it_was_trained_unless_that_is_meant(
     assert way_out in caplog.text
 
 
+@pytest.mark.parametrize("config", [TINY, "configs/tiny_grpo.yaml"])
+def test_a_training_through_an_l1_head_is_refused_in_one_line_with_the_way_out(
+    config, model, started, tmp_path, capsys
+):
+    argv = ["--config", config, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs"), "policy.head=l1"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"python -m vla_rl.warmstart --checkpoint {model}" in error and len(error.splitlines()) == 1
+    assert started == [] and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("known_by", ["file", "trained_as.json"])
+def test_an_l1_checkpoint_is_not_sampled_from_unless_that_is_meant(known_by, model, started, tmp_path, capsys):
+    if known_by == "file":
+        (model / "action_head--150000_checkpoint.pt").touch()
+        (model / "trained_as.json").unlink()
+    else:
+        write_trained_as(model, json.loads((model / "trained_as.json").read_text()) | {"head": "l1"})
+    argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs")]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "has an L1 action head" in error and "python -m vla_rl.warmstart" in error and "Haozhan72" in error
+    assert "policy.as_trained=false" in error and len(error.splitlines()) == 1 and started == []
+    assert main([*argv, "policy.as_trained=false"]) == 0 and len(started) == 1
+
+
 def test_all_differences_are_told_at_once(model, started, tmp_path, capsys):
     argv = ["--config", TINY, "--checkpoint", str(model), "--output-dir", str(tmp_path / "runs")]
     autoregressive = ["policy.decoder=autoregressive", "policy.chunk_size=1"]

@@ -81,6 +81,7 @@ CHECKS: Checklist[Visit] = Checklist()
 @CHECKS.add("settings")
 def settings(visit: Visit) -> str:
     config = visit.config
+    needs.refuse_l1(config)
     tasks = ", ".join(map(str, config.env.task_ids))
     return (
         f"{config.algorithm.estimator}, {config.env.task_suite} task {tasks}, {config.rollout.num_envs} environments, "
@@ -208,7 +209,7 @@ def trained_as(visit: Visit) -> str:
 # ------------------------------------------------------------------------------------------------------------ a tiny update
 
 
-@CHECKS.add("parts", "device", "compile, 4 bit", "weights", "statistics", "frame", "run folder")
+@CHECKS.add("parts", "settings", "device", "compile, 4 bit", "weights", "statistics", "frame", "run folder")
 def parts(visit: Visit) -> str:
     """The trainer, with a folder for what it writes beside where the runs will be."""
     output_dir = Path(visit.config.run.output_dir)

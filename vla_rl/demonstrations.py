@@ -35,7 +35,8 @@ from vla_rl.fine_tuning.demonstration_file import CAMERAS, SPARE_BYTES, Demonstr
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand
 from vla_rl.run.logs import configure_logging
-from vla_rl.run.settings import ConfigError, parse_indices
+from vla_rl.run.section import parse_indices
+from vla_rl.run.settings import ConfigError
 from vla_rl.run.task_suites import TASK_SUITES, check_states, check_suite, list_suites
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators
 from vla_rl.simulation.suites import goal_predicates, load_benchmark, task_languages

@@ -62,7 +62,8 @@ from vla_rl.run.files import write_whole
 from vla_rl.run.interruption import Stop
 from vla_rl.run.load_settings import expand, from_root
 from vla_rl.run.machine import versions
-from vla_rl.run.settings import NUM_FIXED_STATES, TASK_SUITES, ConfigError
+from vla_rl.run.settings import TASK_SUITES, ConfigError
+from vla_rl.run.task_suites import NUM_FIXED_STATES
 from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
 from vla_rl.types import Episode
@@ -153,7 +154,7 @@ def subject_from(args: argparse.Namespace) -> tuple[Subject, list[str]]:
         flags["policy.checkpoint"] = args.checkpoint
         flags["policy.adapter"] = args.adapter
         subject = of_run(args.run, args.overrides, flags)
-    return with_first_episodes(subject, args.episodes), suites or [subject.config.env.task_suite]
+    return with_modes_of_head(with_first_episodes(subject, args.episodes)), suites or [subject.config.env.task_suite]
 
 
 def with_first_episodes(subject: Subject, episodes: int | None) -> Subject:
@@ -166,6 +167,24 @@ def with_first_episodes(subject: Subject, episodes: int | None) -> Subject:
         )
     evaluation = subject.config.eval.model_copy(update={"states": states[:episodes]})
     return replace(subject, config=subject.config.model_copy(update={"eval": evaluation}))
+
+
+def with_modes_of_head(subject: Subject) -> Subject:
+    """An L1 head has one action for an observation, so it is evaluated greedily alone.
+
+    Raises:
+        ConfigError: that was not asked for.
+    """
+    config = subject.config
+    if config.policy.head == "tokens" or config.eval.modes == ["greedy"]:
+        return subject
+    if "greedy" not in config.eval.modes:
+        raise ConfigError(
+            "--modes sampled with policy.head=l1, which has one action for an observation; give --modes greedy"
+        )
+    log.info("policy.head=l1 has one action for an observation: evaluated greedily alone")
+    evaluation = config.eval.model_copy(update={"modes": ["greedy"]})
+    return replace(subject, config=config.model_copy(update={"eval": evaluation}))
 
 
 def out_folder(args: argparse.Namespace, subject: Subject, suites: list[str]) -> Path:

@@ -23,6 +23,7 @@ import torch
 from vla_rl.fine_tuning.demonstration_file import Demonstration, find_files, read_demonstrations
 from vla_rl.fine_tuning.samples import data_statistics, make_samples, split
 from vla_rl.fine_tuning.supervised_fine_tuning import SupervisedFineTuning
+from vla_rl.model.checkpoint_folder import find_action_head_file
 from vla_rl.model.execution import compiles
 from vla_rl.model.find_checkpoint import check_checkpoint
 from vla_rl.model.policy import OpenVLAPolicy
@@ -108,7 +109,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     if checkpoint is None:
         check_run_folder(config)
     with where_moved("policy.checkpoint", checkpoint):
-        check_checkpoint(settings.checkpoint, settings.use_proprio)
+        base = check_checkpoint(settings.checkpoint, settings.use_proprio)
     check_quantization(settings.quantization, config.run.device)
     check_wandb(config)
     with where_moved("data.files", checkpoint):
@@ -138,6 +139,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         gradient_checkpointing=checkpointing,
         compiled=compiles(settings.compile, config.run.device),
         quantization=settings.quantization,
+        head="l1" if config.training.head == "l1" and find_action_head_file(base) is not None else "tokens",
         unnorm_key=config.data.name,
         statistics=data_statistics(training),
     )
@@ -160,7 +162,8 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
             return folder
         trainer.save_model(folder / "model", side, render)
     seen = f"env.image_size={side}" + (f" env.render={render}" if render else "")
-    log.info("model in %s; train it with %s", folder / "model", seen)
+    use = "evaluate it" if config.training.head == "l1" else "train it"
+    log.info("model in %s; %s with %s", folder / "model", use, seen)
     return folder / "model"
 
 

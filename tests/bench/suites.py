@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from vla_rl.run.settings import parse_indices
+from vla_rl.run.section import parse_indices
 from vla_rl.run.task_suites import BASE_SUITES, TASK_SUITES, check_suite
 from vla_rl.simulation.libero_env import CAMERAS, REST, build_simulator
 from vla_rl.simulation.suites import fixed_states, written_instruction

@@ -20,6 +20,7 @@ from vla_rl.evaluation.subject import (
     suite_settings,
 )
 from vla_rl.learning.parts import build_policy, build_value_head
+from vla_rl.model.action_head import ActionHead, save_action_head
 from vla_rl.model.adapter import lora_of
 from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.run.checkpoint import find_saved, save_tensors, write_checkpoint
@@ -194,6 +195,28 @@ def test_a_model_that_does_not_tell_is_taken_as_the_settings_of_the_7b_model(tmp
     for name in ("decoder", "chunk_size", "num_images", "use_proprio", "center_crop", "quantization"):
         assert getattr(config.policy, name) == getattr(seven.policy, name)
     assert config.env.image_size == seven.env.image_size and config.eval.render == seven.eval.render
+
+
+def test_a_model_with_an_l1_head_acts_through_it_unless_told_otherwise(tmp_path, caplog):
+    model = shutil.copytree(TRAINED, tmp_path / "model")
+    head = ActionHead(128)
+    path = save_action_head(head, model, 9)
+    subject = of_checkpoint(str(model), None, [], SUITE)
+    assert subject.config.policy.head == "l1" and measured(subject, ["libero_spatial"], 2)["head"] == "l1"
+    assert "head" not in measured(of_checkpoint("tiny-openvla", None, [], SUITE), ["libero_spatial"], 2)
+    check_subject(subject, ["libero_spatial"])
+    policy, _ = build_subject(subject)
+    first = fingerprint(policy)
+    policy.action_head.model["fc2"].bias += 1
+    assert policy.head == "l1" and fingerprint(policy) != first
+    with pytest.raises(ConfigError, match=r"has an L1 action head \(action_head--9.*policy.as_trained=false"):
+        check_subject(of_checkpoint(str(model), None, ["policy.head=tokens"], SUITE), ["libero_spatial"])
+    check_subject(
+        of_checkpoint(str(model), None, ["policy.head=tokens", "policy.as_trained=false"], SUITE), ["libero_spatial"]
+    )
+    path.write_bytes(b"torn")
+    with pytest.raises(ConfigError, match="is cut off"):
+        check_subject(subject, ["libero_spatial"])
 
 
 def test_another_use_than_in_training_is_an_error_unless_it_is_meant():

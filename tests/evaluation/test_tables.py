@@ -127,7 +127,7 @@ def test_the_protocol_says_how_it_was_rendered_and_sampled():
 
 
 def test_ranges_are_read_as_they_are_written():
-    from vla_rl.run.settings import parse_indices
+    from vla_rl.run.section import parse_indices
 
     for text in ("0-49", "7", "0-3,7,9-10"):
         assert ranges(parse_indices(text)) == text

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 import weakref
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.model.policies import RECORDED, copy_recorded, make_policy
-from vla_rl.model.checkpoint_folder import read_statistics, save_checkpoint
+from tests.model.policies import DATA, RECORDED, copy_recorded, make_policy
+from vla_rl.model.checkpoint_folder import HUB_FILES, read_statistics, save_checkpoint
 from vla_rl.model.find_checkpoint import check_checkpoint
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network
@@ -145,6 +146,15 @@ def test_l1_head_on_the_hub_is_warned_about_and_listed_once(hub, caplog):
     OpenVLAPolicy.from_checkpoint("org/model", decoder="parallel", use_proprio=True)
     assert "org/model has an L1 action head (action_head--150000_checkpoint.pt)" in caplog.text
     assert hub.asked == ["list", "download"]
+
+
+def test_the_head_on_the_hub_is_downloaded_and_acts(hub, tmp_path, monkeypatch):
+    hub.folder = copy_recorded(tmp_path / "c")
+    shutil.copyfile(DATA / "action_head--150000_checkpoint.pt", hub.folder / "action_head--150000_checkpoint.pt")
+    hub.files = [path.name for path in hub.folder.iterdir()]
+    assert all(any(fnmatch(name, pattern) for pattern in HUB_FILES) for name in hub.files)
+    policy = OpenVLAPolicy.from_checkpoint("org/model", decoder="parallel", use_proprio=True, head="l1")
+    assert policy.head == "l1" and hub.asked == ["list", "download"]
 
 
 def test_files_in_sub_folders_of_the_repository_do_not_count(hub, caplog):

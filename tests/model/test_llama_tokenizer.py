@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-import vla_rl.model.prompt
+import vla_rl.model.processor
 from vla_rl.model.policy import OpenVLAPolicy
-from vla_rl.model.prompt import prompt_text
+from vla_rl.model.processor import prompt_text
 from vla_rl.model.tiny_openvla import ensure_tiny_openvla
 
 DATA = Path(__file__).parents[1] / "data"
@@ -103,7 +103,7 @@ def test_special_tokens_have_the_official_ids(policy):
 
 @pytest.mark.parametrize("ending", ["", " "])
 def test_the_space_is_appended_only_where_the_text_gives_none(policy, ending, monkeypatch):
-    monkeypatch.setattr(vla_rl.model.prompt, "PROMPT", vla_rl.model.prompt.PROMPT + ending)
+    monkeypatch.setattr(vla_rl.model.processor, "PROMPT", vla_rl.model.processor.PROMPT + ending)
     for case in PROMPTS["cases"]:
         ids = policy.processor.tokenizer.encode(prompt_text(case["task"]), add_special_tokens=False).ids
         assert [SPECIAL["bos"], *ids] == case["input_ids_with_29871" if ending else "input_ids"], case["task"]

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from tests.model.policies import TASKS, make_obs, make_policy
+from tests.model.policies import DATA, TASKS, make_obs, make_policy
 from vla_rl.model.image_transform import OpenVLAImageTransform, preprocess
-from vla_rl.model.processor import Processor
-from vla_rl.model.prompt import prompt_text
+from vla_rl.model.processor import Processor, append_space, prompt_text
 from vla_rl.run.settings import ConfigError
+
+
+def test_prompt_is_the_official_text():
+    cases = json.loads((DATA / "prompts.json").read_text())["cases"]
+    assert len(cases) == 14
+    for case in cases:
+        assert prompt_text(case["task"]) == case["prompt"]
+        assert append_space(case["input_ids"], 29871) == case["input_ids_with_29871"]
+        assert append_space(case["input_ids_with_29871"], 29871) == case["input_ids_with_29871"]
 
 
 def test_pixel_values_are_normalised_for_dino_then_siglip_image_by_image():

@@ -8,6 +8,7 @@ import pytest
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.settings import Config, ConfigError
 from vla_rl.run.sft_settings import SftConfig
+from vla_rl.run.warmstart_settings import WarmstartConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -230,7 +231,8 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_file_loads_and_says_in_its_first_line_what_it_is_for(path):
-    load_config(path, kind=SftConfig if path.stem.endswith("sft") else Config)
+    kinds = {"sft": SftConfig, "warmstart": WarmstartConfig}
+    load_config(path, kind=kinds.get(path.stem.removeprefix("tiny_"), Config))
     assert path.read_text().startswith("# ")
 
 

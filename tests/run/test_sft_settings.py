@@ -19,6 +19,9 @@ DATA = ["data.name=n", "data.files=[d.hdf5]"]
         (["training.method=full", "policy.dtype=bfloat16"], "rounds small steps away"),
         (["policy.decoder=autoregressive"], "decodes one action"),
         (["policy.adapter=runs/one"], "merge the two with python -m vla_rl.export"),
+        (["policy.head=l1"], "what is trained is training.head=l1"),
+        (["training.head=l1", "policy.decoder=autoregressive", "policy.chunk_size=1"], "set policy.decoder=parallel"),
+        (["training.head=l1", "training.label_sigma=1"], "set training.label_sigma=0"),
     ],
 )
 def test_combination_that_cannot_train_is_refused(overrides, message):

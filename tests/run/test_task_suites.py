@@ -8,6 +8,7 @@ import pytest
 from vla_rl.run import settings
 from vla_rl.run.task_suites import (
     BASE_SUITES,
+    NUM_FIXED_STATES,
     TASK_SUITES,
     UNUSABLE,
     base_suite,
@@ -25,7 +26,7 @@ def test_each_suite_is_one_of_libero_s_or_a_perturbation_of_one_with_its_tasks_a
     for name, numbers in TASK_SUITES.items():
         assert numbers == BASE_SUITES[base_suite(name)]
         assert name == base_suite(name) + (f"_{perturbation(name)}" if perturbation(name) else "")
-    assert settings.TASK_SUITES is TASK_SUITES and settings.NUM_FIXED_STATES == 50
+    assert settings.TASK_SUITES is TASK_SUITES and NUM_FIXED_STATES == 50
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import torch
 
 from vla_rl.learning.parts import build_policy, build_value_head
 from vla_rl.model.adapter import lora_of
+from vla_rl.model.checkpoint_folder import local_names
 from vla_rl.model.find_checkpoint import check_checkpoint
 from vla_rl.model.policy import OpenVLAPolicy
-from vla_rl.model.trained_as import read_trained_as
+from vla_rl.model.trained_as import l1_head_of, read_trained_as
 from vla_rl.model.value_head import ValueHead
 from vla_rl.preflight.needs import check_device, check_policy, check_rendering
 from vla_rl.run import task_suites
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 # what trained_as.json may tell -> the settings
 TRAINED_AS = {
     **{name: [f"policy.{name}"] for name in ("decoder", "num_images", "use_proprio", "chunk_size", "center_crop")},
+    "head": ["policy.head"],
     "image_size": ["env.image_size"],
     "render": ["env.render", "eval.render"],
 }
@@ -161,6 +163,9 @@ def of_checkpoint(checkpoint: str, adapter: str | None, overrides: Sequence[str]
     for name, keys in TRAINED_AS.items():
         for key in keys if name in trained else []:
             set_key(values, key, trained[name])
+    if adapter is None and (l1_head := l1_head_of(model, local_names(model))) is not None:
+        set_key(values, "policy.head", "l1")
+        log.info("%s has an L1 action head (%s), through which it acts (policy.head=l1)", checkpoint, l1_head)
     if not torch.cuda.is_available():
         put_on_cpu(values)
     flags = {**flags, "policy.adapter": adapter}
@@ -174,7 +179,8 @@ def of_checkpoint(checkpoint: str, adapter: str | None, overrides: Sequence[str]
         policy = config.policy
         log.warning(
             "%s does not tell how it was trained; taken as decoder=%s chunk_size=%d num_images=%d use_proprio=%s center_crop=%s "
-            "(vanilla OpenVLA: policy.decoder=autoregressive policy.chunk_size=1)",
+            "(vanilla OpenVLA: policy.decoder=autoregressive policy.chunk_size=1; OpenVLA-OFT's L1 checkpoints: policy.num_images=2 "
+            "policy.use_proprio=true)",
             *(checkpoint, policy.decoder, policy.chunk_size, policy.num_images, policy.use_proprio, policy.center_crop),
         )
     name = checkpoint.rstrip("/").rpartition("/")[2] + (f"+{label(folder)}" if folder is not None else "")
@@ -272,6 +278,7 @@ def measured(subject: Subject, suites: Sequence[str], num_envs: int) -> dict[str
         "unnorm_key": config.unnorm_key(),
         "dtype": policy.dtype,
         "quantization": policy.quantization,
+        **({} if policy.head == "tokens" else {"head": policy.head}),  # evaluations from before the setting go on
         "device": config.run.device,
         "num_envs": num_envs,  # rows of a forward
     }

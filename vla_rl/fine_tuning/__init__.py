@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: demonstrations, samples, the training on them."""
+"""Supervised fine-tuning: on demonstrations, and of a token head on what an L1 head does."""

@@ -1,4 +1,7 @@
-"""Cross-entropy on action tokens (behaviour cloning), as OpenVLA and OpenVLA-OFT with its token head are fine-tuned.
+"""Behaviour cloning of action tokens, or of actions through an L1 head.
+
+Cross-entropy on action tokens, as OpenVLA and OpenVLA-OFT with its token head are fine-tuned; or the mean absolute error of
+normalised actions through an L1 head, as the best checkpoints of OpenVLA-OFT were (openvla-oft@213c5ff vla-scripts/finetune.py).
 
 Not here: the network and its tokens (vla_rl.model.policy), the samples (vla_rl.fine_tuning.samples), files and flags (vla_rl.sft).
 
@@ -25,6 +28,7 @@ from tqdm import tqdm
 from vla_rl.fine_tuning.augmentation import augment
 from vla_rl.fine_tuning.samples import GRIPPER_MASK, Samples, batch_rows
 from vla_rl.learning.optimizer import adamw, load_optimizer
+from vla_rl.model.action_head import ActionHead, save_action_head
 from vla_rl.model.action_tokenizer import ActionTokenizer, normalize
 from vla_rl.model.checkpoint_folder import save_checkpoint
 from vla_rl.model.image_transform import crop_center
@@ -93,9 +97,9 @@ def learning_rate(settings: Any, training: Any, step: int) -> float:
 class Losses:
     """Of one forward."""
 
-    cross_entropy: Tensor  # nats a token
+    action: Tensor  # cross-entropy in nats a token; of an L1 head the mean absolute error of normalised actions
     value: Tensor  # mean squared error of value_discount ** steps to go
-    logits: Tensor  # float32 [B, A, vocabulary]
+    predicted: Tensor  # most likely tokens int64 [B, A]; of an L1 head normalised actions float32 [B, C, 7]
 
 
 class SupervisedFineTuning:
@@ -123,10 +127,16 @@ class SupervisedFineTuning:
         self.value_map = torch.nn.Linear(policy.hidden_size, 1, device=policy.device)
         if config.training.value_coef > 0:
             self.parameters += self.value_map.parameters()
+        self.action_head: ActionHead | None = None
+        if config.training.head == "l1":
+            head = policy.action_head or ActionHead(policy.hidden_size)
+            self.action_head = head.float().to(policy.device).requires_grad_(True)
+            self.parameters += self.action_head.parameters()
         self.optimizer = adamw(self.parameters, config.optimizer)
         shape = f"{policy.decoder} {policy.num_tokens}, {sum(p.numel() for p in self.parameters)} trained numbers"
         base = policy.base_digest[:16]  # of the weights that are not trained
-        self.fingerprint = f"sft {config.training.method}, policy {shape}, base {base}, data {train.digest}"
+        kind = config.training.method + ("" if self.action_head is None else " l1")
+        self.fingerprint = f"sft {kind}, policy {shape}, base {base}, data {train.digest}"
         self.step = 0  # finished optimizer steps
         self.stop_requested = False
         self.spread = torch.tensor(GRIPPER_MASK * policy.chunk_size, device=policy.device)  # [A]
@@ -180,9 +190,9 @@ class SupervisedFineTuning:
         for part in rows.reshape(-1, training.micro_batch_size):
             inputs = self.inputs(self.train_samples, part, rng if self.config.data.augment else None)
             losses = self.losses(inputs, self.train_samples, part)
-            loss = losses.cross_entropy + training.value_coef * losses.value
+            loss = losses.action + training.value_coef * losses.value
             (loss * len(part) / len(rows)).backward()
-            total += losses.cross_entropy.item() * len(part) / len(rows)
+            total += losses.action.item() * len(part) / len(rows)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         if not math.isfinite(total) or not torch.isfinite(norm):
             raise NonFiniteError(
@@ -211,20 +221,26 @@ class SupervisedFineTuning:
         tokens = label_tokens(policy.action_tokenizer, samples.chunks[rows], policy.statistics["action"])
         tokens = tokens.to(policy.device)  # [B, A]
         hidden = policy.action_hidden(inputs, tokens)  # [B, A, D]
-        logits = policy.network.vocabulary_logits(hidden)
-        first, bins = policy.action_tokenizer.first_id, policy.action_tokenizer.n_bins
-        labels = soft_labels(tokens - first, bins, training.label_sigma, self.spread)
+        if self.action_head is not None:
+            predicted = self.action_head(hidden)  # [B, C, 7]
+            chunks = label_actions(samples.chunks[rows], policy.statistics["action"])
+            action_loss = F.l1_loss(predicted, torch.from_numpy(chunks).to(predicted))
+        else:
+            logits = policy.network.vocabulary_logits(hidden)
+            first, bins = policy.action_tokenizer.first_id, policy.action_tokenizer.n_bins
+            labels = soft_labels(tokens - first, bins, training.label_sigma, self.spread)
+            action_loss, predicted = cross_entropy(logits, labels, first), logits.argmax(dim=-1)
         steps_to_go = torch.from_numpy(samples.steps_to_go[rows]).to(policy.device)
         values = self.value_map(hidden[:, 0].float()).squeeze(-1)  # [B]
         return Losses(
-            cross_entropy=cross_entropy(logits, labels, first),
+            action=action_loss,
             value=F.mse_loss(values, training.value_discount**steps_to_go),
-            logits=logits,
+            predicted=predicted.detach(),
         )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On evenly spaced held-out samples, most likely tokens under teacher forcing."""
+        """On evenly spaced held-out samples, most likely tokens under teacher forcing, or the L1 head's actions."""
         samples, policy = self.validation, self.policy
         count = min(self.config.training.evaluation_samples, len(samples))
         rows = np.linspace(0, len(samples) - 1, count).astype(int)
@@ -232,18 +248,22 @@ class SupervisedFineTuning:
         for part in np.array_split(rows, math.ceil(count / self.config.training.micro_batch_size)):
             chunks = samples.chunks[part]
             losses = self.losses(self.inputs(samples, part, None), samples, part)
-            tokens = losses.logits.argmax(dim=-1).cpu()  # [B, A]
-            expected = label_tokens(policy.action_tokenizer, chunks, stats)
-            predicted = policy.action_tokenizer.decode(tokens.numpy()).reshape(chunks.shape)
-            error = np.abs(predicted - np.clip(normalize(chunks, stats), -1, 1))
+            predicted, accuracy = losses.predicted.cpu(), 0.0
+            if self.action_head is None:  # tokens [B, A]
+                accuracy = (predicted == label_tokens(policy.action_tokenizer, chunks, stats)).float().mean().item()
+                predicted = policy.action_tokenizer.decode(predicted.numpy()).reshape(chunks.shape)
+            predicted = np.asarray(predicted)
+            error = np.abs(predicted - label_actions(chunks, stats))
             gripper = (predicted[..., -1] > 0.5) == (chunks[..., -1] > 0.5)
-            accuracy = (tokens == expected).float().mean().item()
-            numbers = losses.cross_entropy.item(), accuracy, error[..., :-1].mean(), gripper.mean(), losses.value.item()
+            numbers = losses.action.item(), accuracy, error[..., :-1].mean(), gripper.mean(), losses.value.item()
             sums += len(part) * np.array(numbers)
         names = ["loss", "token_accuracy", "l1", "gripper_accuracy"]
         names += ["value_loss"] if self.config.training.value_coef > 0 else []
         sums = sums[: len(names)]
-        return {f"validation/{name}": float(value) for name, value in zip(names, sums / count, strict=True)}
+        metrics = {f"validation/{name}": float(value) for name, value in zip(names, sums / count, strict=True)}
+        if self.action_head is not None:
+            del metrics["validation/token_accuracy"]
+        return metrics
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
@@ -277,22 +297,26 @@ class SupervisedFineTuning:
             image_size: side in pixels of the demonstrations' images.
             render: how they were rendered; None where that is not known.
         """
-        policy = self.policy
+        policy, settings = self.policy, self.config.policy
+        proprio_file = policy.network.proprio_file
+        if self.action_head is not None and settings.use_proprio:  # the official code looks for both files
+            proprio_file = f"proprio_projector--{self.step}_checkpoint.pt"
         unfinished = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         save_checkpoint(
             unfinished,
             ((name, tensor.detach().to(torch.bfloat16)) for name, tensor in policy.merged_tensors()),
             source=policy.folder,
-            proprio_file=policy.network.proprio_file,
+            proprio_file=proprio_file,
             statistics={self.config.data.name: policy.statistics},
         )
-        settings = self.config.policy
+        if self.action_head is not None:
+            save_action_head(self.action_head, unfinished, self.step)
         write_trained_as(
             unfinished,
             {
                 "decoder": settings.decoder,
-                "head": "tokens",
+                "head": self.config.training.head,
                 "num_images": settings.num_images,
                 "use_proprio": settings.use_proprio,
                 "chunk_size": settings.chunk_size,
@@ -307,8 +331,12 @@ class SupervisedFineTuning:
 
 def label_tokens(tokenizer: ActionTokenizer, chunks: np.ndarray, statistics: dict[str, Any]) -> Tensor:
     """Actions [B, C, 7] in the data set's units -> token ids int64 [B, A]."""
-    normalized = np.clip(normalize(chunks, statistics), -1, 1)
-    return torch.from_numpy(tokenizer.encode(normalized).reshape(len(chunks), -1))
+    return torch.from_numpy(tokenizer.encode(label_actions(chunks, statistics)).reshape(len(chunks), -1))
+
+
+def label_actions(chunks: np.ndarray, statistics: dict[str, Any]) -> np.ndarray:
+    """Actions [B, C, 7] in the data set's units -> normalised, float64 in -1..1, the gripper 0 or 1."""
+    return np.clip(normalize(chunks, statistics), -1, 1)
 
 
 def summary(step: int, steps: int, metrics: dict[str, float]) -> str:

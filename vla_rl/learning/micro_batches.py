@@ -77,7 +77,7 @@ class MicroBatches:
             step: does the same when it is done again; what it leaves of gradients it drops at its start.
 
         Raises:
-            OutOfMemory: one row does not fit with full checkpointing; or the base is in parts (vla_rl.model.sharding), where
+            OutOfMemory: one row does not fit with full checkpointing; or the base is in parts (vla_rl.learning.sharding), where
                 processes that did other numbers of forwards would wait for each other.
         """
         while True:

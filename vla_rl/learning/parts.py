@@ -13,10 +13,10 @@ from typing import TypeVar
 
 import torch
 
+from vla_rl.learning.sharding import shard
 from vla_rl.model.execution import compiles
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.quantization import count_weights
-from vla_rl.model.sharding import shard
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.checkpoint import find_adapter, loading
@@ -84,7 +84,7 @@ def build_policy(config: Config, adapted: bool = True, sharded: bool = False) ->
 
     Args:
         adapted: with LoRA weights, those of policy.adapter or as they begin; else nothing can be trained.
-        sharded: on the CPU and not compiled, for vla_rl.model.sharding.
+        sharded: on the CPU and not compiled, for vla_rl.learning.sharding.
 
     Raises:
         ConfigError: policy.adapter is torn, or of other settings or another base.
@@ -108,6 +108,7 @@ def build_policy(config: Config, adapted: bool = True, sharded: bool = False) ->
         gradient_checkpointing="none" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing,
         compiled=not sharded and compiles(settings.compile, config.run.device),
         quantization=settings.quantization,
+        head=settings.head,
     )
     if adapted and settings.adapter is not None:
         folder = find_adapter(Path(settings.adapter), "policy.adapter=")

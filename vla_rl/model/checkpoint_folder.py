@@ -3,6 +3,7 @@
     config.json, dataset_statistics.json, preprocessor_config.json, tokenizer.json
     model.safetensors, or model-0000i-of-0000n.safetensors with model.safetensors.index.json
     proprio_projector--N_checkpoint.pt or proprio_projector.safetensors     where it was trained with proprio (OFT)
+    action_head--N_checkpoint.pt or action_head.safetensors                 where it acts through an L1 head (OFT)
     trained_as.json     where vla_rl.sft made it (vla_rl.model.trained_as)
 
 Not here: what config.json says (vla_rl.model.prismatic_config), the network that the weights fill (vla_rl.model.prismatic).
@@ -38,9 +39,10 @@ log = logging.getLogger(__name__)
 
 SPACE = "▁"  # token 29871 of Llama-2: the training prompts end in it, the tokenised text does not
 MAX_SHARD_BYTES = 5 * 1024**3  # transformers' own default when these checkpoints were written
-HUB_FILES = ["*.json", "*.safetensors", "*.py", "tokenizer.model", "proprio_projector--*", "*.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "*.py", "tokenizer.model", "proprio_projector--*", "action_head--*", "*.txt"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TRAINED_AS = "trained_as.json"
+PLAIN_HEAD = "action_head.safetensors"
 LISTING_TIMEOUT_S = 10.0  # as the hub client waits for one file's entity tag
 FLOATS = ("F64", "F32", "F16", "BF16")  # other safetensors types are quantized: their values alone mean nothing
 
@@ -81,7 +83,7 @@ def find_folder(path: str) -> tuple[Path, list[str]]:
     if listed is None:
         log.warning(
             "the files of %s could not be listed (%s); the copy in the cache is used, but whether the model has an L1 action "
-            "head or a FiLM vision backbone, with which it fails here, cannot be known: look for action_head--* and "
+            "head or a FiLM vision backbone, with which it fails here, cannot be known: look for action_head--* (policy.head=l1) and "
             "vision_backbone--* on its page",
             *(path, reason),
         )
@@ -117,13 +119,14 @@ def refuse_film(names: Iterable[str], path: str | Path) -> None:
     film = [name for name in names if name.startswith("vision_backbone--")]
     if film:
         raise ConfigError(
-            f"{path} has a FiLM vision backbone ({film[0]}), which is not implemented; take one without FiLM"
+            f"{path} has a FiLM vision backbone ({film[0]}), which is not implemented; take one without FiLM, such as "
+            "moojink/openvla-7b-oft-finetuned-libero-* for policy.head=l1"
         )
 
 
 def find_l1_head(names: Iterable[str]) -> str | None:
-    """The file of an L1 action head: then the token head, which this policy samples from, was not trained."""
-    return next((name for name in names if name.startswith("action_head--")), None)
+    """The file of an L1 action head: then the token head, which policy.head=tokens samples from, was not trained."""
+    return next((name for name in sorted(names) if name.startswith("action_head--") or name == PLAIN_HEAD), None)
 
 
 def check_folder(folder: Path, use_proprio: bool = False) -> None:
@@ -318,8 +321,15 @@ def read_tensors(folder: Path, use_proprio: bool, device: torch.device) -> Itera
 def read_proprio_file(folder: Path) -> dict[str, Tensor]:
     """The tensors of the proprio projector's own file, on the CPU; empty without one."""
     path = find_proprio_file(folder)
-    if path is None:
-        return {}
+    return {} if path is None else read_tensor_file(path)
+
+
+def read_tensor_file(path: Path) -> dict[str, Tensor]:
+    """A part's own file, `.pt` or safetensors, on the CPU.
+
+    Raises:
+        ConfigError: it is a pointer, cut off or no file of named tensors.
+    """
     if path.suffix == ".safetensors":
         with open_tensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -330,16 +340,25 @@ def read_proprio_file(folder: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is cut off or no file of tensors ({one_line(error)}); download it again") from None
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not named or not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors.values()):
-        raise ConfigError(f"{path}: expected the projector's tensors by name; download it again")
+        raise ConfigError(f"{path}: expected tensors by name; download it again")
     return tensors
 
 
 def find_proprio_file(folder: Path) -> Path | None:
     """`proprio_projector--N_checkpoint.pt` or proprio_projector.safetensors beside the model; None if neither."""
-    files = sorted(folder.glob("proprio_projector--*_checkpoint.pt"))
+    return find_part(folder, "proprio_projector", "proprio projectors")
+
+
+def find_action_head_file(folder: Path) -> Path | None:
+    """`action_head--N_checkpoint.pt` or action_head.safetensors beside the model; None if neither."""
+    return find_part(folder, "action_head", "action heads")
+
+
+def find_part(folder: Path, name: str, plural: str) -> Path | None:
+    files = sorted(folder.glob(f"{name}--*_checkpoint.pt"))
     if len(files) > 1:
-        raise ConfigError(f"{folder} has {len(files)} proprio projectors ({files[0].name}, ...); keep one")
-    plain = folder / "proprio_projector.safetensors"
+        raise ConfigError(f"{folder} has {len(files)} {plural} ({files[0].name}, ...); keep one")
+    plain = folder / f"{name}.safetensors"
     return files[0] if files else plain if plain.exists() else None
 
 

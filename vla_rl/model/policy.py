@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vla_rl.model.action_head import ONE_ACTION, ActionHead, keep_action_head, l1_output, load_action_head
 from vla_rl.model.action_tokenizer import ActionTokenizer, to_environment, unnormalize
 from vla_rl.model.adapter import Adapter, WeightChange, digest_base
 from vla_rl.model.checkpoint_folder import (
@@ -28,12 +29,12 @@ from vla_rl.model.checkpoint_folder import (
     read_statistics,
     save_checkpoint,
 )
-from vla_rl.model.execution import Blocks, CudaGraphs, can_compile, fill_rows, row_size
-from vla_rl.model.find_checkpoint import TINY_RANDOM, find_and_check
+from vla_rl.model.execution import Blocks, CudaGraphs, fill_rows, row_size
+from vla_rl.model.find_checkpoint import TINY_RANDOM, check_use, find_and_check
 from vla_rl.model.prismatic import Prismatic, Prompt, arrange_prompt, load_network
 from vla_rl.model.processor import Processor
 from vla_rl.model.quantization import check_quantization, dense_parameters
-from vla_rl.model.sampling import check_finite, check_temperature, draw_noise, gather, pick
+from vla_rl.model.sampling import check_finite, check_temperature, check_tensor, draw_noise, gather, pick
 from vla_rl.model.trained_as import warn_of_other_use
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import (
@@ -47,8 +48,6 @@ from vla_rl.types import (
 )
 
 logger = logging.getLogger(__name__)
-
-DECODERS = {"autoregressive": 1, "parallel": 8}  # decoder -> actions a decision, as OpenVLA and OpenVLA-OFT train them
 
 
 class OpenVLAPolicy:
@@ -67,8 +66,11 @@ class OpenVLAPolicy:
         gradient_checkpointing: str = "none",
         statistics: dict | None = None,
         compiled: bool = False,
+        action_head: ActionHead | None = None,
     ):
         self.network = network
+        self.action_head = action_head
+        self.head = "tokens" if action_head is None else "l1"  # what act() acts through
         self.folder = folder
         self.decoder = decoder
         self.num_images = num_images
@@ -109,7 +111,7 @@ class OpenVLAPolicy:
         network.eval()
         self.before_forward: Callable[[], None] = lambda: (
             None
-        )  # what several processes do together (vla_rl.model.sharding)
+        )  # what several processes do together (vla_rl.learning.sharding)
         self.compiled = compiled
         self.execution = Blocks(network.blocks(), compiled)
         self.set_gradient_checkpointing(gradient_checkpointing)
@@ -117,6 +119,7 @@ class OpenVLAPolicy:
             pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
             self.decide = CudaGraphs(self.decide, pool, stream)
             self.read_hidden = CudaGraphs(self.read_hidden, pool, stream)
+            self.regress = CudaGraphs(self.regress, pool, stream)
 
     @classmethod
     def from_checkpoint(
@@ -136,6 +139,7 @@ class OpenVLAPolicy:
         statistics: dict | None = None,
         compiled: bool = False,
         quantization: str = "none",
+        head: str = "tokens",
     ) -> OpenVLAPolicy:
         """Loads a checkpoint.
 
@@ -155,27 +159,12 @@ class OpenVLAPolicy:
                 their name.
             compiled: torch.compile the transformer blocks, and on CUDA replay forwards without gradients as CUDA graphs.
             quantization: "none", or "nf4": the language model's frozen linear layers in 4 bit, computed in dtype.
+            head: "tokens", or "l1": act greedily through the checkpoint's L1 action head, in dtype (OpenVLA-OFT).
 
         Raises:
             ConfigError: the checkpoint is not there, not whole or not of OpenVLA, or does not go with the arguments.
         """
-        if decoder not in DECODERS:
-            raise ConfigError(f"decoder={decoder!r}; expected one of {', '.join(DECODERS)}")
-        chunk_size = DECODERS[decoder] if chunk_size is None else chunk_size
-        if chunk_size < 1 or (decoder == "autoregressive" and chunk_size != 1):
-            raise ConfigError(
-                f"chunk_size={chunk_size} with decoder={decoder}; autoregressive decodes 1, parallel 1 or more"
-            )
-        if num_images not in (1, 2):
-            raise ConfigError(f"num_images={num_images}; expected 1 (agent view) or 2 (and wrist camera)")
-        if not dtype.is_floating_point:
-            raise ConfigError(f"dtype={dtype}; expected torch.float32 or torch.bfloat16")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                "device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch"
-            )
-        if compiled and (problem := can_compile(torch.device(device))):
-            raise ConfigError(f"compiled=true, but {problem}; or compile nothing")
+        chunk_size = check_use(decoder, head, chunk_size, num_images, device, dtype, compiled)
         check_quantization(quantization, device)
         folder, names = find_and_check(path, use_proprio)
         if statistics is None:
@@ -183,11 +172,12 @@ class OpenVLAPolicy:
         else:
             check_statistics(statistics, f"the statistics given for {unnorm_key}", use_proprio)
         settings = {"policy.decoder": decoder, "policy.num_images": num_images, "policy.use_proprio": use_proprio}
-        settings |= {"policy.chunk_size": chunk_size, "policy.center_crop": center_crop}
+        settings |= {"policy.chunk_size": chunk_size, "policy.center_crop": center_crop, "policy.head": head}
         if path != TINY_RANDOM:  # which was not trained
             warn_of_other_use(str(path), folder, names, settings)
+        action_head = load_action_head(folder, device, dtype) if head == "l1" else None
         network = load_network(folder, use_proprio, device, dtype, quantization)
-        options = (chunk_size, center_crop, unnorm_key, gradient_checkpointing, statistics, compiled)
+        options = (chunk_size, center_crop, unnorm_key, gradient_checkpointing, statistics, compiled, action_head)
         return cls(network, folder, decoder, num_images, lora, *options)
 
     # ------------------------------------------------------------------ acting
@@ -205,12 +195,19 @@ class OpenVLAPolicy:
 
         Args:
             temperature: of the sampling; the log-probabilities are of the same distribution.
-            greedy: take the most likely token of the whole vocabulary, as the official evaluation does.
+            greedy: take the most likely token of the whole vocabulary, as the official evaluation does. An L1 head (self.head)
+                acts so only; its tokens are the bins of its actions, its log-probabilities NaN.
             generator: of the sampling, on any device; one a row makes what a row draws independent of the other rows;
                 None takes torch's global one.
         """
         self.before_forward()
         inputs = self.prepare(obs)
+        if self.head == "l1":
+            if not greedy:
+                raise ConfigError(ONE_ACTION)
+            outputs = self.regress(*self.fill_rows(self.arrange(*self.tensors(inputs))))
+            normalized, hidden = (output[: len(inputs)] for output in outputs)
+            return l1_output(normalized, hidden, inputs, self.action_tokenizer, self.statistics["action"])
         tokens, logprobs, hidden = self.generate(
             *self.tensors(inputs), temperature=temperature, greedy=greedy, generator=generator
         )
@@ -279,6 +276,13 @@ class OpenVLAPolicy:
         logprobs = gather(all_logprobs, index.where(inside, 0)).where(inside, torch.nan)
         return tokens, logprobs, hidden[:, 0].float(), torch.isfinite(all_logprobs).all(dim=(1, 2))
 
+    def regress(
+        self, ids: Tensor, valid: Tensor | None, pixel_values: Tensor, proprio: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of what `arrange` gives: the L1 head's normalised actions float32 [B, C, 7], hidden [B, D]; all on the device."""
+        hidden = self.network.forward_slots(self.network.embed(ids, valid, pixel_values, proprio), self.num_tokens)
+        return self.action_head(hidden).float(), hidden[:, 0].float()
+
     def decode_actions(self, tokens: Tensor) -> np.ndarray:
         """Tokens int64 [N, A] -> actions float32 [N, C, 7] in environment units."""
         return to_environment(self.dataset_actions(tokens))
@@ -292,6 +296,8 @@ class OpenVLAPolicy:
 
     def evaluate_actions(self, inputs: PolicyInputs, action_tokens: Tensor, *, temperature: float) -> ActionEvaluation:
         """Log-probability and entropy of given tokens under the present weights, with gradients; one forward."""
+        if self.head == "l1":
+            raise ConfigError(ONE_ACTION)
         check_temperature(temperature)
         index = self.action_index(inputs, action_tokens)
         hidden = self.action_hidden(inputs, index + self.action_tokenizer.first_id)
@@ -357,6 +363,14 @@ class OpenVLAPolicy:
             check_tensor("action_tokens", action_tokens, (len(input_ids), self.num_tokens))
         hidden = self.read_actions(self.embed(input_ids, attention_mask, pixel_values, proprio), action_tokens)
         return self.network.action_logits(hidden), hidden[:, 0].float()
+
+    def forward_l1(
+        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, proprio: Tensor | None = None
+    ) -> Tensor:
+        """Normalised actions float32 [B, C, 7] of the L1 head, not clipped, for preprocessed inputs as of forward_logits."""
+        if self.action_head is None:
+            raise ConfigError("this policy has no L1 head; give head='l1' to from_checkpoint")
+        return self.regress(*self.arrange(input_ids, attention_mask, pixel_values, proprio))[0]
 
     def read_actions(self, prompt: Prompt, action_ids: Tensor | None) -> Tensor:
         """Hidden states that predict the action tokens: [B, A, D]; [B, 1, D] if autoregressive without ids."""
@@ -467,6 +481,7 @@ class OpenVLAPolicy:
         merged = self.merged_tensors() if self.adapter is None else self.adapter.merged_tensors(dtype, change)
         tensors = ((name, tensor.to(dtype)) for name, tensor in merged)
         save_checkpoint(folder, tensors, self.folder, self.network.proprio_file, statistics=new)
+        keep_action_head(self.folder, folder, fits=self.head == "l1" or self.adapter is None)
         logger.info("%s", change)
         return change
 
@@ -477,14 +492,7 @@ class OpenVLAPolicy:
     def fingerprint(self) -> str:
         """Hex digits, equal for equal base models, inputs, decoders and adapter shapes; the adapters' values do not count."""
         parts = [self.base_digest, self.decoder, self.num_tokens, self.num_images, self.use_proprio]
+        parts += [] if self.action_head is None else [self.action_head.digest()]
         if self.adapter is not None:
             parts += [self.lora.alpha, *((name, list(t.shape)) for name, t in self.adapter_tensors().items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-# ---------------------------------------------------------------------- helpers
-
-
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != torch.int64 or tensor.shape != shape:
-        raise ValueError(f"{name}: expected int64 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")

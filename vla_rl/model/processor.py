@@ -17,8 +17,20 @@ from torch import Tensor
 from vla_rl.model.action_tokenizer import normalize_proprio
 from vla_rl.model.checkpoint_folder import SPACE, read_pixel_statistics, read_tokenizer
 from vla_rl.model.image_transform import OpenVLAImageTransform
-from vla_rl.model.prompt import append_space, prompt_text
 from vla_rl.types import PROPRIO_DIM, Observation, PolicyInputs, to_device
+
+# openvla@c8f03f4 experiments/robot/openvla_utils.py#get_vla_action
+PROMPT = "In: What action should the robot take to {task}?\nOut:"
+
+
+def prompt_text(instruction: str) -> str:
+    """The text that OpenVLA was trained on, the instruction in lower case."""
+    return PROMPT.format(task=instruction.lower())
+
+
+def append_space(ids: list[int], space_id: int) -> list[int]:
+    """ids with the space token at the end, once (openvla modeling_prismatic.py#predict_action)."""
+    return ids if ids[-1] == space_id else [*ids, space_id]
 
 
 class Processor:

@@ -55,3 +55,8 @@ def check_finite(finite: Tensor) -> None:
 def check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}; expected above 0 (for the most likely token use greedy=True)")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.int64 or tensor.shape != shape:
+        raise ValueError(f"{name}: expected int64 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")

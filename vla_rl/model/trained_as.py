@@ -19,9 +19,14 @@ from vla_rl.run.settings import ConfigError
 
 log = logging.getLogger(__name__)
 
+WAYS_FROM_L1 = (
+    "evaluate it with policy.head=l1, teach its token head with `python -m vla_rl.warmstart --checkpoint ...` before a training, or start "
+    "from a checkpoint with a trained token head, such as Haozhan72/Openvla-oft-SFT-libero-*"
+)
+
 KINDS = {
     "decoder": str,
-    "head": str,  # what the actions were learned through: "tokens"
+    "head": str,  # what the actions were learned through: "tokens" or "l1"
     "num_images": int,
     "use_proprio": bool,
     "chunk_size": int,
@@ -70,6 +75,16 @@ def differences(folder: Path, settings: Mapping[str, Any], source: str | None = 
     return found
 
 
+def l1_head_of(folder: Path, names: Iterable[str]) -> str | None:
+    """What tells that a checkpoint acts through an L1 head: its file, or trained_as.json; None if nothing does.
+
+    Args:
+        names: of the files beside the model, also of those that were not downloaded.
+    """
+    head = (read_trained_as(folder) or {}).get("head") or "tokens"
+    return find_l1_head(names) or (None if head == "tokens" else f"trained_as.json: {head}")
+
+
 def warn_of_other_use(source: str, folder: Path, names: Iterable[str], settings: Mapping[str, Any]) -> None:
     """Says what is known to make a checkpoint fail: a head that was not trained, another use than in its training.
 
@@ -78,13 +93,12 @@ def warn_of_other_use(source: str, folder: Path, names: Iterable[str], settings:
         names: of the files beside the model, also of those that were not downloaded.
         settings: as `differences`.
     """
-    trained, projector, l1_head = read_trained_as(folder), find_proprio_file(folder), find_l1_head(names)
-    head = (trained or {}).get("head") or "tokens"
-    if l1_head is not None or head != "tokens":
+    trained, projector, l1_head = read_trained_as(folder), find_proprio_file(folder), l1_head_of(folder, names)
+    if l1_head is not None and settings.get("policy.head", "tokens") == "tokens":
         log.warning(
             "%s has an L1 action head (%s): its token head, which this policy samples from, was not trained and solves "
-            "no task; start from a checkpoint with a trained token head, such as Haozhan72/Openvla-oft-SFT-libero-*",
-            *(source, l1_head or f"trained_as.json: head {head}"),
+            "no task; %s",
+            *(source, l1_head, WAYS_FROM_L1),
         )
     for difference in differences(folder, settings, source):
         log.warning("%s", difference)

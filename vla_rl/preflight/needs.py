@@ -25,13 +25,14 @@ from statistics import median
 import torch
 
 from vla_rl.learning.memory import check_weights
+from vla_rl.learning.sharding import check_sharding
+from vla_rl.model.action_head import load_action_head
 from vla_rl.model.adapter import check_lora
-from vla_rl.model.checkpoint_folder import find_l1_head, read_statistics, read_tokenizer, tensor_shapes
+from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer, tensor_shapes
 from vla_rl.model.execution import compiles
 from vla_rl.model.find_checkpoint import find_and_check
 from vla_rl.model.quantization import check_quantization
-from vla_rl.model.sharding import check_sharding
-from vla_rl.model.trained_as import differences, read_trained_as
+from vla_rl.model.trained_as import WAYS_FROM_L1, differences, l1_head_of, read_trained_as
 from vla_rl.reports.weights_and_biases import check_wandb, wandb_mode
 from vla_rl.run.checkpoint import find_adapter
 from vla_rl.run.command_line import ROOT, TINY_CONFIG
@@ -333,15 +334,26 @@ def find_model(config: Config, resumed: bool) -> tuple[Path, list[str]]:
 
 
 def check_head(config: Config, model: Path, names: Sequence[str]) -> str:
-    """Raises ConfigError if the checkpoint's actions were learned through another head than the one that is sampled from."""
-    l1_head, trained = find_l1_head(names), read_trained_as(model)
-    head = (trained or {}).get("head") or "tokens"
-    if l1_head is not None or head != "tokens":
+    """Raises ConfigError if the checkpoint's actions were learned through another head than policy.head, or it has no such."""
+    if config.policy.head == "l1":
+        load_action_head(model)
+        return "l1, as it acts"
+    l1_head = l1_head_of(model, names)
+    if l1_head is not None:
         raise ConfigError(
-            f"an L1 action head ({l1_head or f'trained_as.json: {head}'}), so the token head that is sampled from was not trained; "
-            "start from a checkpoint with a trained token head, such as Haozhan72/Openvla-oft-SFT-libero-*"
+            f"an L1 action head ({l1_head}), so the token head that is sampled from was not trained; {WAYS_FROM_L1}"
         )
-    return "tokens, as is sampled" if trained else "no L1 head beside it, so tokens, as is sampled"
+    return "tokens, as is sampled" if read_trained_as(model) else "no L1 head beside it, so tokens, as is sampled"
+
+
+def refuse_l1(config: Config) -> None:
+    """Raises ConfigError for a training through the L1 head, which has no distribution."""
+    if config.policy.head == "l1":
+        raise ConfigError(
+            f"policy.head=l1 with algorithm.estimator={config.algorithm.estimator}: an L1 head has one action for an observation and no "
+            f"distribution to train; teach the token head first, `python -m vla_rl.warmstart --checkpoint {config.policy.checkpoint}`, "
+            "and train its result"
+        )
 
 
 def check_trained_as(config: Config, model: Path, resumed: bool) -> str:
@@ -368,6 +380,7 @@ def check_start(config: Config, resumed: bool) -> None:
     Raises:
         ConfigError: what the settings need is not there.
     """
+    refuse_l1(config)
     check_device(config)
     if config.distributed.shard:
         check_sharding(config)
@@ -390,7 +403,13 @@ def check_policy(config: Config, resumed: bool) -> None:
     if settings.compile == "true":
         compiles(settings.compile, config.run.device)
     check_quantization(settings.quantization, config.run.device)
-    model, _ = find_model(config, resumed)
+    model, names = find_model(config, resumed)
+    if config.policy.head == "l1" or (config.policy.as_trained and not resumed):  # else warned about when it is loaded
+        try:
+            check_head(config, model, names)
+        except ConfigError as error:
+            way = "" if config.policy.head == "l1" else "; or policy.as_trained=false to use it so all the same"
+            raise ConfigError(f"{config.policy.checkpoint} has {error}{way}" if way else str(error)) from None
     check_card(config, model)
     read_statistics(model, config.unnorm_key(), settings.use_proprio)
     read_tokenizer(model)

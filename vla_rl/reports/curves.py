@@ -14,6 +14,7 @@ from vla_rl.reports.records import Records
 
 EPISODES = "rollout/episodes"  # how many a training success rate is of
 TRAINING, GREEDY, SAMPLED = "rollout/success_rate", "eval/success_rate_greedy", "eval/success_rate_sampled"
+L1_HEAD = "eval/success_rate_l1"  # of a warm start
 OF_EPISODES = (TRAINING, "rollout/return", "rollout/length")  # means over the episodes of an iteration
 MEASURED = ("eval/", "validation/")  # points of their own, far apart: no means of neighbours unless there are many
 MANY = 60  # points
@@ -59,14 +60,16 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("seconds per iteration", ("time/rollout_s", "time/update_s"), zero=True),
         Panel("peak memory (GiB)", ("system/peak_memory_gib",), zero=True, noisy=False),
     ),
-    "step": (  # supervised fine-tuning
-        Panel("cross-entropy (nats a token)", ("sft/loss", "validation/loss"), span=0.1),
+    "step": (  # supervised fine-tuning and warm starts
+        Panel("success rate", (TRAINING, L1_HEAD, GREEDY, SAMPLED), span=1, bounds=(0, 1)),
+        Panel("decisions of the token head", ("warmstart/token_share",), span=1, bounds=(0, 1), noisy=False),
+        Panel("loss (nats a token)", ("sft/loss", "validation/loss", "warmstart/loss"), span=0.1),
         Panel("token accuracy", ("validation/token_accuracy",), span=0.2, bounds=(0, 1)),
         Panel("L1 of normalised actions", ("validation/l1",), span=0.05, zero=True),
         Panel("gripper accuracy", ("validation/gripper_accuracy",), span=0.1, bounds=(0, 1)),
         Panel("value loss", ("validation/value_loss",), span=0.02, zero=True),
-        Panel("gradient norm", ("sft/grad_norm",), span=2, log=True),
-        Panel("learning rate", ("sft/learning_rate",), zero=True, noisy=False),
+        Panel("gradient norm", ("sft/grad_norm", "warmstart/grad_norm"), span=2, log=True),
+        Panel("learning rate", ("sft/learning_rate", "warmstart/learning_rate"), zero=True, noisy=False),
         Panel("samples per second", ("sft/samples_per_s",), zero=True),
         Panel("peak memory (GiB)", ("system/peak_memory_gib",), zero=True, noisy=False),
     ),

@@ -21,6 +21,7 @@ from vla_rl.reports.weights_and_biases import WeightsAndBiases, wandb_mode
 from vla_rl.run.failures import warn_of_failure
 from vla_rl.run.settings import Config
 from vla_rl.run.sft_settings import SftConfig
+from vla_rl.run.warmstart_settings import WarmstartConfig
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ class MetricsLogger:
         ConfigError: wandb or TensorBoard was asked for and cannot start (not logged in, no network, not installed).
     """
 
-    def __init__(self, folder: Path, config: Config | SftConfig, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, folder: Path, config: Config | SftConfig | WarmstartConfig, clock: Callable[[], float] = time.monotonic
+    ):
         self.folder = folder
         self.path = folder / METRICS_FILE
         self.config = config

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from vla_rl.reports.curves import (
     GREEDY,
+    L1_HEAD,
     SAMPLED,
     TRAINING,
     minutes_of,
@@ -35,6 +36,7 @@ from vla_rl.run.logs import WARNINGS_FILE
 from vla_rl.run.run_folder import setting
 from vla_rl.run.settings import Config
 from vla_rl.run.sft_settings import SftConfig
+from vla_rl.run.warmstart_settings import WarmstartConfig
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parents[1] / "assets"
@@ -58,7 +60,9 @@ class Setting:
         return self.value != self.default
 
 
-def write_report(folder: Path, config: Config | SftConfig, instructions: Mapping[int, str] = NO_INSTRUCTIONS) -> None:
+def write_report(
+    folder: Path, config: Config | SftConfig | WarmstartConfig, instructions: Mapping[int, str] = NO_INSTRUCTIONS
+) -> None:
     """Whole or not at all.
 
     Args:
@@ -78,7 +82,9 @@ def is_outdated(folder: Path) -> bool:
     return max(times, default=-1) > (page.stat().st_mtime_ns if page.exists() else -1)
 
 
-def render(folder: Path, config: Config | SftConfig, instructions: Mapping[int, str] = NO_INSTRUCTIONS) -> str:
+def render(
+    folder: Path, config: Config | SftConfig | WarmstartConfig, instructions: Mapping[int, str] = NO_INSTRUCTIONS
+) -> str:
     """The page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -86,10 +92,10 @@ def render(folder: Path, config: Config | SftConfig, instructions: Mapping[int, 
 
     records = read_metrics(folder / METRICS_FILE)
     x_name = "timesteps" if isinstance(config, Config) else "step"
-    task_ids = config.env.task_ids if isinstance(config, Config) else []
+    task_ids = [] if isinstance(config, SftConfig) else config.env.task_ids
     evaluation = last_with(records, "eval/render")
     evaluated = task_rows(evaluation, task_ids) if evaluation else []
-    videos = find_videos(folder, evaluation["timesteps"] if evaluation else None)
+    videos = find_videos(folder, evaluation.get("timesteps") if evaluation else None)
     shown = videos[0] if videos else None
     settings = all_settings(config)
     environment = Environment(
@@ -120,10 +126,13 @@ def render(folder: Path, config: Config | SftConfig, instructions: Mapping[int, 
     )
 
 
-def what_is_trained(config: Config | SftConfig) -> str:
+def what_is_trained(config: Config | SftConfig | WarmstartConfig) -> str:
     if isinstance(config, SftConfig):
         return f"supervised fine-tuning on {config.data.name}, seed {config.run.seed}"
-    method = "PPO with GAE" if config.algorithm.estimator == "gae" else "GRPO"
+    if isinstance(config, WarmstartConfig):
+        method = "warm start of the token head"
+    else:
+        method = "PPO with GAE" if config.algorithm.estimator == "gae" else "GRPO"
     tasks = ", ".join(map(str, config.env.task_ids))
     plural = "s" * (len(config.env.task_ids) > 1)
     return f"{method} of {config.policy.checkpoint} on {config.env.task_suite}, task{plural} {tasks}, seed {config.run.seed}"
@@ -133,11 +142,11 @@ def last_with(records: Records, name: str) -> dict[str, Any] | None:
     return next((record for record in reversed(records) if record.get(name) is not None), None)
 
 
-def summary(records: Records, config: Config | SftConfig) -> list[tuple[str, str, str]]:
+def summary(records: Records, config: Config | SftConfig | WarmstartConfig) -> list[tuple[str, str, str]]:
     """Title, number and note of what a reader looks for first."""
     if not records:
         return []
-    if isinstance(config, SftConfig):
+    if not isinstance(config, Config):
         return sft_summary(records, config)
     done = max(record["timesteps"] for record in records)
     rows = [("timesteps", f"{done:,}", f"of {config.run.timesteps:,}")]
@@ -168,9 +177,13 @@ def summary(records: Records, config: Config | SftConfig) -> list[tuple[str, str
     return rows
 
 
-def sft_summary(records: Records, config: SftConfig) -> list[tuple[str, str, str]]:
+def sft_summary(records: Records, config: SftConfig | WarmstartConfig) -> list[tuple[str, str, str]]:
     rows = [("steps", f"{records[-1]['step']:,}", f"of {config.training.steps:,}")]
     for title, name, form in (
+        ("L1 head's success", L1_HEAD, ".1%"),
+        ("greedy success", GREEDY, ".1%"),
+        ("sampled success", SAMPLED, ".1%"),
+        ("loss", "warmstart/loss", ".3f"),
         ("loss", "sft/loss", ".3f"),
         ("held-out loss", "validation/loss", ".3f"),
         ("held-out token accuracy", "validation/token_accuracy", ".1%"),
@@ -235,7 +248,7 @@ def read_warnings(folder: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_WARNINGS:] if path.exists() else []
 
 
-def all_settings(config: Config | SftConfig) -> list[Setting]:
+def all_settings(config: Config | SftConfig | WarmstartConfig) -> list[Setting]:
     """Every setting in the order of --help; the default is what holds where a settings file says nothing."""
     defaults: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():

@@ -17,6 +17,7 @@ from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand, load_config, settings_help
 from vla_rl.run.logs import configure_logging, who
 from vla_rl.run.run_folder import with_absolute_output_dir
+from vla_rl.run.section import Section
 from vla_rl.run.settings import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,24 +41,31 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=110)
 
 
-def settings_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags of the settings, to which a command adds its own."""
+def settings_parser(
+    prog: str, description: str, kind: type[Section] = Config, default_config: str = DEFAULT_CONFIG
+) -> argparse.ArgumentParser:
+    """A parser with the flags of the settings, to which a command adds its own.
+
+    Args:
+        kind: of the settings; only Config has timesteps.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
         epilog="settings, given as section.key=value; the defaults hold where the settings file says nothing:\n"
-        + settings_help(),
+        + settings_help(kind),
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="any setting, for example actor.learning_rate=1e-4")
-    add("--config", metavar="YAML", help=f"settings file (default {DEFAULT_CONFIG}, the 7B model on one GPU)")
+    add("--config", metavar="YAML", help=f"settings file (default {default_config}, the 7B model on one GPU)")
     add("--task-suite", metavar="SUITE", help="libero_spatial, libero_spatial_lan, ... (env.task_suite)")
     tasks = parser.add_mutually_exclusive_group()
     tasks.add_argument("--task-id", type=int, metavar="I", help="one task of the suite (env.task_ids)")
     tasks.add_argument("--task-ids", type=int, nargs="+", metavar="I", help="several tasks at once (env.task_ids)")
-    add("--timesteps", type=int, metavar="N", help="simulator steps to train for (run.timesteps)")
+    if kind is Config:
+        add("--timesteps", type=int, metavar="N", help="simulator steps to train for (run.timesteps)")
     add("--seed", type=int, metavar="S", help="(run.seed)")
     add("--output-dir", metavar="DIR", help="where runs are kept (run.output_dir)")
     add("--checkpoint", metavar="PATH", help="OpenVLA checkpoint: folder or Hugging Face id (policy.checkpoint)")
@@ -101,7 +109,7 @@ def end_of(work: Callable[[], int | None], interrupted: str = "interrupted") -> 
 
 def flag_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Setting -> what a flag gave; None where it was not given."""
-    flags: dict[str, Any] = {setting: getattr(args, flag) for flag, setting in FLAGS.items()}
+    flags: dict[str, Any] = {setting: getattr(args, flag) for flag, setting in FLAGS.items() if flag in args}
     flags["env.task_ids"] = args.task_ids if args.task_id is None else [args.task_id]
     flags["logging.wandb"] = False if args.no_wandb else (args.wandb_project or args.wandb_entity) and True
     return flags

@@ -45,7 +45,7 @@ class Ranks:
         self.rank, self.size, self.store = rank, size, store
         self.lists = 0  # that were claimed from
         self.idle: Callable[[], Any] | None = (
-            None  # a forward of no use, where forwards are exchanges (vla_rl.model.sharding)
+            None  # a forward of no use, where forwards are exchanges (vla_rl.learning.sharding)
         )
 
     @property

@@ -17,10 +17,12 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vla_rl.run.settings import Config, ConfigError, RunFolderConfig, Section
+from vla_rl.run.section import Section
+from vla_rl.run.settings import Config, ConfigError, RunFolderConfig
 from vla_rl.run.sft_settings import SftConfig
+from vla_rl.run.warmstart_settings import WarmstartConfig
 
-ConfigKind = TypeVar("ConfigKind", Config, SftConfig)
+ConfigKind = TypeVar("ConfigKind", Config, SftConfig, WarmstartConfig)
 
 MAX_FILE_BYTES = 1_000_000  # ours have 3,000
 PATHS = ("policy.checkpoint", "policy.adapter", "run.output_dir", "data.files")
@@ -43,7 +45,7 @@ def load_config(
         path: YAML file; None takes every default.
         overrides: like ["actor.learning_rate=1e-4", "env.task_ids=0-3"]; values are read as YAML.
         flags: like {"run.timesteps": 1000}; None values are left out.
-        kind: Config or SftConfig.
+        kind: Config, SftConfig or WarmstartConfig.
 
     Raises:
         ConfigError: the file is missing or not YAML, a setting is unknown, of the wrong type, out of range, or does not
@@ -327,7 +329,7 @@ def settings_help(kind: type[Section] = Config) -> str:
 # names of settings that are texts, whatever they look like
 TEXTS = {
     name.rpartition(".")[2]
-    for kind in (Config, SftConfig)
+    for kind in (Config, SftConfig, WarmstartConfig)
     for name, field in list_settings(kind).items()
     if field.annotation in (str, str | None, list[str])
 }

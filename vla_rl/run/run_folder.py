@@ -25,8 +25,10 @@ from vla_rl.run.load_settings import (
     save_config,
     set_key,
 )
-from vla_rl.run.settings import Config, ConfigError, check_name
+from vla_rl.run.section import check_name
+from vla_rl.run.settings import Config, ConfigError
 from vla_rl.run.sft_settings import SftConfig
+from vla_rl.run.warmstart_settings import WarmstartConfig
 
 # ------------------------------------------------------------------------------------------------------------------ new
 
@@ -51,7 +53,7 @@ def with_found_adapter(config: Config) -> Config:
     return config.model_copy(update={"policy": config.policy.model_copy(update={"adapter": adapter})})
 
 
-def check_run_folder(config: Config | SftConfig) -> None:
+def check_run_folder(config: Config | SftConfig | WarmstartConfig) -> None:
     """Whether the folder of a new run can be made; makes nothing.
 
     Raises:
@@ -67,7 +69,7 @@ def check_run_folder(config: Config | SftConfig) -> None:
         raise ConfigError(f"run.output_dir={output_dir}: {nearest} cannot be written to; give another place for runs")
 
 
-def make_run_folder(config: Config | SftConfig, automatic_name: str) -> Path:
+def make_run_folder(config: Config | SftConfig | WarmstartConfig, automatic_name: str) -> Path:
     """The new folder of a run, with its config.yaml in it.
 
     Args:

@@ -5,79 +5,16 @@ Not here: what the settings do; how they are read from files and the command lin
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
-from vla_rl.run.task_suites import NUM_FIXED_STATES, TASK_SUITES, base_suite, check_states, check_suite
+from vla_rl.run.section import ActionDims, Indices, RunName, Section, States
+from vla_rl.run.task_suites import TASK_SUITES, base_suite, check_states, check_suite
 
 
 class ConfigError(ValueError):
     """A user's mistake in the settings; the message names the setting, what was expected, what came, the way out."""
-
-
-def parse_indices(value: Any) -> Any:
-    """Turns "0-3,7" into [0, 1, 2, 3, 7]; leaves anything that is not such a string to the type check."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value]
-    if not isinstance(value, str) or value == "random":
-        return value
-    indices: list[int] = []
-    for part in value.split(","):
-        written = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part.strip(), re.ASCII)
-        first, last = (int(written[1]), int(written[2] or written[1])) if written else (1, 0)
-        if last < first:
-            raise ValueError(f"{value!r:.60} is not a list of indices; write it like 0-39,45")
-        indices += range(first, last + 1)
-    return indices
-
-
-Indices = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(parse_indices)]
-StateIndex = Annotated[int, Field(ge=0, lt=NUM_FIXED_STATES)]
-States = Annotated[list[StateIndex], Field(min_length=1), BeforeValidator(parse_indices)]
-ActionDims = Annotated[list[Annotated[int, Field(ge=0, lt=7)]], Field(min_length=1), BeforeValidator(parse_indices)]
-
-
-def check_name(name: Any) -> Any:
-    """Names one folder on a disk, in a shell and in Weights & Biases; spaces, = and all letters do."""
-    legal = r"(?!-|\.{1,2}$)(?=.*\S)[^/\x00-\x1f\x7f-\x9f\u2028\u2029]+"
-    if isinstance(name, str) and not (re.fullmatch(legal, name) and len(name.encode()) <= 255):
-        raise ValueError(
-            f"{name!r:.60} cannot name a folder; give one name such as task0_seed1, of at most 255 bytes, without slash or "
-            "control character and not beginning with a dash (run.output_dir says where the folder is made)"
-        )
-    return name
-
-
-RunName = Annotated[str | None, BeforeValidator(check_name)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True, allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def check_yaml_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """A section whose lines are all commented out is null in YAML; a bool would pass for the numbers 0 and 1."""
-        kind = cls.model_fields[info.field_name].annotation
-        if value is None and isinstance(kind, type) and issubclass(kind, Section):
-            return {}
-        if isinstance(value, bool) and kind is not bool:
-            word = str(value).lower()
-            raise ValueError(f"expected another value than {word} (YAML reads yes, no, on and off so; quote the word)")
-        return value
 
 
 class RunFolderConfig(Section):
@@ -129,6 +66,10 @@ class PolicyConfig(Section):
     decoder: Literal["autoregressive", "parallel"] = Field(
         "parallel",
         description="autoregressive: vanilla OpenVLA, one action; parallel: OpenVLA-OFT, a chunk in one forward",
+    )
+    head: Literal["tokens", "l1"] = Field(
+        "tokens",
+        description="tokens: action tokens, which RL trains; l1: OpenVLA-OFT's L1 head, to evaluate (to RL: vla_rl.warmstart)",
     )
     chunk_size: int = Field(8, ge=1, description="actions a decision; 1 for the autoregressive decoder")
     num_images: Literal[1, 2] = Field(1, description="1: agent view; 2: agent view and wrist camera")
@@ -483,6 +424,8 @@ class Config(Section):
 
 
 def check_decoder(policy: PolicyConfig) -> None:
+    if policy.head == "l1" and policy.decoder != "parallel":
+        raise ValueError(f"policy.head=l1 with policy.decoder={policy.decoder}; set policy.decoder=parallel")
     if policy.decoder == "autoregressive" and policy.chunk_size != 1:
         raise ValueError(
             f"policy.chunk_size={policy.chunk_size} with policy.decoder=autoregressive, which decodes one action; "

@@ -6,14 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vla_rl.run.settings import (
-    OptimizerConfig,
-    PolicyConfig,
-    ProgressConfig,
-    RunFolderConfig,
-    Section,
-    check_decoder,
-)
+from vla_rl.run.section import Section
+from vla_rl.run.settings import OptimizerConfig, PolicyConfig, ProgressConfig, RunFolderConfig, check_decoder
 
 
 class DataConfig(Section):
@@ -33,8 +27,13 @@ class DataConfig(Section):
 
 
 class SupervisedConfig(Section):
-    """Cross-entropy on the action tokens of demonstrations."""
+    """What is learned of demonstrations: their action tokens, or their actions through an L1 head."""
 
+    head: Literal["tokens", "l1"] = Field(
+        "tokens",
+        description="tokens: cross-entropy on action tokens; l1: mean absolute error of normalised actions through OpenVLA-OFT's L1 head, "
+        "which is trained in full, from the checkpoint's if it has one (to evaluate; for RL: vla_rl.warmstart)",
+    )
     method: Literal["lora", "full"] = Field("lora", description="train policy.lora on frozen weights, or every weight")
     steps: int = Field(50_000, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="samples of an optimizer step")
@@ -92,6 +91,15 @@ class SftConfig(Section):
             raise ValueError(
                 f"policy.adapter={self.policy.adapter}: fine-tuning begins with a checkpoint alone; merge the two with "
                 "python -m vla_rl.export and give the result as policy.checkpoint"
+            )
+        if self.policy.head != "tokens":
+            raise ValueError("policy.head=l1 says what acts; what is trained is training.head=l1")
+        if training.head == "l1" and self.policy.decoder != "parallel":
+            raise ValueError(f"training.head=l1 with policy.decoder={self.policy.decoder}; set policy.decoder=parallel")
+        if training.head == "l1" and training.label_sigma > 0:
+            raise ValueError(
+                f"training.head=l1 with training.label_sigma={training.label_sigma:g}, which spreads token labels; set "
+                "training.label_sigma=0"
             )
         if training.batch_size % training.micro_batch_size:
             raise ValueError(

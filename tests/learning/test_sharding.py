@@ -8,7 +8,7 @@ import torch
 from tests.model.policies import make_obs, make_policy, move_adapters
 from tests.ranks import run_ranks
 from tests.trainers import settings
-from vla_rl.model.sharding import check_sharding, shard
+from vla_rl.learning.sharding import check_sharding, shard
 from vla_rl.run.settings import ConfigError
 
 
@@ -51,7 +51,7 @@ def run_sharded(ranks, folder):
 
 
 def test_it_computes_the_same_and_keeps_its_part(tmp_path):
-    (first, kept), (second, _) = run_ranks(2, "tests.model.test_sharding:run_sharded", tmp_path)
+    (first, kept), (second, _) = run_ranks(2, "tests.learning.test_sharding:run_sharded", tmp_path)
     assert first == second
     for (shared, played), policy in zip(first, policies(), strict=True):
         assert shared == numbers(policy)
