@@ -89,7 +89,7 @@ def test_it_ends_with_a_model_that_a_training_takes_and_resumes_bit_for_bit(
     assert [line["warmstart/token_share"] for line in lines if "warmstart/loss" in line] == [0, 1]
     # a training takes it as it is: no L1 head, the same use
     taken = []
-    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda config, _, folder: taken.append(config))
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda config, _, folder, ranks: taken.append(config))
     use = [f"policy.chunk_size={CHUNK}", f"run.output_dir={tmp_path / 'ppo'}"]
     start = ["--config", str(ROOT / "configs/tiny_gae_ppo.yaml"), "--checkpoint"]
     assert train([*start, str(run / "model"), *use]) == 0 and taken[0].policy.head == "tokens"

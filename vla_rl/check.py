@@ -217,7 +217,7 @@ def parts(visit: Visit) -> str:
     folder = Path(visit.cleanup.enter_context(tempfile.TemporaryDirectory(prefix=".check-", dir=nearest)))
     visit.probe.close()
     tiny, start = trial_settings(visit.config), time.perf_counter()
-    trainer = build_trainer(OpenVLAPPO, tiny, MetricsLogger(folder, tiny), visit.cleanup, visit.resumed)
+    trainer = build_trainer(OpenVLAPPO, tiny, MetricsLogger(folder, tiny), visit.cleanup, resumed=visit.resumed)
     fit_to_card(trainer, instructions_of(tiny))
     visit.trial = Trial(trainer, visit.config)
     visit.build_s = time.perf_counter() - start
