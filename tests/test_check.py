@@ -284,7 +284,7 @@ def test_weights_that_do_not_fit_the_card(model, monkeypatch):
 
 
 def test_parts_that_do_not_fit_leave_nothing_behind(tmp_path, monkeypatch):
-    def fails(*args):
+    def fails(*args, **kind):
         assert len(list(tmp_path.glob(".check-*"))) == 1
         raise ConfigError("not one row fits; take a larger card")
 
