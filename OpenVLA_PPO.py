@@ -398,7 +398,7 @@ class OpenVLAPPO:
         stopped_by_kl = False
         with bar:
             for rows in shuffled_rows(len(batch), algorithm.minibatch_size, self.order_generator, algorithm.n_epochs):
-                self.check_stop_of_all()
+                self.check_stop(together=True)
                 minibatch, steps = batch.share(rows, self.ranks), batch.steps[rows]
                 arguments = (minibatch, train_actor, train_actor or not history, steps)
                 metrics = self.ranks.add_metrics(self.micro_batches.run(self.minibatch_gradients, *arguments))
@@ -434,7 +434,7 @@ class OpenVLAPPO:
             return
         hidden, returns = batch.hidden.to(self.device), batch.returns.to(self.device)  # [R, D], [R]
         for _ in range(self.config.algorithm.critic_epochs):
-            self.check_stop_of_all()
+            self.check_stop(together=True)
             for rows in shuffled_rows(len(batch), self.config.algorithm.minibatch_size, self.order_generator):
                 self.critic_optimizer.zero_grad(set_to_none=True)
                 loss = losses.value_loss(self.value_head(hidden[rows]), returns[rows])
@@ -549,14 +549,10 @@ class OpenVLAPPO:
         """Ends the run at the next decision or minibatch, saved as it was after the last finished iteration."""
         self.stop_requested = True
 
-    def check_stop(self) -> None:
-        """Between two decisions, where each process is on its own (Ranks.all_of)."""
-        if self.ranks.stop_asked(self.stop_requested):
-            raise StopTraining
-
-    def check_stop_of_all(self) -> None:
-        """Where all processes do the same."""
-        if self.ranks.any(self.stop_requested):
+    def check_stop(self, together: bool = False) -> None:
+        """together: all processes are at this place; else each is on its own, between two decisions (Ranks.all_of)."""
+        asked = self.ranks.any if together else self.ranks.stop_asked
+        if asked(self.stop_requested):
             raise StopTraining
 
     # ------------------------------------------------------------------------------------------------------- evaluate

@@ -20,6 +20,7 @@ from vla_rl.run.run_folder import (
     changed_settings,
     make_run_folder,
     resumed_settings,
+    tasks_text,
     with_found_adapter,
 )
 from vla_rl.run.settings import Config, ConfigError
@@ -96,8 +97,7 @@ def run_of_restart(config: Config) -> Path | None:
 
 
 def automatic_name(config: Config) -> str:
-    tasks = "-".join(map(str, config.env.task_ids[:4])) + ("-etc" if len(config.env.task_ids) > 4 else "")
-    what = f"{config.env.task_suite}_task{tasks}_{config.algorithm.estimator}_seed{config.run.seed}"
+    what = f"{config.env.task_suite}_task{tasks_text(config.env.task_ids)}_{config.algorithm.estimator}_seed{config.run.seed}"
     return f"{what}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 

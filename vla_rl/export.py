@@ -28,7 +28,7 @@ from vla_rl.learning.parts import build_policy
 from vla_rl.model.adapter import lora_of, write_mean
 from vla_rl.model.checkpoint_folder import load_statistics, open_tensors, tensor_shapes, weight_files
 from vla_rl.model.find_checkpoint import check_checkpoint
-from vla_rl.model.trained_as import write_trained_as
+from vla_rl.model.trained_as import USE, write_trained_as
 from vla_rl.run.checkpoint import find_adapter
 from vla_rl.run.command_line import end_of, parse
 from vla_rl.run.files import folder_written_whole
@@ -191,8 +191,7 @@ def merge(config: Config, adapter: Path, folder: Path, dtype: torch.dtype, from_
     config = config_from_dict(values, str(adapter))
     build_policy(config).save_merged(folder, dtype)
     if from_run:
-        names = ("decoder", "num_images", "use_proprio", "chunk_size", "center_crop")
-        use = {name: getattr(config.policy, name) for name in names}
+        use = {name: getattr(config.policy, name) for name in USE}
         env = {"image_size": config.env.image_size, "render": config.env.render}
         write_trained_as(folder, {"head": "tokens", **use, **env})
 

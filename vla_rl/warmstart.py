@@ -34,6 +34,7 @@ from vla_rl.run.run_folder import (
     check_run_folder,
     make_run_folder,
     resumed_settings,
+    tasks_text,
     with_absolute_output_dir,
 )
 from vla_rl.run.settings import ConfigError
@@ -82,7 +83,7 @@ def settings_from(args: argparse.Namespace) -> tuple[WarmstartConfig, Path | Non
 
 
 def automatic_name(config: WarmstartConfig) -> str:
-    tasks = "-".join(map(str, config.env.task_ids[:4])) + ("-etc" if len(config.env.task_ids) > 4 else "")
+    tasks = tasks_text(config.env.task_ids)
     return f"warmstart_{config.env.task_suite}_task{tasks}_seed{config.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 

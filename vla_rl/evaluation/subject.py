@@ -19,7 +19,7 @@ from vla_rl.model.adapter import lora_of
 from vla_rl.model.checkpoint_folder import local_names
 from vla_rl.model.find_checkpoint import check_checkpoint
 from vla_rl.model.policy import OpenVLAPolicy
-from vla_rl.model.trained_as import l1_head_of, read_trained_as
+from vla_rl.model.trained_as import USE, l1_head_of, read_trained_as
 from vla_rl.model.value_head import ValueHead
 from vla_rl.preflight.needs import check_device, check_policy, check_rendering
 from vla_rl.run import task_suites
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 # what trained_as.json may tell -> the settings
 TRAINED_AS = {
-    **{name: [f"policy.{name}"] for name in ("decoder", "num_images", "use_proprio", "chunk_size", "center_crop")},
+    **{name: [f"policy.{name}"] for name in USE},
     "head": ["policy.head"],
     "image_size": ["env.image_size"],
     "render": ["env.render", "eval.render"],

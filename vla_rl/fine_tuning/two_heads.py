@@ -20,8 +20,9 @@ from vla_rl.fine_tuning.samples import GRIPPER_MASK
 from vla_rl.fine_tuning.supervised_fine_tuning import cross_entropy, soft_labels
 from vla_rl.model.checkpoint_folder import save_checkpoint
 from vla_rl.model.policy import OpenVLAPolicy
-from vla_rl.model.trained_as import write_trained_as
+from vla_rl.model.trained_as import USE, write_trained_as
 from vla_rl.run.checkpoint import load_tensors, loading, save_tensors
+from vla_rl.run.files import folder_written_whole
 from vla_rl.types import Observation, PolicyInputs, PolicyOutput
 
 ROWS_FILE = "token_rows.safetensors"
@@ -143,11 +144,9 @@ class TokenStudent:
             trained_as: what trained_as.json says of image size and render; the rest is the policy's own.
         """
         policy = self.policy
-        unfinished = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
         tensors = ((name, tensor.detach().to(policy.dtype)) for name, tensor in policy.merged_tensors())
-        save_checkpoint(unfinished, tensors, policy.folder, policy.network.proprio_file)
-        own = ("decoder", "num_images", "use_proprio", "chunk_size", "center_crop")
-        write_trained_as(unfinished, {"head": "tokens"} | {name: getattr(policy, name) for name in own} | trained_as)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        with folder_written_whole(folder) as unfinished:
+            save_checkpoint(unfinished, tensors, policy.folder, policy.network.proprio_file)
+            use = {name: getattr(policy, name) for name in USE}
+            write_trained_as(unfinished, {"head": "tokens"} | use | trained_as)
+            shutil.rmtree(folder, ignore_errors=True)  # of before a resume

@@ -29,7 +29,14 @@ from vla_rl.fine_tuning.labelled_decisions import DecisionStore, LabelledDecisio
 from vla_rl.fine_tuning.samples import batch_rows
 from vla_rl.fine_tuning.supervised_fine_tuning import learning_rate
 from vla_rl.fine_tuning.two_heads import Head, Student
-from vla_rl.learning.episodes import EpisodeQueue, EpisodeSampler, RunningEpisodes, reset_finished, step_arguments
+from vla_rl.learning.episodes import (
+    EpisodeQueue,
+    EpisodeSampler,
+    RunningEpisodes,
+    episode_generators,
+    reset_finished,
+    step_arguments,
+)
 from vla_rl.learning.optimizer import adamw, load_optimizer
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run import progress
@@ -51,6 +58,8 @@ from vla_rl.types import NonFiniteError, Observation
 
 log = logging.getLogger(__name__)
 
+# whose success is told, by the end of its metrics' names
+HEADS = {"l1": "L1 head", "greedy": "token head greedy", "sampled": "token head sampled"}
 DATA_FILE = "data.json"  # in a checkpoint: which files of RUN/data it was trained on
 
 
@@ -132,7 +141,7 @@ class WarmStart:
             self.success["tokens"] = metrics[f"eval/success_rate_{self.config.eval.modes[0]}"]
         self.evaluated_iteration = self.iteration
         self.logger.log({"iteration": self.iteration, "step": self.step, **metrics})
-        log.info("iteration %d | success %s", self.iteration, success_text(metrics))
+        log.info("iteration %d | success %s", self.iteration, progress.success_text(metrics, HEADS))
         self.logger.draw_curves()
 
     def check_teacher(self) -> None:
@@ -206,9 +215,7 @@ class WarmStart:
         count, tasks = self.config.collection.episodes, self.sampler.task_ids
         numbers = range(self.iteration * count, (self.iteration + 1) * count)
         episodes = [self.sampler.draw(0, number, tasks[number % len(tasks)]) for number in numbers]
-        seeds = [np.random.SeedSequence([self.sampler.seed, n]).generate_state(1, np.uint64)[0] for n in numbers]
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        return EpisodeQueue(episodes, getattr(self.envs, "held", None), generators)
+        return EpisodeQueue(episodes, getattr(self.envs, "held", None), episode_generators(self.sampler.seed, numbers))
 
     def choose(
         self, seen: Observation, by_teacher: np.ndarray, generators: list[torch.Generator], share: float
@@ -334,16 +341,3 @@ def summary(iteration: int, iterations: int, metrics: dict[str, Any]) -> str:
         f"{metrics['warmstart/decisions']} decisions | collect {metrics['time/rollout_s']:.0f} s, learn "
         f"{metrics['time/update_s']:.0f} s | {metrics['system/peak_memory_gib']:.1f} GiB"
     )
-
-
-def success_text(metrics: dict[str, Any]) -> str:
-    """ "L1 head 80.0% (95% interval 66.9% to 88.8%), token head greedy 74.0% (...)"."""
-    texts = []
-    for name, kind in (("L1 head", "l1"), ("token head greedy", "greedy"), ("token head sampled", "sampled")):
-        key = f"eval/success_rate_{kind}"
-        if key in metrics:
-            low, high = metrics[f"{key}_low"], metrics[f"{key}_high"]
-            texts.append(
-                f"{name} {metrics[key]:.1%} of {metrics[f'eval/episodes_{kind}']} (95% interval {low:.1%} to {high:.1%})"
-            )
-    return ", ".join(texts)

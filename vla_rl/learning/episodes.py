@@ -6,7 +6,7 @@ the others are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -200,9 +200,15 @@ def group_queue(
 ) -> EpisodeQueue:
     """The episodes of `group_episodes`, each with a generator of its own: whoever plays it samples the same."""
     episodes = group_episodes(sampler, first_group, num_groups, group_size)
-    numbers = range(first_group * group_size, first_group * group_size + len(episodes))
-    seeds = [np.random.SeedSequence([sampler.seed, number]).generate_state(1, np.uint64)[0] for number in numbers]
-    return EpisodeQueue(episodes, held, [torch.Generator().manual_seed(int(seed)) for seed in seeds], ranks)
+    first = first_group * group_size
+    generators = episode_generators(sampler.seed, range(first, first + len(episodes)))
+    return EpisodeQueue(episodes, held, generators, ranks)
+
+
+def episode_generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
+    """One for each episode, of the seed and of the episode's number in the run."""
+    seeds = [np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] for number in numbers]
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
 def step_arguments(

@@ -24,13 +24,10 @@ WAYS_FROM_L1 = (
     "from a checkpoint with a trained token head, such as Haozhan72/Openvla-oft-SFT-libero-*"
 )
 
-KINDS = {
-    "decoder": str,
+# how the policy is used, settings of its own
+USE = {"decoder": str, "num_images": int, "use_proprio": bool, "chunk_size": int, "center_crop": bool}
+KINDS = USE | {
     "head": str,  # what the actions were learned through: "tokens" or "l1"
-    "num_images": int,
-    "use_proprio": bool,
-    "chunk_size": int,
-    "center_crop": bool,
     "image_size": int,  # px, of the camera
     "render": str,
 }

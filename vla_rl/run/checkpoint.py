@@ -144,10 +144,22 @@ def find_checkpoint(run: Path) -> Path:
     found = list_checkpoints(run / "checkpoints")
     if not found:
         raise CheckpointError(f"{run} has no checkpoint in {run / 'checkpoints'}; the run ended before its first one")
+    return newest_verified(found, "resume from the one before: --resume ")
+
+
+def newest_verified(found: list[Path], way_out: str) -> Path:
+    """The last of some checkpoints.
+
+    Args:
+        way_out: what to say before the name of the one before, where the last one is torn.
+
+    Raises:
+        CheckpointError: it is.
+    """
     try:
         verify(found[-1])
     except CheckpointError as error:
-        earlier = f"; resume from the one before: --resume {found[-2]}" if len(found) > 1 else ""
+        earlier = f"; {way_out}{found[-2]}" if len(found) > 1 else ""
         raise CheckpointError(f"{error}{earlier}") from None
     return found[-1]
 
@@ -178,12 +190,7 @@ def find_saved(folder: Path, said: str) -> Path:
     if not found:
         model = f"; it has a fine-tuned model: {folder / 'model'}" if (folder / "model").is_dir() else ""
         raise ConfigError(f"{said}{folder} has no checkpoint in {folder / 'checkpoints'} yet{model}")
-    try:
-        verify(found[-1])
-    except ConfigError as error:
-        earlier = f"; take the one before: {said}{found[-2]}" if len(found) > 1 else ""
-        raise ConfigError(f"{error}{earlier}") from None
-    return found[-1].absolute()
+    return newest_verified(found, f"take the one before: {said}").absolute()
 
 
 def find_adapter(folder: Path, said: str) -> Path:

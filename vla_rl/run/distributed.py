@@ -44,9 +44,8 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
         self.rank, self.size, self.store = rank, size, store
         self.lists = 0  # that were claimed from
-        self.idle: Callable[[], Any] | None = (
-            None  # a forward of no use, where forwards are exchanges (vla_rl.learning.sharding)
-        )
+        # a forward of no use, where forwards are exchanges (vla_rl.learning.sharding)
+        self.idle: Callable[[], Any] | None = None
 
     @property
     def first(self) -> bool:

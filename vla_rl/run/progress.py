@@ -123,13 +123,23 @@ def summary_line(iteration: int, timesteps: int, total: int, metrics: dict[str, 
 
 
 def evaluation_text(metrics: dict[str, Any]) -> str:
-    """Success rates with their intervals."""
+    """Success rates with their intervals, and how they were measured."""
+    rates = success_text(metrics, {"greedy": "greedy success", "sampled": "sampled success"})
+    sampled = f", temperature {metrics['eval/temperature']:g}" if "eval/temperature" in metrics else ""
+    return f"{rates} (render {metrics['eval/render']}{sampled})"
+
+
+def success_text(metrics: dict[str, Any], names: dict[str, str]) -> str:
+    """ "greedy success 80.0% of 50 (95% interval 66.9% to 88.8%), ...".
+
+    Args:
+        names: mode -> what it is called; modes that were not measured are left out.
+    """
     texts = []
-    for mode in ("greedy", "sampled"):
+    for mode, name in names.items():
         key = f"eval/success_rate_{mode}"
         if key in metrics:
             rate, low, high = metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"]
             count = metrics[f"eval/episodes_{mode}"]
-            texts.append(f"{mode} success {rate:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
-    sampled = f", temperature {metrics['eval/temperature']:g}" if "eval/temperature" in metrics else ""
-    return ", ".join(texts) + f" (render {metrics['eval/render']}{sampled})"
+            texts.append(f"{name} {rate:.1%} of {count} (95% interval {low:.1%} to {high:.1%})")
+    return ", ".join(texts)

@@ -69,6 +69,11 @@ def check_run_folder(config: Config | SftConfig | WarmstartConfig) -> None:
         raise ConfigError(f"run.output_dir={output_dir}: {nearest} cannot be written to; give another place for runs")
 
 
+def tasks_text(task_ids: list[int]) -> str:
+    """ "0-3-5", for a name; of many tasks the first four."""
+    return "-".join(map(str, task_ids[:4])) + ("-etc" if len(task_ids) > 4 else "")
+
+
 def make_run_folder(config: Config | SftConfig | WarmstartConfig, automatic_name: str) -> Path:
     """The new folder of a run, with its config.yaml in it.
 

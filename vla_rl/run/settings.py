@@ -423,6 +423,14 @@ class Config(Section):
         return self.policy.unnorm_key or base_suite(self.env.task_suite)
 
 
+def check_micro_batches(batch_size: int, micro_batch_size: int) -> None:
+    """Of trainings whose batches are cut into equal parts."""
+    if batch_size % micro_batch_size:
+        raise ValueError(
+            f"training.batch_size={batch_size} is not a multiple of training.micro_batch_size={micro_batch_size}"
+        )
+
+
 def check_decoder(policy: PolicyConfig) -> None:
     if policy.head == "l1" and policy.decoder != "parallel":
         raise ValueError(f"policy.head=l1 with policy.decoder={policy.decoder}; set policy.decoder=parallel")

@@ -7,7 +7,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vla_rl.run.section import Section
-from vla_rl.run.settings import OptimizerConfig, PolicyConfig, ProgressConfig, RunFolderConfig, check_decoder
+from vla_rl.run.settings import (
+    OptimizerConfig,
+    PolicyConfig,
+    ProgressConfig,
+    RunFolderConfig,
+    check_decoder,
+    check_micro_batches,
+)
 
 
 class DataConfig(Section):
@@ -101,11 +108,7 @@ class SftConfig(Section):
                 f"training.head=l1 with training.label_sigma={training.label_sigma:g}, which spreads token labels; set "
                 "training.label_sigma=0"
             )
-        if training.batch_size % training.micro_batch_size:
-            raise ValueError(
-                f"training.batch_size={training.batch_size} is not a multiple of "
-                f"training.micro_batch_size={training.micro_batch_size}"
-            )
+        check_micro_batches(training.batch_size, training.micro_batch_size)
         if self.data.augment != self.policy.center_crop:
             raise ValueError(
                 f"data.augment={str(self.data.augment).lower()} with policy.center_crop="

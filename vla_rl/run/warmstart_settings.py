@@ -18,6 +18,7 @@ from vla_rl.run.settings import (
     RolloutConfig,
     RunConfig,
     RunFolderConfig,
+    check_micro_batches,
 )
 
 
@@ -118,11 +119,7 @@ class WarmstartConfig(Section):
     @model_validator(mode="after")
     def check_combinations(self) -> WarmstartConfig:
         training = self.training
-        if training.batch_size % training.micro_batch_size:
-            raise ValueError(
-                f"training.batch_size={training.batch_size} is not a multiple of "
-                f"training.micro_batch_size={training.micro_batch_size}"
-            )
+        check_micro_batches(training.batch_size, training.micro_batch_size)
         try:
             self.as_config()
         except ValidationError as error:
