@@ -21,7 +21,10 @@ run=${RUN:-job_${SLURM_JOB_ID:-local}}
 gpus=${SLURM_GPUS_ON_NODE:-1}
 nodes=${SLURM_JOB_NUM_NODES:-1}
 head=localhost
-if ((nodes > 1)); then head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1); fi
+if ((nodes > 1)); then
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # whole: a pipe that `head` closes would end this script
+    head=${hosts%%$'\n'*}
+fi
 
 # a job that was requeued, or one with the name of a run, continues that run
 start=("$@" "run.name=$run")

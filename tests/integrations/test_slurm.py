@@ -16,6 +16,11 @@ shift  # --kill-on-bad-exit
 for node in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & done
 wait -n && wait -n
 """
+# more names than a pipe holds
+SCONTROL = """#!/usr/bin/env bash
+echo 127.0.0.1
+seq -f 'node-%g.cluster' 20000
+"""
 TRAINING = """
 import os, pathlib, sys
 pathlib.Path("rank_" + os.environ["RANK"]).write_text(" ".join(["of", os.environ["WORLD_SIZE"], *sys.argv[1:]]))
@@ -29,7 +34,7 @@ def cluster(tmp_path, monkeypatch):
     python = tmp_path / ".venv/bin/python"
     python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
     (tmp_path / "srun").write_text(SRUN)
-    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf '127.0.0.1\\nother\\n'\n")
+    (tmp_path / "scontrol").write_text(SCONTROL)
     for path in (python, tmp_path / "srun", tmp_path / "scontrol"):
         path.chmod(0o755)
     (tmp_path / "start_gae_ppo_training.py").write_text(TRAINING)
