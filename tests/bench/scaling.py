@@ -32,7 +32,7 @@ SMALL = [
     *(
         "run.torch_threads=1",
         "env.num_workers=2",
-        "rollout.n_steps=16",
+        "rollout.n_steps=32",
         "eval.interval=0",
         "eval.states=0-1",
         "eval.video=false",
