@@ -152,6 +152,7 @@ def test_all_sections_run_at_the_small_shapes(tmp_path, capsys):
     assert known <= rows.keys()  # else a target would never be compared
 
 
+@pytest.mark.slow
 def test_a_section_alone_runs_as_a_program_in_any_folder(tmp_path):
     command = [sys.executable, str(ROOT / "tests/bench/gpu_7b.py"), *TINY, "--sections", "memory"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -65,6 +65,7 @@ def whole(tmp_path_factory) -> tuple[Path, str]:
     return folder / "whole", output
 
 
+@pytest.mark.slow
 def test_overlap_and_another_number_of_workers_give_the_same_run(whole, tmp_path):
     """The same episodes, actions and rewards; losses but for the rounding of smaller batches."""
     process = start(
@@ -135,7 +136,11 @@ def read_bytes(path: Path) -> bytes:
 
 @pytest.mark.parametrize(
     ("how", "after"),
-    [(signal.SIGTERM, 1), (signal.SIGKILL, 1), pytest.param(signal.SIGHUP, 0, marks=pytest.mark.slow)],
+    [
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_run_that_is_killed_and_resumed_equals_one_that_was_not(whole, tmp_path, how, after):
     """Killed when `after` iterations are saved or later, while episodes are under way; the metrics and the weights are the

@@ -54,7 +54,7 @@ def data(tmp_path_factory):
     return path
 
 
-def arguments(data, folder, *more, steps=6):
+def arguments(data, folder, *more, steps=6, interval=3):
     return [
         *("--config", str(ROOT / "configs/tiny_sft.yaml"), f"data.files=[{data}]", "data.validation_fraction=0.25"),
         *(
@@ -65,16 +65,18 @@ def arguments(data, folder, *more, steps=6):
             "policy.chunk_size=1",
         ),
         *(f"training.steps={steps}", "training.batch_size=8", "training.micro_batch_size=8", "training.warmup_steps=2"),
-        *("training.evaluation_interval=3", "training.checkpoint_interval=3", "logging.interval=1", *more),
+        *(f"training.evaluation_interval={interval}", f"training.checkpoint_interval={interval}"),
+        *("logging.interval=1", *more),
     ]
 
 
 def test_it_learns_what_the_picture_and_the_instruction_tell(data, tmp_path):
-    assert main(arguments(data, tmp_path, "optimizer.learning_rate=1e-3", "training.label_sigma=1", steps=120)) == 0
-    records = [r for r in read_metrics(tmp_path / "r/metrics.jsonl") if "validation/loss" in r]
-    assert records[0]["validation/l1"] > 0.2 and records[-1]["validation/l1"] < 0.08
-    assert records[-1]["validation/gripper_accuracy"] == 1.0
-    assert records[-1]["validation/token_accuracy"] > records[0]["validation/token_accuracy"]
+    changes = ("optimizer.learning_rate=1e-3", "training.label_sigma=1")
+    assert main(arguments(data, tmp_path, *changes, steps=120, interval=60)) == 0
+    first, last = [r for r in read_metrics(tmp_path / "r/metrics.jsonl") if "validation/loss" in r]
+    assert last["validation/l1"] < 0.08  # 0.15 without the instruction, 0.4 without the picture
+    assert last["validation/gripper_accuracy"] == 1.0
+    assert last["validation/loss"] < first["validation/loss"]
     assert (tmp_path / "r/curves.png").stat().st_size > 10_000
 
 
@@ -102,10 +104,10 @@ L1 = ("training.head=l1", "training.label_sigma=0", "training.value_coef=0")
 
 
 def test_an_l1_head_learns_what_the_picture_and_the_instruction_tell_and_is_the_official_file(data, tmp_path):
-    assert main(arguments(data, tmp_path, *L1, "optimizer.learning_rate=1e-3", steps=60)) == 0
-    records = [r for r in read_metrics(tmp_path / "r/metrics.jsonl") if "validation/loss" in r]
-    assert records[0]["validation/l1"] > 0.3 and records[-1]["validation/l1"] < 0.15
-    assert records[-1]["validation/gripper_accuracy"] == 1.0 and "validation/token_accuracy" not in records[-1]
+    assert main(arguments(data, tmp_path, *L1, "optimizer.learning_rate=1e-3", steps=60, interval=30)) == 0
+    first, last = [r for r in read_metrics(tmp_path / "r/metrics.jsonl") if "validation/loss" in r]
+    assert last["validation/l1"] < 0.1 and last["validation/loss"] < first["validation/loss"]
+    assert last["validation/gripper_accuracy"] == 1.0 and "validation/token_accuracy" not in last
     model = tmp_path / "r/model"
     heads = {path.name: torch.load(path, weights_only=True) for path in model.glob("*--*.pt")}
     assert heads.keys() == {"action_head--60_checkpoint.pt", "proprio_projector--60_checkpoint.pt"}
@@ -122,8 +124,8 @@ def test_an_l1_head_learns_what_the_picture_and_the_instruction_tell_and_is_the_
     # a further fine-tuning goes on from that head
     more = (f"policy.checkpoint={model}", "run.name=s", "optimizer.learning_rate=1e-6")
     assert main(arguments(data, tmp_path, *L1, *more, steps=1)) == 0
-    first = read_metrics(tmp_path / "s/metrics.jsonl")[0]
-    assert first["validation/l1"] == pytest.approx(records[-1]["validation/l1"], abs=0.02)
+    again = read_metrics(tmp_path / "s/metrics.jsonl")[0]
+    assert again["validation/l1"] == pytest.approx(last["validation/l1"], abs=0.02)
 
 
 def test_images_are_augmented_in_training_and_cropped_in_the_middle_otherwise():
@@ -148,12 +150,12 @@ def test_the_setting_decides_whether_images_are_augmented(data, tmp_path, monkey
     assert bool(calls) is changes
 
 
-@pytest.mark.parametrize(("method", "head"), [("full", ()), ("lora", ()), ("lora", L1)])
+@pytest.mark.parametrize(
+    ("method", "head"), [pytest.param("full", (), marks=pytest.mark.slow), ("lora", ()), ("lora", L1)]
+)
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, method, head):
     more = (f"training.method={method}", *head)
     assert main(arguments(data, tmp_path / "whole", *more)) == 0
-    assert main(arguments(data, tmp_path / "parts", *more)) == 0
-    parts = tmp_path / "parts/r"
     # as if it had been killed after step 3, before step 6: only that checkpoint is there
     assert main(arguments(data, tmp_path / "early", *more, "training.keep_checkpoints=9")) == 0
     early = tmp_path / "early/r/checkpoints"
@@ -171,7 +173,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(data, tmp_path, me
         names = "r/model/action_head--6_checkpoint.pt"
         whole, after = (torch.load(tmp_path / run / names, weights_only=True) for run in ("whole", "early"))
         assert all(torch.equal(whole[name], after[name]) for name in whole)
-    losses = [[r["sft/loss"] for r in read_metrics(run / "metrics.jsonl")] for run in (tmp_path / "early/r", parts)]
+    losses = [[r["sft/loss"] for r in read_metrics(tmp_path / run / "r/metrics.jsonl")] for run in ("early", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
@@ -184,7 +186,7 @@ def test_the_last_prompt_token_learns_how_far_the_task_is(tmp_path):
             rows["obs/ee_states"][:, 2] = np.arange(10)
             file.add(rows, {})
     more = ("training.value_coef=1", "training.value_discount=0.7", "optimizer.learning_rate=1e-3")
-    assert main(arguments(tmp_path / "d.hdf5", tmp_path, *more, steps=60)) == 0
+    assert main(arguments(tmp_path / "d.hdf5", tmp_path, *more, steps=60, interval=30)) == 0
     errors = [r["validation/value_loss"] for r in read_metrics(tmp_path / "r/metrics.jsonl") if "validation/loss" in r]
     assert errors[-1] < np.var(0.7 ** np.arange(10)) / 3
     assert "value_map" not in load_file(tmp_path / "r/model/model.safetensors")

@@ -16,13 +16,10 @@ pytestmark = pytest.mark.libero
 
 CHUNK = 8
 # of each suite three tasks: some that begin with an open drawer, a stove that is on, an object on another
-TASKS = [
-    *(("libero_spatial", task) for task in (0,)),
-    *(("libero_object", task) for task in (0,)),
-]
+TASKS = [("libero_spatial", 0)]
 MORE_TASKS = [
     *(("libero_spatial", task) for task in (4, 9)),
-    *(("libero_object", task) for task in (3, 8)),
+    *(("libero_object", task) for task in (0, 3, 8)),
     *(("libero_goal", task) for task in (0, 6, 7)),
     *(("libero_10", task) for task in (2, 3, 8)),
     # of each of LIBERO-PRO's kinds one: new words, other objects, things and fixtures that changed places, a stove to turn off
@@ -81,6 +78,7 @@ def test_a_perturbed_task_equals_stock():
     sim.close()
 
 
+@pytest.mark.slow
 def test_rendering_each_step_changes_nothing():
     """Stock renders in each step; the comparisons above let it keep its images within a chunk."""
     episode, actions = Episode(0, 7, seed=3), random_actions(0, 8)

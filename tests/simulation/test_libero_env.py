@@ -258,25 +258,25 @@ def test_fast_rendering_changes_pixels_only(env):
 
 
 @libero
-def test_environments_that_share_simulators_play_as_if_alone(env):
+@pytest.mark.parametrize(("limit", "decisions"), [(2, 4), pytest.param(1, 1, marks=pytest.mark.slow)])
+def test_environments_that_share_simulators_play_as_if_alone(env, limit, decisions):
     """Also where one simulator fewer is kept than there are tasks, so that each change of task builds one anew."""
-    actions, episodes = random_actions(8, chunks=4), [FIXED, OTHER_TASK, RANDOM]
+    actions, episodes = random_actions(8, chunks=4)[:decisions], [FIXED, OTHER_TASK, RANDOM]
     alone = [run(env, episode, actions) for episode in episodes]
     assert env.reset(options={"episode": OTHER_TASK})[0]["instruction"] == task_languages("libero_spatial")[2]
     env.close()
-    for limit, decisions in ((2, 4), (1, 1)):
-        shared = Simulators(limit, cache_gb=3)
-        settings = {"chunk_size": CHUNK, "num_images": 2, "image_size": SIZE, "simulators": shared}
-        envs = [LiberoEnv("libero_spatial", **settings) for _ in episodes]
-        rows = [[row] for one, episode in zip(envs, episodes, strict=True) for row in run(one, episode, [])]
-        for chunk in actions[:decisions]:
-            for one, seen in zip(envs, rows, strict=True):
-                obs, *_ = one.step(chunk)
-                seen.append((physics(one), obs["images"], obs["proprio"]))
-        assert len(shared.kept) == limit
-        for seen, expected in zip(rows, alone, strict=True):
-            assert_equal_rows(seen, expected[: len(seen)])
-        shared.close()
+    shared = Simulators(limit, cache_gb=3)
+    settings = {"chunk_size": CHUNK, "num_images": 2, "image_size": SIZE, "simulators": shared}
+    envs = [LiberoEnv("libero_spatial", **settings) for _ in episodes]
+    rows = [[row] for one, episode in zip(envs, episodes, strict=True) for row in run(one, episode, [])]
+    for chunk in actions:
+        for one, seen in zip(envs, rows, strict=True):
+            obs, *_ = one.step(chunk)
+            seen.append((physics(one), obs["images"], obs["proprio"]))
+    assert len(shared.kept) == limit
+    for seen, expected in zip(rows, alone, strict=True):
+        assert_equal_rows(seen, expected[: len(seen)])
+    shared.close()
 
 
 @libero

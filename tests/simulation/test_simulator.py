@@ -16,13 +16,16 @@ from vla_rl.types import Episode
 pytestmark = pytest.mark.libero
 
 
-SLOW_SUITES = [pytest.param(suite, marks=pytest.mark.slow) for suite in ("libero_object", "libero_goal", "libero_10")]
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
-@pytest.mark.parametrize("suite", ["libero_spatial", *SLOW_SUITES])
-def test_everything_comes_to_rest_in_all_tasks(suite):
+@pytest.mark.parametrize(
+    ("suite", "tasks"),
+    [("libero_spatial", [5]), *(pytest.param(suite, range(10), marks=pytest.mark.slow) for suite in SUITES)],
+)
+def test_everything_comes_to_rest(suite, tasks):
     """The fixed states hold objects above where they belong; with a MuJoCo that is too new a bowl slides off its ramekin."""
-    for task in range(10):
+    for task in tasks:
         sim = build_simulator(suite, task, (), SIZE, fast=False)
         free = np.flatnonzero(sim.model.jnt_type == 0)  # [J], of movable objects
         places = sim.model.jnt_qposadr[free, None] + np.arange(3)
