@@ -38,7 +38,8 @@ from vla_rl.learning.episodes import (
     reset_finished,
     step_arguments,
 )
-from vla_rl.learning.guards import check_finite, check_first_minibatch, check_replicas, check_rescored
+from vla_rl.learning.finite import FiniteGuard, check_finite
+from vla_rl.learning.guards import check_first_minibatch, check_replicas, check_rescored
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
 from vla_rl.learning.no_signal import SignalWatch
 from vla_rl.learning.optimizer import adamw, clip_gradient
@@ -109,6 +110,7 @@ class OpenVLAPPO:
         self.tokens_per_ratio = losses.tokens_per_ratio(level, len(dims), policy.chunk_size)
         self.schedule = ActorSchedule(self.actor_optimizer, config, self.tokens_per_ratio)
         self.signal_watch = SignalWatch(config)
+        self.finite = FiniteGuard(self)
 
         # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
         # each environment (PPO) or episode (GRPO): which ones decide together does not either.
@@ -155,6 +157,8 @@ class OpenVLAPPO:
                 self.evaluate_saved()
             self.logger.draw_curves()
         except BaseException as error:
+            if getattr(error, "of_saved_weights", False):  # what came before them is what to go on with
+                raise
             try:
                 saved = self.save_checkpoint()
                 if self.ranks.first:
@@ -174,6 +178,7 @@ class OpenVLAPPO:
         rollout_s = time.perf_counter() - start
         batch, advantage_metrics = self.compute_advantages(rollout)
         metrics |= advantage_metrics | self.update(batch)
+        self.finite.check_weights()
         self.iteration += 1
         iteration_s = time.perf_counter() - start
         metrics |= {
@@ -262,15 +267,15 @@ class OpenVLAPPO:
     def decide(self, playing: list[int], source: EpisodeSource) -> Decision:
         """One forward of the policy for the environments that play, and the values of what they see."""
         self.check_stop()
-        output = self.policy.act(
-            self.obs.rows(playing),
-            temperature=self.config.rollout.temperature,
-            generator=[source.generator_of(i) for i in playing],
-        )
-        hidden = self.hidden_of(output)  # [N, D]
-        values = self.predict_values(hidden)  # [N]
-        self.check_finite("log-probabilities of the rollout", output.logprobs)
-        self.check_finite("values of the rollout", values)
+        seen, generators = self.obs.rows(playing), [source.generator_of(i) for i in playing]
+        check_finite("an observation after a reset", seen.proprio)  # those after a step have been checked
+        with self.finite.acting(seen):
+            output = self.policy.act(seen, temperature=self.config.rollout.temperature, generator=generators)
+            hidden = self.hidden_of(output)  # [N, D]
+            values = self.predict_values(hidden)  # [N]
+            check_finite("a log-probability of the rollout", output.logprobs)
+            check_finite("an action of the rollout", output.actions)
+            check_finite("a value of the rollout", values)
         return Decision(playing, output, hidden, values)
 
     def finish_step(
@@ -289,6 +294,8 @@ class OpenVLAPPO:
         next_obs, reached = (Observation.from_vector_env(obs) for obs in (raw_obs, info.get("truncated_obs", raw_obs)))
         rewards, terminated, truncated, steps = (torch.as_tensor(x)[playing] for x in (*flags, info["steps"]))  # [N]
         done = terminated | truncated
+        seen = next_obs.rows(playing).proprio, steps, info["begun"][playing]
+        self.finite.check_step(playing, decision.output.actions, rewards, *seen)
 
         # states that were reached whose value no next row will tell
         ended = terminated if self.config.algorithm.bootstrap_truncated else done
@@ -334,8 +341,9 @@ class OpenVLAPPO:
 
     def values_of(self, inputs: PolicyInputs) -> Tensor:
         """V [B] of states that were reached but not acted in."""
-        values = self.predict_values(self.policy.compute_hidden(inputs))
-        self.check_finite("values of the observations reached", values)
+        with self.finite.valuing(inputs):
+            values = self.predict_values(self.policy.compute_hidden(inputs))
+            check_finite("a value of the observations reached", values)
         return values
 
     # ----------------------------------------------------------------------------------------------------- advantages
@@ -402,8 +410,9 @@ class OpenVLAPPO:
                 minibatch, steps = batch.share(rows, self.ranks), batch.steps[rows]
                 arguments = (minibatch, train_actor, train_actor or not history, steps)
                 metrics = self.ranks.add_metrics(self.micro_batches.run(self.minibatch_gradients, *arguments))
-                for name, value in metrics.items():
-                    self.check_finite(name, torch.tensor(value), minibatch)  # before any step
+                with self.finite.updating(minibatch, train_actor, steps):  # before any step
+                    for name, value in metrics.items():
+                        check_finite(name, torch.tensor(value))
                 self.ranks.add_gradients((self.actor_parameters if train_actor else []) + self.critic_parameters)
                 history.append(metrics)
                 if len(history) == 1:
@@ -414,7 +423,8 @@ class OpenVLAPPO:
                     if algorithm.target_kl is not None and kl > algorithm.target_kl:
                         stopped_by_kl = True
                         break
-                metrics |= self.optimizer_steps(minibatch, train_actor)
+                with self.finite.updating(minibatch, train_actor, steps):
+                    metrics |= self.optimizer_steps(train_actor)
                 bar.update()
                 bar.set_postfix_str(progress.update_text(metrics))
         actor_steps = len(history) - stopped_by_kl if train_actor else 0
@@ -438,9 +448,11 @@ class OpenVLAPPO:
             for rows in shuffled_rows(len(batch), self.config.algorithm.minibatch_size, self.order_generator):
                 self.critic_optimizer.zero_grad(set_to_none=True)
                 loss = losses.value_loss(self.value_head(hidden[rows]), returns[rows])
-                self.check_finite("critic/value_loss", loss)
-                loss.backward()
-                yield {"critic/value_loss": loss.item()} | self.optimizer_steps(None, train_actor=False)
+                with self.finite.fitting(hidden[rows], returns[rows]):
+                    check_finite("critic/value_loss", loss)
+                    loss.backward()
+                    norms = self.optimizer_steps(train_actor=False)
+                yield {"critic/value_loss": loss.item()} | norms
 
     def minibatch_gradients(
         self, minibatch: Minibatch, train_actor: bool, score_actor: bool, steps: Tensor | None = None
@@ -527,7 +539,7 @@ class OpenVLAPPO:
             hidden = self.policy.compute_hidden(micro.inputs)
         return loss, metrics, hidden
 
-    def optimizer_steps(self, minibatch: Minibatch | None, train_actor: bool) -> dict[str, float]:
+    def optimizer_steps(self, train_actor: bool) -> dict[str, float]:
         """Clips each side's gradient by its own norm, then steps both optimizers; neither if a norm is not finite."""
         sides = {"critic": (self.critic_optimizer, self.config.critic)} if self.uses_critic else {}
         sides |= {"actor": (self.actor_optimizer, self.config.actor)} if train_actor else {}
@@ -535,15 +547,12 @@ class OpenVLAPPO:
             f"{name}/grad_norm": clip_gradient(optimizer, settings) for name, (optimizer, settings) in sides.items()
         }
         for name, norm in norms.items():
-            self.check_finite(name, norm, minibatch)
+            check_finite(name, norm)
         for optimizer, _ in sides.values():
             optimizer.step()
         return {name: norm.item() for name, norm in norms.items()}
 
     # ---------------------------------------------------------------------------------------------------------- guard
-
-    def check_finite(self, name: str, value: Tensor, minibatch: Minibatch | None = None) -> None:
-        check_finite(name, value, self.iteration + 1, self.logger.folder, minibatch, self.ranks)
 
     def request_stop(self) -> None:
         """Ends the run at the next decision or minibatch, saved as it was after the last finished iteration."""
@@ -575,7 +584,7 @@ class OpenVLAPPO:
         if self.eval_envs is not None:
             start, prefix = time.perf_counter(), f"{self.timesteps:09d}"
             videos = self.logger.folder / "videos"
-            with naming_what_fits(self.config, "eval", self.ranks.size):
+            with naming_what_fits(self.config, "eval", self.ranks.size), self.finite.evaluating():
                 arguments = (self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop)
                 predict_values = None if self.value_head is None else self.predict_values
                 metrics = evaluate_modes(*arguments, predict_values, self.ranks)

@@ -205,7 +205,7 @@ def test_critic_epochs_step_the_value_head_alone_on_the_cached_hidden_states(tmp
     # the first pass is a full-batch step: the same as that of a critic in warm-up, which has the same loss
     twin = make_trainer(tmp_path / "b", algorithm={"value_coef": 1.0, "critic_warmup_iterations": 1})
     twin.minibatch_gradients(batch, train_actor=False, score_actor=False)
-    twin.optimizer_steps(None, train_actor=False)
+    twin.optimizer_steps(train_actor=False)
     for a, b in zip(first_pass(tmp_path / "c", batch), twin.critic_parameters, strict=True):
         torch.testing.assert_close(a, b)
 

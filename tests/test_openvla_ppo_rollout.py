@@ -32,7 +32,7 @@ def test_bootstraps_wait_for_the_end_of_the_rollout_and_share_forwards(tmp_path)
 def test_a_value_of_a_state_reached_that_is_not_finite_ends_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.policy.compute_hidden = lambda inputs: torch.full((len(inputs), 16), torch.nan)
-    with pytest.raises(NonFiniteError, match="values of the observations reached is not finite in iteration 1"):
+    with pytest.raises(NonFiniteError, match="a value of the observations reached is not finite in iteration 1"):
         trainer.collect_rollout()
 
 

@@ -21,7 +21,11 @@ PROPRIO_DIM = 8  # end-effector position (3), axis-angle (3), gripper joints (2)
 
 
 class NonFiniteError(RuntimeError):
-    """An output, loss or gradient is NaN or infinite."""
+    """A reward, observation, output, loss, gradient or weight is NaN or infinite."""
+
+    of_saved_weights = (
+        False  # those after the last finished iteration gave it, so that a checkpoint of them is of no use
+    )
 
 
 class InvariantError(RuntimeError):

@@ -164,7 +164,7 @@ def time_update(bench: Bench, trainer: OpenVLAPPO, batch: Minibatch, mode: str, 
 
     def step(part: Minibatch) -> None:
         trainer.minibatch_gradients(part, train_actor=True, score_actor=True)
-        trainer.optimizer_steps(part, train_actor=True)
+        trainer.optimizer_steps(train_actor=True)
 
     warm_up = bench.seconds(lambda: step(first))
     seconds = statistics.median(bench.seconds(lambda: step(minibatch)) for _ in range(2))
@@ -277,7 +277,7 @@ def profile_round(bench: Bench, trainer: OpenVLAPPO, title: str) -> None:
         batch, _ = trainer.compute_advantages(trainer.collect_rollout()[0])
         micro = batch.rows(torch.arange(min(bench.fastest[1], len(batch))))
         trainer.minibatch_gradients(micro, train_actor=True, score_actor=True)
-        trainer.optimizer_steps(micro, train_actor=True)
+        trainer.optimizer_steps(train_actor=True)
 
     work()
     with annotated(trainer):

@@ -1,20 +1,18 @@
-"""What stops a run that computes something wrong: numbers that are not finite, a first minibatch that is not on policy."""
+"""What stops a run that computes something wrong: a first minibatch that is not on policy, replicas that differ.
+
+Not here: numbers that are not finite (vla_rl.learning.finite).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from vla_rl.learning.losses import approx_kl, log_ratio, masked_mean, token_mask
 from vla_rl.learning.rollout_buffer import Minibatch
-from vla_rl.run.checkpoint import save_torch
-from vla_rl.run.distributed import ONE, Ranks
-from vla_rl.types import ACTION_DIM, InvariantError, NonFiniteError
+from vla_rl.run.distributed import Ranks
+from vla_rl.types import ACTION_DIM, InvariantError
 
 # before the first optimizer step the ratio is 1 but for the order of float32 sums; above this the log-probabilities that
 # were sampled and those that are scored are not of one distribution (1e-5 at width 128; a temperature of 1.01 for 1: 8e-2)
@@ -81,27 +79,3 @@ def check_replicas(parameters: Sequence[Tensor], ranks: Ranks) -> None:
         raise InvariantError(
             f"the trained weights of {ranks.size} processes differ, their sums are {sums}: are their GPUs, drivers and packages the same?"
         )
-
-
-def check_finite(
-    name: str, value: Tensor, iteration: int, folder: Path, minibatch: Minibatch | None = None, ranks: Ranks = ONE
-) -> None:
-    """Stops the run if value has a NaN or an infinity: nothing has been stepped with it yet.
-
-    Args:
-        iteration: the one under way.
-        folder: the run's, where the minibatch is dumped; of several processes each dumps its share.
-
-    Raises:
-        NonFiniteError: it has.
-    """
-    if torch.isfinite(value).all():
-        return
-    where = ""
-    if minibatch is not None:
-        which = f"_rank{ranks.rank}" if ranks.size > 1 else ""
-        dump = folder / f"nonfinite_iteration_{iteration:06d}{which}.pt"
-        with suppress(OSError):  # a full disk must not hide what went wrong
-            save_torch(asdict(minibatch.to(torch.device("cpu"))), dump)
-            where = f"; its minibatch is in {dump}"
-    raise NonFiniteError(f"{name} is not finite in iteration {iteration}{where}. Resume with a lower learning rate.")

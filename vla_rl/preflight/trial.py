@@ -268,7 +268,7 @@ class Trial:
                 self.seconds(lambda: trainer.micro_batches.run(trainer.minibatch_gradients, minibatch, True, True))
             )
         self.row_s = statistics.mean(passes) / len(minibatch)
-        self.step_s = self.seconds(lambda: trainer.optimizer_steps(minibatch, True))
+        self.step_s = self.seconds(lambda: trainer.optimizer_steps(train_actor=True))
         self.score_s = 0.0
         if config.algorithm.kl_coef > 0 or config.algorithm.recompute_logprobs:
             scored_s = self.seconds(lambda: trainer.micro_batches.score(minibatch, trainer.policy.logprobs, ONE))
