@@ -27,8 +27,9 @@ from torch import Tensor
 
 from vla_rl.evaluation.play import evaluate_modes
 from vla_rl.learning import losses
-from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize
+from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize, unbroken
 from vla_rl.learning.episodes import (
+    BrokenOff,
     EpisodeQueue,
     EpisodeSampler,
     EpisodeSource,
@@ -124,7 +125,9 @@ class OpenVLAPPO:
         self.evaluated_iteration = -1
         self.obs: Observation | None = None  # of episodes under way between iterations (PPO)
         self.running = RunningEpisodes(envs.num_envs)
+        self.broken_off = BrokenOff()  # in the present rollout
         self.stop_requested = False
+        envs.on_wait = self.check_stop
         self.warned_no_hidden = False
         self.boundary = TrainerState(self)  # after the last finished iteration: what a stop goes back to
 
@@ -194,6 +197,8 @@ class OpenVLAPPO:
         self.signal_watch.see(metrics)
 
         self.boundary.take()
+        if self.eval_envs is not None:
+            self.eval_envs.replace_dead()
         if self.evaluation_due():
             self.evaluate_saved()
         elif self.iteration % self.config.logging.checkpoint_interval == 0:
@@ -206,14 +211,15 @@ class OpenVLAPPO:
     def collect_rollout(self) -> tuple[RolloutBuffer, dict[str, Any]]:
         """Acts with the present policy in the environments of all processes; returns the rows and rollout/* metrics."""
         played = self.ranks.all_of(self.play)
-        rollout = RolloutBuffer.join([rollout for rollout, _ in played])
-        finished_episodes = [episode for _, episodes in played for episode in episodes]
+        rollout = RolloutBuffer.join([rollout for rollout, _, _ in played])
+        finished_episodes = [episode for _, episodes, _ in played for episode in episodes]
+        dropped = sum(count for _, _, count in played)
         steps, num_tasks = int(rollout.rows("steps").sum()), len(self.config.env.task_ids)
         self.timesteps += steps
-        return rollout, progress.rollout_metrics(finished_episodes, steps, num_tasks)
+        return rollout, progress.rollout_metrics(finished_episodes, steps, num_tasks, dropped)
 
     @torch.no_grad()
-    def play(self) -> tuple[RolloutBuffer, list[progress.FinishedEpisode]]:
+    def play(self) -> tuple[RolloutBuffer, list[progress.FinishedEpisode], int]:
         """Acts with the present policy in this process's environments.
 
         PPO: n_steps decisions of every environment; episodes go on across iterations. GRPO: whole episodes from a queue
@@ -223,13 +229,17 @@ class OpenVLAPPO:
         and begins the next episodes where one ends (PPO; GRPO's are known once the step is over, and reset then). Each
         environment decides, steps and is reset in the same order either way, and samples from its own generator.
 
+        An episode whose simulator is lost is neither success nor failure: the environment goes on with another one, and its rows
+        do not count (PPO), or it is played again and only that counts (GRPO).
+
         Returns:
-            The rows, and the episodes that ended.
+            The rows, the episodes that ended, and how many were broken off.
         """
         num_envs, n_steps = self.envs.num_envs, self.config.rollout.n_steps
         source = self.streams if self.uses_critic else self.draw_groups()
+        self.broken_off = BrokenOff()
         if not self.uses_critic or self.obs is None:
-            self.obs = reset_finished(self.envs, np.ones(num_envs, dtype=bool), source)
+            self.obs, _ = reset_finished(self.envs, np.ones(num_envs, dtype=bool), source)
         halves = np.array_split(np.arange(num_envs), 2 if self.config.rollout.overlap else 1)
         buffers = [RolloutBuffer() for _ in halves]
         finished_episodes: list[progress.FinishedEpisode] = []
@@ -253,7 +263,8 @@ class OpenVLAPPO:
                     decision = self.decide(playing, source) if playing else None
                     finish_step()  # of the other half, which was under way meanwhile
                     if decision is not None:
-                        step = step_arguments(decision.output.actions, playing, self.envs.action_space.shape)
+                        shape, idle = self.envs.action_space.shape, self.broken_off.idle
+                        step = step_arguments(decision.output.actions, playing, shape, idle)
                         self.envs.step_async(*step, source.coming(playing))
                         waiting.append((buffer, decision))
                     if len(halves) == 1:
@@ -262,7 +273,7 @@ class OpenVLAPPO:
             finish_step()
         rollout = RolloutBuffer.join(buffers)
         rollout.bootstrap(self.values_of, len(halves[0]))  # as many rows as a decision has
-        return rollout, finished_episodes
+        return rollout, finished_episodes, self.broken_off.count
 
     def decide(self, playing: list[int], source: EpisodeSource) -> Decision:
         """One forward of the policy for the environments that play, and the values of what they see."""
@@ -289,25 +300,29 @@ class OpenVLAPPO:
         Returns:
             The episodes that ended.
         """
-        playing = decision.envs
+        playing, numbers = decision.envs, [source.playing[i] for i in decision.envs]
         raw_obs, *flags, info = self.envs.step_wait()
         next_obs, reached = (Observation.from_vector_env(obs) for obs in (raw_obs, info.get("truncated_obs", raw_obs)))
         rewards, terminated, truncated, steps = (torch.as_tensor(x)[playing] for x in (*flags, info["steps"]))  # [N]
         done = terminated | truncated
         seen = next_obs.rows(playing).proprio, steps, info["begun"][playing]
         self.finite.check_step(playing, decision.output.actions, rewards, *seen)
-
-        # states that were reached whose value no next row will tell
-        ended = terminated if self.config.algorithm.bootstrap_truncated else done
-        wanted = ~ended & (truncated | last) & self.uses_critic  # [N]
-        reached = reached.rows([playing[row] for row in wanted.nonzero().flatten()])
-        transition = decision.transition(rewards, terminated, truncated, steps, [source.playing[i] for i in playing])
-        buffer.add(transition, wanted, self.policy.prepare(reached) if len(reached) else None)
-
         finished_episodes = self.running.add(source, playing, *(x.numpy() for x in (rewards, steps, terminated, done)))
         finished = np.zeros(self.envs.num_envs, dtype=bool)
         finished[playing] = done.numpy()
-        self.obs = reset_finished(self.envs, finished, source, info["begun"]) or next_obs
+        fresh_obs, lost = reset_finished(self.envs, finished, source, info["begun"])
+        self.obs = fresh_obs or next_obs
+        self.running.forget(lost)
+        broken = self.broken_off.rows(lost, playing, done)  # [N]
+
+        # states that were reached whose value no next row will tell
+        ended = terminated if self.config.algorithm.bootstrap_truncated else done
+        wanted = ~ended & (truncated | last) & self.uses_critic & ~broken  # [N]
+        reached = reached.rows([playing[row] for row in wanted.nonzero().flatten()])
+        transition = decision.transition(rewards, terminated, truncated, steps, numbers, broken)
+        buffer.add(transition, wanted, self.policy.prepare(reached) if len(reached) else None)
+        if not self.uses_critic:
+            buffer.drop_episodes(torch.tensor(numbers)[broken])
         return finished_episodes
 
     def draw_groups(self) -> EpisodeQueue:
@@ -353,20 +368,32 @@ class OpenVLAPPO:
         algorithm = self.config.algorithm
         if algorithm.estimator == "gae":
             values, critic_lambda = rollout.stack("values"), algorithm.critic_gae_lambda  # [T, N]
-            arguments = (rollout.stack("rewards"), values, rollout.next_values())
-            arguments += (rollout.stack("terminated"), rollout.stack("truncated"), algorithm.gamma)
+            terminated, truncated = rollout.stack("terminated"), rollout.stack("truncated")
+            arguments = (
+                rollout.stack("rewards"),
+                values,
+                rollout.next_values(),
+                terminated,
+                truncated,
+                algorithm.gamma,
+            )
             advantages, returns = compute_gae(*arguments, algorithm.gae_lambda)
             if critic_lambda is not None:  # the targets can do with more variance and less bias than the advantages
                 _, returns = compute_gae(*arguments, critic_lambda)
+            counts = unbroken(terminated | truncated, rollout.stack("broken"))  # [T, N]
+            rows = None if counts.all() else counts.flatten().nonzero().flatten()
+            if not counts.any():
+                return rollout.flatten(advantages.flatten(), returns.flatten(), rows), {}
+            values, targets = values[counts], returns[counts]
             metrics = {
-                "critic/explained_variance": losses.explained_variance(values.flatten(), returns.flatten()),
+                "critic/explained_variance": losses.explained_variance(values, targets),
                 "critic/value_mean": values.mean().item(),
-                "critic/return_mean": returns.mean().item(),
+                "critic/return_mean": targets.mean().item(),
             }
-            self.schedule.see_rewards(arguments[0], self.iteration)
+            self.schedule.see_rewards(arguments[0][counts], self.iteration)
             if algorithm.normalize_advantages:
-                advantages = normalize(advantages)
-            return rollout.flatten(advantages.flatten(), returns.flatten()), metrics
+                advantages = normalize(advantages, counts)
+            return rollout.flatten(advantages.flatten(), returns.flatten(), rows), metrics
 
         episode = rollout.rows("episode")  # [R]
         returns = torch.zeros(int(episode.max()) + 1).index_add(0, episode, rollout.rows("rewards"))  # [E]
@@ -388,7 +415,7 @@ class OpenVLAPPO:
         algorithm = self.config.algorithm
         self.schedule.begin_update(self.boundary.timesteps)
         if len(batch) == 0:
-            log.warning("every group's returns are equal: no signal, no update in this iteration")
+            log.warning("every group's returns are equal, or every episode was broken off: no update in this iteration")
             return {}
         train_actor = self.schedule.steps_in(self.iteration)
         scored: dict[str, float] = {}

@@ -38,6 +38,7 @@ FIXED_ON_RESUME = (
 # but for what depends on the machine and changes data by rounding at most; whether it is the same base model, its fingerprint tells
 FREE_ON_RESUME = (
     *("env.num_workers", "env.simulators_per_worker", "env.model_cache_gb"),
+    *("env.step_timeout_s", "env.build_timeout_s", "env.worker_replacements"),
     *("policy.checkpoint", "policy.as_trained", "policy.gradient_checkpointing", "policy.compile"),
 )
 

@@ -5,6 +5,7 @@ N environments, C steps in a chunk, A = 7C action tokens, D hidden size, V actio
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import gymnasium
@@ -105,6 +106,14 @@ class FakeVectorEnv(SyncVectorEnv):
     """Lets an environment idle after its end, or begin the next episode in the same step; SyncVectorEnv demands a reset."""
 
     under_way = None  # what step_wait will return
+    on_wait = None
+
+    @cached_property
+    def dropped(self):
+        return np.zeros(self.num_envs, bool)
+
+    def replace_dead(self):
+        pass
 
     def reset(self, **kwargs):
         assert self.under_way is None, "reset while a step is under way"
@@ -130,6 +139,7 @@ class FakeVectorEnv(SyncVectorEnv):
         reached = obs | {"images": obs["images"].copy(), "proprio": obs["proprio"].copy()}
         for i in begun:
             first, _ = self.envs[i].reset(options={"episodes": episodes})
+            self._env_obs[i] = first  # which a reset of others shows, too
             for name in ("images", "proprio"):
                 obs[name][i] = first[name]
             obs["instruction"] = (*obs["instruction"][:i], first["instruction"], *obs["instruction"][i + 1 :])
@@ -154,6 +164,38 @@ class FakeVectorEnv(SyncVectorEnv):
         observations = self.call("restore_episodes", states)
         batch = {name: np.stack([obs[name] for obs in observations]) for name in ("images", "proprio")}
         return batch | {"instruction": tuple(obs["instruction"] for obs in observations)}
+
+
+class FlakyVectorEnv(FakeVectorEnv):
+    """Loses environments, as their worker would be: of the n-th step or reset those that `breaks` names."""
+
+    breaks: dict[tuple[str, int], list[int]]  # ("step" or "reset", n from 0 on) -> environments
+    counts: dict[str, int]
+
+    def lose(self, what):
+        number = self.counts[what] = self.counts.get(what, -1) + 1
+        return [i for i in self.breaks.get((what, number), []) if self.envs[i].unwrapped.episode is not None]
+
+    def step_wait(self):
+        result = obs, rewards, terminated, truncated, info = super().step_wait()
+        for i in self.lose("step"):
+            rewards[i], terminated[i], truncated[i], info["begun"][i], self.dropped[i] = 0, False, False, False, True
+            info["steps"][i], obs["proprio"][i], obs["images"][i] = 0, np.nan, 255
+        return result
+
+    def reset(self, *, options):
+        mask = np.array(options["reset_mask"])
+        self.dropped[mask] = False
+        result = super().reset(options=options)
+        for i in self.lose("reset"):
+            self.dropped[i] = not mask[i]
+        return result
+
+
+def make_flaky(envs: FakeVectorEnv, breaks: dict[tuple[str, int], list[int]]) -> None:
+    """Turns a vector into one that loses environments."""
+    envs.__class__ = FlakyVectorEnv
+    envs.breaks, envs.counts = breaks, {}
 
 
 def make_envs(num_envs: int, **kwargs) -> FakeVectorEnv:

@@ -6,24 +6,25 @@ Only successes are kept. Now and then the arm is pushed aside or lets go of what
 a policy will get into by its own errors, while the expert's own actions are what is written to be learned (DART: Laskey et
 al. 2017). Episodes start from random placements; evaluation has the benchmark's fixed states.
 
-Not here: the expert (vla_rl.simulation.expert), the file's layout (vla_rl.fine_tuning.demonstration_file).
+Not here: the expert (vla_rl.simulation.expert), the processes (vla_rl.fine_tuning.recorders), the file's layout
+(vla_rl.fine_tuning.demonstration_file).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vla_rl.fine_tuning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
+from vla_rl.fine_tuning.recorders import Job, Recorders
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand
 from vla_rl.run.logs import configure_logging
@@ -40,9 +42,8 @@ from vla_rl.run.settings import ConfigError
 from vla_rl.run.task_suites import TASK_SUITES, check_states, check_suite, list_suites
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators
 from vla_rl.simulation.suites import goal_predicates, load_benchmark, task_languages
-from vla_rl.simulation.vector_env import lean_workers
-from vla_rl.simulation.worker_errors import WorkerError
-from vla_rl.types import Episode
+from vla_rl.simulation.worker_processes import Patience
+from vla_rl.types import Episode, SimulationUnstable
 
 PUSH_STEPS, PAUSE_STEPS = (3, 7), 30  # of a push, from 3 to 6; of a pause, in the mean
 ROTATION_SHARE = 0.3  # of a push's translation: |a| = 1 is 5 cm or 0.5 rad
@@ -74,8 +75,8 @@ class Outcome:
     """One episode of the expert."""
 
     episode: Episode
-    success: bool
-    arrays: dict[str, np.ndarray] | None  # of vla_rl.fine_tuning.demonstration_file; None of a failure
+    success: bool | None  # None: the simulation blew up, which says nothing of the expert
+    arrays: dict[str, np.ndarray] | None  # of vla_rl.fine_tuning.demonstration_file; None but of a success
     attributes: dict[str, Any]
 
 
@@ -104,7 +105,10 @@ def record_episode(env: LiberoEnv, episode: Episode, disturbance: Disturbance) -
         if drops.next(carrying=expert.phase == "place"):
             executed[6] = OPEN
         rows.append(observed(sim, obs) | {"actions": label, "executed_actions": executed})
-        obs, _, terminated, truncated, _ = env.step(executed[None])
+        try:
+            obs, _, terminated, truncated, _ = env.step(executed[None])
+        except SimulationUnstable:
+            return Outcome(episode, None, None, {})
     if not terminated:
         return Outcome(episode, False, None, {})
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -193,22 +197,23 @@ def bddl_file_name(task_suite: str, task_id: int) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- processes
 
-RECORDINGS: list[Recording] = []  # of a worker process: one
-ENVS: list[LiberoEnv] = []  # likewise, from its first episode
 
+class Recorder:
+    """Of a worker process."""
 
-def prepare_worker(recording: Recording) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-    RECORDINGS.append(recording)
+    def __init__(self, recording: Recording):
+        self.recording = recording
 
+    @functools.cached_property
+    def env(self) -> LiberoEnv:
+        return make_env(self.recording)
 
-def record(episode: Episode, disturbance: Disturbance) -> Outcome | WorkerError:
-    try:
-        if not ENVS:  # here, not in prepare_worker: what is raised there breaks the pool
-            ENVS.append(make_env(RECORDINGS[0]))
-        return record_episode(ENVS[0], episode, disturbance)
-    except Exception as error:
-        return WorkerError.of(error)
+    def record(self, episode: Episode, disturbance: Disturbance) -> Outcome:
+        return record_episode(self.env, episode, disturbance)
+
+    def close(self) -> None:
+        if "env" in vars(self):
+            self.env.close()
 
 
 def make_env(recording: Recording) -> LiberoEnv:
@@ -233,27 +238,27 @@ def episodes_of(task_id: int, states: str | Sequence[int], seed: int) -> Iterato
 
 
 def record_task(
-    pool: ProcessPoolExecutor, episodes: Iterator[Episode], wanted: int, disturbance: Disturbance, ahead: int, name: str
+    pool: Recorders, episodes: Iterator[Episode], wanted: int, disturbance: Disturbance, ahead: int, name: str
 ) -> Iterator[Outcome]:
     """The first `wanted` successes in the order of `episodes`, whichever worker is faster.
 
     Raises:
         ConfigError: the expert fails too often, or there are fewer episodes.
-        Exception: what a worker has raised.
+        Exception: see Recorders.wait.
     """
-    waiting: list[Future] = []
+    waiting: list[Job] = []
     successes = failures = 0
     while successes < wanted:
         for episode in itertools.islice(episodes, min(ahead, wanted - successes + 1) - len(waiting)):
-            waiting.append(pool.submit(record, episode, disturbance))
+            waiting.append(pool.submit(episode, disturbance))
         if not waiting:
             raise ConfigError(
                 f"{name}: the expert succeeded in {successes} of {successes + failures} fixed states, --episodes asks for "
                 f"{wanted}; ask for fewer, or leave out --states for random placements"
             )
         outcome = waiting.pop(0).result()
-        if isinstance(outcome, WorkerError):
-            raise outcome.exception(f"a worker that recorded {name}")
+        if outcome.success is None:
+            continue
         successes, failures = successes + outcome.success, failures + (not outcome.success)
         yield outcome
         if failures >= GIVE_UP_AFTER and failures > successes:
@@ -261,8 +266,8 @@ def record_task(
                 f"{name}: the expert failed in {failures} of {successes + failures} episodes (--noise {disturbance.noise:g}, "
                 f"--drops {disturbance.drops:g}); lower them, or leave the task out"
             )
-    for future in waiting:
-        future.cancel()
+    for job in waiting:
+        job.cancel()
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -297,6 +302,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--image-size", type=int, default=128, metavar="PX", help="image side (default 128, as LIBERO's files)")
     add("--render", default="exact", choices=("exact", "fast"), help="as env.render of training (default exact)")
     add("--workers", type=int, metavar="W", help="processes (default one a CPU core)")
+    add(
+        "--step-timeout-s",
+        type=float,
+        metavar="S",
+        help="a process that takes longer for a step hangs, and is replaced (default: 20 of its slowest first steps, but at least 60)",
+    )
     add("--model-cache-gb", type=float, default=3.0, metavar="GB", help="disk for compiled models (default 3)")
     add("--no-progress", action="store_true", help="no bars")
     return parser.parse_args(argv)
@@ -326,6 +337,7 @@ def check_args(args: argparse.Namespace) -> str | list[int]:
         ("--noise", args.noise, 0),
         ("--drops", args.drops, 0),
         ("--seed", args.seed, 0),
+        ("--step-timeout-s", args.step_timeout_s, 1),
         ("--model-cache-gb", args.model_cache_gb, 0),
     ):
         if value is not None and not least <= value < math.inf:
@@ -403,24 +415,32 @@ def collect(args: argparse.Namespace, states: str | list[int]) -> None:
     workers = args.workers or len(os.sched_getaffinity(0))
     out = Path(args.out)
     files = [(out, args.task_ids)] if is_file_name(out) else [(task_file(args, i), [i]) for i in args.task_ids]
-    context = multiprocessing.get_context("spawn")
-    with (
-        lean_workers(draw_in_one_thread=args.render == "fast"),
-        ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker, initargs=(recording,)) as pool,
-    ):
-        try:
-            for path, task_ids in files:
-                with DemonstrationFile(path, file_attributes(args, task_ids)) as file:
-                    for task_id in task_ids:
-                        collect_task(pool, file, args, states, task_id, ahead=2 * workers)
-                print(f"{path}: {file.count} demonstrations, {file.total} steps, {path.stat().st_size / 1e6:.0f} MB")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    make, one_thread = functools.partial(Recorder, recording), args.render == "fast"
+    with contextlib.closing(
+        Recorders(make, workers, Patience(args.step_timeout_s), args.task_suite, one_thread)
+    ) as pool:
+        for path, task_ids in files:
+            with contextlib.ExitStack() as after, DemonstrationFile(path, file_attributes(args, task_ids)) as file:
+                after.enter_context(removed_after_a_kill(file.unfinished))
+                for task_id in task_ids:
+                    collect_task(pool, file, args, states, task_id, ahead=2 * workers)
+            print(f"{path}: {file.count} demonstrations, {file.total} steps, {path.stat().st_size / 1e6:.0f} MB")
+
+
+@contextlib.contextmanager
+def removed_after_a_kill(path: Path) -> Iterator[None]:
+    """A shell waits for the end of this process, SIGKILL included, and removes the unfinished file; inside the block."""
+    words = ["sh", "-c", 'read -r _; rm -f -- "$0"', str(path)]
+    shell = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        shell.stdin.close()
+        shell.wait()
 
 
 def collect_task(
-    pool: ProcessPoolExecutor, file: DemonstrationFile, args: argparse.Namespace, states: Any, task_id: int, ahead: int
+    pool: Recorders, file: DemonstrationFile, args: argparse.Namespace, states: Any, task_id: int, ahead: int
 ) -> None:
     name = f"{args.task_suite} task {task_id}"
     episodes = episodes_of(task_id, states, args.seed)
@@ -447,9 +467,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; no file was written", file=sys.stderr)
         return 130
-    except BrokenProcessPool:
-        print("error: a simulator process died; often out of memory: lower --workers", file=sys.stderr)
-        return 1
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

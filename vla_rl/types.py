@@ -45,7 +45,11 @@ class OutOfMemory(RuntimeError):
 
 
 class SimulatorDied(RuntimeError):
-    """A simulator's worker process has ended by itself."""
+    """A simulator's worker process has ended by itself, or hangs, again and again."""
+
+
+class SimulationUnstable(RuntimeError):
+    """The physics has blown up: what follows says nothing of the policy."""
 
 
 class ProcessLost(RuntimeError):

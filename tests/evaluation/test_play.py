@@ -31,7 +31,7 @@ class ScriptedVectorEnv:
     """
 
     def __init__(self, num_envs: int):
-        self.num_envs = num_envs
+        self.num_envs, self.dropped = num_envs, np.zeros(num_envs, bool)
         self.action_space = type("Space", (), {"shape": (num_envs, 8, 7)})()
         self.episodes: list[Episode | None] = [None] * num_envs
         self.decisions = [0] * num_envs

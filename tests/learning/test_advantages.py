@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize
+from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize, unbroken
 
 NO = [False, False, False, False]
 
@@ -256,3 +256,19 @@ def test_normalize_is_over_all_entries_and_keeps_the_shape():
 
 def test_normalize_of_equal_numbers_is_zero():
     assert normalize(torch.full((4,), 3.0)).tolist() == [0, 0, 0, 0]
+
+
+def test_rows_of_an_episode_that_is_broken_off_do_not_count():
+    """Three environments: broken in row 1; ended in row 0 and broken in row 2; going on at the end."""
+    ended = torch.tensor([[0, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]], dtype=torch.bool)
+    broken = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    expected = torch.tensor([[0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 1, 1]], dtype=torch.bool)
+    assert torch.equal(unbroken(ended, broken), expected)
+    assert unbroken(ended, torch.zeros_like(ended)).all()
+    with pytest.raises(ValueError, match="not both true"):
+        unbroken(ended, ended)
+
+
+def test_normalized_entries_that_do_not_count_have_no_part_in_mean_and_variance():
+    x, counts = torch.tensor([[1.0, 3.0], [100.0, 2.0]]), torch.tensor([[True, True], [False, True]])
+    torch.testing.assert_close(normalize(x, counts)[counts], normalize(torch.tensor([1.0, 3.0, 2.0])))

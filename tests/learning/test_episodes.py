@@ -10,9 +10,11 @@ import torch
 from tests.fakes import make_envs
 from vla_rl.demonstrations import episodes_of
 from vla_rl.learning.episodes import (
+    BrokenOff,
     EpisodeQueue,
     EpisodeSampler,
     EpisodeStreams,
+    episode_generators,
     group_episodes,
     group_queue,
     reset_finished,
@@ -245,14 +247,14 @@ def start(envs) -> EpisodeQueue:
 
 def test_all_environments_start_with_the_first_episodes(envs):
     queue = EpisodeQueue([Episode(task, None, seed=task) for task in range(4)])
-    obs = reset_finished(envs, np.ones(3, dtype=bool), queue)
+    obs, _ = reset_finished(envs, np.ones(3, dtype=bool), queue)
     assert obs.instructions == ("do task 0", "do task 1", "do task 2")
 
 
 def test_only_finished_environments_are_reset(envs):
     queue = start(envs)
     envs.step(np.zeros(envs.action_space.shape, np.float32))
-    obs = reset_finished(envs, np.array([False, True, False]), queue)
+    obs, _ = reset_finished(envs, np.array([False, True, False]), queue)
     assert obs.instructions == ("do task 0", "do task 3", "do task 2")
     assert obs.proprio[:, 0].tolist() == [2, 0, 2]  # simulator steps so far, in chunks of 2
     assert queue.playing == {0: 0, 1: 3, 2: 2}
@@ -262,21 +264,44 @@ def test_an_environment_that_has_begun_its_next_episode_is_counted_but_not_reset
     streams = EpisodeStreams(sampler(), 3)
     reset_finished(envs, np.ones(3, dtype=bool), streams)
     envs.step(np.zeros(envs.action_space.shape, np.float32))
-    obs = reset_finished(envs, np.array([True, True, False]), streams, begun=np.array([True, False, False]))
+    obs, _ = reset_finished(envs, np.array([True, True, False]), streams, begun=np.array([True, False, False]))
     assert obs.proprio[:, 0].tolist() == [2, 0, 2] and streams.played == [2, 2, 1]
 
 
 def test_an_environment_for_which_nothing_is_left_is_not_reset(envs):
     queue = start(envs)
-    obs = reset_finished(envs, np.array([True, True, False]), queue)  # one episode left for two
+    obs, _ = reset_finished(envs, np.array([True, True, False]), queue)  # one episode left for two
     assert obs.instructions == ("do task 3", "do task 1", "do task 2")
     assert sorted(queue.playing) == [0, 2]
 
 
 def test_nothing_to_reset_gives_no_observation(envs):
     queue = start(envs)
-    obs = reset_finished(envs, np.zeros(3, dtype=bool), queue)
+    obs, _ = reset_finished(envs, np.zeros(3, dtype=bool), queue)
     assert obs is None
     reset_finished(envs, np.array([True, False, False]), queue)
-    obs = reset_finished(envs, np.array([True, False, False]), queue)  # the queue is empty
+    obs, _ = reset_finished(envs, np.array([True, False, False]), queue)  # the queue is empty
     assert obs is None and 0 not in queue.playing
+
+
+def test_a_broken_off_episode_is_played_again_with_the_same_samples_and_at_last_left_out():
+    generators = episode_generators(3, range(2))
+    queue = EpisodeQueue([Episode(0, None, seed=1), Episode(0, None, seed=2)], generators=generators, tries=3)
+    first = queue.next(0)
+    drawn = torch.rand(3, generator=queue.generator_of(0))
+    assert queue.again(0) == first and torch.equal(torch.rand(3, generator=queue.generator_of(0)), drawn)
+    assert queue.again(0) == first and torch.equal(torch.rand(3, generator=queue.generator_of(0)), drawn)
+    assert queue.again(0) == Episode(0, None, seed=2) and queue.left_out == [0]
+    endless = EpisodeQueue([first], generators=generators[:1])
+    endless.next(0)
+    drawn = torch.rand(3, generator=endless.again(0) and endless.generator_of(0))
+    assert endless.again(0) == first  # another sample from now on: it may be what breaks it
+    assert not torch.equal(torch.rand(3, generator=endless.generator_of(0)), drawn) and endless.again(0) == first
+
+
+def test_rows_of_broken_episodes_are_told_of_this_decision_and_of_those_made_for_a_state_that_is_gone():
+    broken = BrokenOff()
+    no = torch.zeros(2, dtype=torch.bool)
+    assert broken.rows([0, 3], [0, 1], no).tolist() == [True, False] and broken.idle == {3} and broken.count == 2
+    assert broken.rows([], [2, 3], no).tolist() == [False, True] and broken.idle == set()
+    assert broken.rows([0], [0, 1], ~no).tolist() == [False, False] and broken.count == 3  # the next one was broken off

@@ -28,6 +28,7 @@ def transition(numbers, values=None, terminated=None, truncated=None) -> Transit
         truncated=torch.tensor(truncated or no),
         steps=x.long(),
         episode=x.long(),
+        broken=torch.tensor(no),
     )
 
 
@@ -257,3 +258,14 @@ def test_processes_share_a_minibatch_in_parts_of_one_size_and_what_fills_them_ha
 )
 def test_a_minibatch_splits_into_micro_batches_in_order(size, parts):
     assert [numbers_of(part) for part in batch_of(5).split(size)] == parts
+
+
+def test_the_rows_of_dropped_episodes_are_taken_out():
+    buffer = buffer_of([1, 2, 3], [1, 2], [4])
+    buffer.drop_episodes(torch.tensor([], dtype=torch.int64))
+    assert buffer.rows("episode").tolist() == [1, 2, 3, 1, 2, 4]
+    buffer.drop_episodes(torch.tensor([1, 4]))
+    assert buffer.rows("episode").tolist() == [2, 3, 2] and buffer.rows("rewards").tolist() == [2, 3, 2]
+    assert [len(t.inputs) for t in buffer.transitions] == [2, 1, 0]
+    buffer.bootstrap(lambda inputs: torch.ones(len(inputs)), 8)
+    assert [len(values) for values in buffer.bootstrap_values] == [2, 1, 0]

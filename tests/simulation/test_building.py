@@ -2,9 +2,23 @@
 
 import logging
 import os
+import time
+
+import pytest
 
 from vla_rl.simulation import building
-from vla_rl.simulation.building import BuildingBar, tell, telling
+from vla_rl.simulation.building import (
+    PHASE,
+    PHASES,
+    SLOWEST_US,
+    STEPS,
+    WHO,
+    BuildingBar,
+    Doing,
+    rows_of,
+    tell,
+    telling,
+)
 
 
 def test_the_bar_counts_what_is_told_and_the_log_names_it(monkeypatch, capsys, caplog):
@@ -48,3 +62,19 @@ def test_without_bars_or_for_a_short_wait_little_is_said(capsys, caplog):
     bar.finish()
     bar.close()
     assert caplog.text == "" and capsys.readouterr().err == ""
+
+
+def test_what_a_process_does_is_told_and_stays_where_an_error_was_raised():
+    doing = Doing()
+    with doing("reset", 4):
+        with doing("build"):
+            assert doing.row[[PHASE, WHO]].tolist() == [PHASES.index("build"), 4]
+        assert doing.row[PHASE] == PHASES.index("reset")
+    assert doing.row[:3].tolist() == [0, 0, 4]  # what it was, after four changes
+    with pytest.raises(ValueError), doing("step", 2), doing("render"):
+        raise ValueError
+    assert doing.row[[PHASE, WHO]].tolist() == [PHASES.index("render"), 2]
+    with doing("step"):
+        time.sleep(0.05)
+    assert doing.row[STEPS] == 1 and 50_000 <= doing.row[SLOWEST_US] < 5e6
+    assert rows_of(doing.row.tobytes() * 2).shape == (2, 5)

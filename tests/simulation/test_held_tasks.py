@@ -79,3 +79,11 @@ def test_what_was_used_longest_ago_is_forgotten_as_the_worker_closes_it():
     for task in (1, 2, 1, 3):
         held.use(0, task)
     assert list(held.kept[0]) == [1, 3] and held.choose(1, {2: 1, 1: 1}) == 1
+
+
+def test_a_worker_that_is_another_process_now_has_no_task():
+    held = HeldTasks([0, 1], limit=2)
+    held.use(0, 5)
+    held.use(1, 6)
+    held.forget(0)
+    assert [list(kept) for kept in held.kept] == [[], [6]]

@@ -4,19 +4,20 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 
 import numpy as np
 import pytest
 
 from tests.model.policies import make_policy
+from tests.simulation.tasks import wait_until_gone
 from vla_rl.model.image_transform import OpenVLAImageTransform
 from vla_rl.run.load_settings import config_from_dict
 from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env, simulators_kept
 from vla_rl.simulation.worker import Shown
+from vla_rl.simulation.worker_processes import Patience
 from vla_rl.types import ACTION_DIM, Episode, Observation
 
 libero = pytest.mark.libero
@@ -28,13 +29,6 @@ EPISODES = {0: Episode(4, 7, 3), 1: Episode(1, 4, 0), 2: Episode(4, None, 11)}
 
 def random_actions(seed, num_envs=3):
     return np.random.default_rng(seed).uniform(-1, 1, (num_envs, CHUNK, ACTION_DIM)).astype(np.float32)
-
-
-def wait_until_gone(pids, timeout_s=10):
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end and any(os.path.exists(f"/proc/{pid}") for pid in pids):
-        time.sleep(0.05)
-    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +51,7 @@ def assert_shows(obs, row, expected):
 
 @libero
 def test_the_vector_plays_restores_and_names_a_killed_worker(alone, caplog):
-    envs = LiberoVectorEnv(SETTINGS, num_envs=3, num_workers=2)
+    envs = LiberoVectorEnv(SETTINGS, num_envs=3, num_workers=2, patience=Patience(replacements=0))
     pids = [process.pid for process in envs.processes]
     assert len(pids) == 2
     with caplog.at_level(logging.INFO):
@@ -96,7 +90,9 @@ def test_the_vector_plays_restores_and_names_a_killed_worker(alone, caplog):
     _, _, _, truncated, infos = envs.step(random_actions(0))
     assert infos["steps"].tolist() == [0, 8, 0] and truncated.tolist() == [True, False, True]
 
-    os.kill(pids[0], signal.SIGINT)  # Ctrl-C reaches the workers too, and is the parent's to handle
+    # Ctrl-C and a cluster's signals reach the workers too, and are the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(pids[0], number)
     os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"worker 1 died \(SIGKILL; often out of memory.*lower env.num_workers"):
         envs.step(random_actions(0))
@@ -218,15 +214,15 @@ def test_workers_do_not_run_the_main_script_and_close_leaves_nothing(capfd, tmp_
     assert "EGL" not in captured.err and "robosuite" not in captured.err and "[info]" not in captured.out
 
 
-def test_closing_after_an_answer_was_half_read_does_not_wait_for_it():
-    """As Ctrl-C in the middle of a step leaves it: one worker's answer has been read, the other's has not."""
+def test_closing_while_answers_are_awaited_does_not_wait_for_them():
+    """As Ctrl-C in the middle of a step leaves it: one worker's answer has come, the other's has not."""
     envs = LiberoVectorEnv(SETTINGS, num_envs=2, num_workers=2)
-    envs.workers.call_async("episode_states")
-    envs.workers.parent_pipes[0].recv()
-    closing = threading.Thread(target=envs.close, daemon=True)
-    closing.start()
-    closing.join(timeout=20)
-    assert not closing.is_alive() and not any(process.is_alive() for process in envs.processes)
+    for worker in range(2):
+        envs.workers.ask(worker, "renderer_name")
+    envs.workers.wait(first=True)
+    start = time.monotonic()
+    envs.close()
+    assert time.monotonic() - start < 5 and not any(process.is_alive() for process in envs.processes)
 
 
 def test_wrong_numbers_are_refused():
@@ -253,7 +249,7 @@ def test_settings_reach_the_environments():
     for evaluation, render, max_steps in ((False, "fast", 77), (True, "exact", 300)):
         envs = make_vector_env(config, 5, evaluation=evaluation)
         assert envs.num_workers == len(envs.processes) == 2
-        worker = envs.workers.env_fns[1]()
+        worker = envs.workers.makers[1]()
         assert list(worker.envs) == [4, 2]  # the end of the round 0 3 1 4 2
         assert (worker.simulators.limit, worker.simulators.cache_gb) == (2, 1.5)  # no more than there are tasks
         env = worker.envs[4]
@@ -265,7 +261,7 @@ def test_settings_reach_the_environments():
         envs.close()
     transform = OpenVLAImageTransform(56, center_crop=False)
     envs = make_vector_env(config, 2, image_transform=transform)
-    assert envs.workers.env_fns[0]().shown == envs.shown == Shown(transform)
+    assert envs.workers.makers[0]().shown == envs.shown == Shown(transform)
     assert envs.single_observation_space["images"].shape == (2, 56, 56, 3)
     envs.close()
 
@@ -277,7 +273,7 @@ def test_there_are_as_many_workers_as_can_work(monkeypatch, cores, num_envs, ove
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     envs = make_vector_env(config_from_dict({}, "test"), num_envs, overlap=overlap)
     assert len(envs.processes) == num_workers
-    assert envs.workers.env_fns[0]().simulators.limit == envs.simulators_per_worker == envs.held.limit == 1  # one task
+    assert envs.workers.makers[0]().simulators.limit == envs.simulators_per_worker == envs.held.limit == 1  # one task
     envs.close()
 
 
@@ -305,6 +301,7 @@ def test_fast_images_are_drawn_in_one_thread_where_workers_fill_the_cores(monkey
     if given:
         monkeypatch.setenv("LP_NUM_THREADS", given)
     envs = LiberoVectorEnv(SETTINGS | {"render": render}, num_envs=1, num_workers=1)
+    assert envs.renderer_name() is None  # it has started
     with open(f"/proc/{envs.processes[0].pid}/environ", "rb") as file:
         environment = dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if entry)
     value = environment.get(b"LP_NUM_THREADS")

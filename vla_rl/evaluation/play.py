@@ -26,9 +26,11 @@ from vla_rl.learning.episodes import EpisodeQueue, reset_finished, step_argument
 from vla_rl.reports.statistics import wilson_interval
 from vla_rl.run.distributed import ONE, Ranks
 from vla_rl.run.settings import Config
-from vla_rl.types import Episode, Observation, Policy
+from vla_rl.types import Episode, Observation, Policy, SimulatorDied
 
 log = logging.getLogger(__name__)
+
+TRIES = 3  # of an episode whose simulator is lost each time, as greedy actions may lead it to
 
 
 @dataclass(frozen=True)
@@ -78,21 +80,25 @@ def evaluate_policy(
         temperature: of the sampled mode; greedy ignores it.
         seed: of the sampling, 0 or more.
         predict_values: hidden states [N, D] -> V [N]; None keeps no values.
-        on_decision: called before each decision; may raise to stop the evaluation.
+        on_decision: called before each decision, and while simulators are waited for; may raise to stop the evaluation.
         on_result: called with each episode as it ends.
         ranks: processes that play the episodes together; the callbacks are this one's.
 
     Returns:
-        E results in the order of `episodes`.
+        Results in the order of `episodes`, without those that were left out: their simulator was lost or blew up TRIES times.
     """
-    queue = EpisodeQueue(episodes, getattr(envs, "held", None), sampling_generators(episodes, seed), ranks)
+    held, generators = getattr(envs, "held", None), sampling_generators(episodes, seed)
+    queue = EpisodeQueue(episodes, held, generators, ranks, tries=TRIES)
+    envs.on_wait = on_decision
 
     def play() -> dict[int, EpisodeResult]:
         settings = (greedy, temperature, predict_values, progress, on_decision, on_result)
         return play_queue(policy, envs, queue, *settings)
 
     results = {number: result for part in ranks.all_of(play) for number, result in part.items()}
-    return [results[number] for number in range(len(episodes))]
+    if not results:
+        raise SimulatorDied(f"none of {len(episodes)} episodes could be played: each lost its simulator {TRIES} times")
+    return [results[number] for number in range(len(episodes)) if number in results]
 
 
 def play_queue(
@@ -115,7 +121,7 @@ def play_queue(
     description = "evaluate greedy" if greedy else f"evaluate T={temperature:g}"
     bar = tqdm(total=len(queue.episodes), desc=description, unit="ep", disable=not progress, mininterval=1)
 
-    obs = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
+    obs, _ = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
     with bar:
         while queue.playing:
             on_decision()
@@ -152,7 +158,10 @@ def play_queue(
                 lengths[index], actions[index], values[index] = 0, [], []
                 bar.update()
                 bar.set_postfix_str(f"succ={np.mean([r.success for r in results.values()]):.1%}")
-            obs = reset_finished(envs, finished, queue) or obs
+            fresh, broken = reset_finished(envs, finished, queue)
+            obs = fresh or obs
+            for index in broken:  # which begin again
+                lengths[index], actions[index], values[index] = 0, [], []
     return results
 
 

@@ -186,7 +186,9 @@ class WarmStart:
         running, finished = RunningEpisodes(self.envs.num_envs), []
         rows: list[LabelledDecisions] = []
         steps_played = 0
-        obs = reset_finished(self.envs, np.ones(self.envs.num_envs, dtype=bool), queue)
+        self.envs.on_wait = self.stop
+        dropped = 0
+        obs, _ = reset_finished(self.envs, np.ones(self.envs.num_envs, dtype=bool), queue)
         bar = progress.progress_bar("collect", settings.episodes, "ep", self.config.logging.progress)
         with bar:
             while queue.playing:
@@ -206,8 +208,11 @@ class WarmStart:
                 bar.set_postfix_str(progress.episodes_text(finished))
                 ended = np.zeros(self.envs.num_envs, dtype=bool)
                 ended[playing] = done
-                obs = reset_finished(self.envs, ended, queue) or Observation.from_vector_env(raw_obs)
-        metrics = progress.rollout_metrics(finished, steps_played, len(self.config.env.task_ids))
+                fresh, broken = reset_finished(self.envs, ended, queue)  # labels of what was broken off are right, too
+                running.forget(broken)
+                dropped += len(broken)
+                obs = fresh or Observation.from_vector_env(raw_obs)
+        metrics = progress.rollout_metrics(finished, steps_played, len(self.config.env.task_ids), dropped)
         return LabelledDecisions.concatenate(rows), metrics
 
     def episodes(self) -> EpisodeQueue:

@@ -91,6 +91,37 @@ def compute_grpo_advantages(returns: Tensor, group_size: int, eps: float = 1e-6)
     return advantages.flatten(), informative.expand_as(groups).flatten()
 
 
-def normalize(x: Tensor, eps: float = 1e-8) -> Tensor:
-    """Zero mean and unit variance (CleanRL c38f4d3 ppo.py, advantage normalisation; here over the whole rollout)."""
-    return (x - x.mean()) / (x.std(unbiased=False) + eps)
+def unbroken(ended: Tensor, broken: Tensor) -> Tensor:
+    """Which decisions count where episodes were broken off by the loss of their simulator: those of the other episodes.
+
+        c_t = not broken_t and (ended_t or c_{t+1}),   c_T = true
+
+    Of an episode that is broken off nothing is known but how it began, and it is no failure: none of its rows in the rollout is
+    learned from. The next row is of another episode.
+
+    Args:
+        ended: bool [T, N], the episode ended with decision t, terminated or truncated.
+        broken: bool [T, N], it was broken off in decision t; not where it ended.
+
+    Returns:
+        bool [T, N].
+    """
+    if ended.dtype != torch.bool or broken.dtype != torch.bool or ended.shape != broken.shape or (ended & broken).any():
+        raise ValueError(
+            f"ended and broken must be bool [T, N] and not both true, got {ended.shape} and {broken.shape}"
+        )
+    counts = torch.ones_like(ended)
+    following = torch.ones_like(ended[0])  # [N]
+    for t in reversed(range(len(ended))):
+        counts[t] = following = ~broken[t] & (ended[t] | following)
+    return counts
+
+
+def normalize(x: Tensor, counts: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """Zero mean and unit variance (CleanRL c38f4d3 ppo.py, advantage normalisation; here over the whole rollout).
+
+    Args:
+        counts: bool, like x: entries that mean and variance are of; None: all.
+    """
+    counted = x if counts is None else x[counts]
+    return (x - counted.mean()) / (counted.std(unbiased=False) + eps)

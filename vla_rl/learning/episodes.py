@@ -6,6 +6,7 @@ the others are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -17,6 +18,8 @@ from vla_rl.run.distributed import ONE, Ranks
 from vla_rl.run.progress import FinishedEpisode
 from vla_rl.types import Episode, Observation, place_in_round
 
+log = logging.getLogger(__name__)
+
 NOT_DEMONSTRATED = 1  # in the seeds: vla_rl.demonstrations draws without it, so no placement is seen there and here
 
 
@@ -24,6 +27,8 @@ class EpisodeSource(Protocol):
     playing: dict[int, int]  # env index -> number of its episode, -1 where episodes are endless
 
     def next(self, env_index: int) -> Episode | None: ...  # None: nothing left to play
+
+    def again(self, env_index: int) -> Episode | None: ...  # in place of one that was broken off
 
     def coming(self, envs: Sequence[int]) -> dict[int, Episode]: ...  # what `next` will give them, where that is known
 
@@ -81,6 +86,9 @@ class EpisodeStreams:
         self.played[env_index] += 1
         return episode
 
+    def again(self, env_index: int) -> Episode:
+        return self.next(env_index)
+
     def coming(self, envs: Sequence[int]) -> dict[int, Episode]:
         played = self.played
         return {i: self.sampler.draw(self.own[i], played[i], self.task_of(i, played[i])) for i in envs}
@@ -122,8 +130,12 @@ class RunningEpisodes:
                 ret, length = float(self.returns[index]), int(self.lengths[index])
                 task = source.task_of(index)
                 finished.append(FinishedEpisode(ret, length, success=bool(terminated[row]), task_id=task))
-                self.returns[index] = self.lengths[index] = 0
+                self.forget([index])
         return finished
+
+    def forget(self, playing: Sequence[int]) -> None:
+        """Their episodes were broken off, or have ended."""
+        self.returns[playing] = self.lengths[playing] = 0
 
 
 class EpisodeQueue:
@@ -135,6 +147,10 @@ class EpisodeQueue:
         episodes: E of them.
         held: says which task an environment takes; None takes the list's order.
         generators: E, one an episode: what it samples depends on the episode alone, not on who plays it.
+        tries: how often an episode is begun, before one that is broken off each time is left out; None: until it has ended.
+
+    Attributes:
+        left_out: numbers of those episodes.
     """
 
     def __init__(
@@ -143,8 +159,11 @@ class EpisodeQueue:
         held: Held | None = None,
         generators: Sequence[torch.Generator] = (),
         ranks: Ranks = ONE,
+        tries: int | None = None,
     ):
         self.episodes, self.held, self.generators = list(episodes), held, generators
+        self.tries, self.broken = tries, [0] * len(self.episodes)  # how often each was broken off
+        self.left_out: list[int] = []
         self.claim = ranks.claims()
         of_task: dict[int, list[int]] = {}
         for number, episode in enumerate(self.episodes):
@@ -167,6 +186,18 @@ class EpisodeQueue:
                 return self.episodes[numbers[taken]]
         self.playing.pop(env_index, None)
         return None
+
+    def again(self, env_index: int) -> Episode | None:
+        """The same episode, which samples the same; where that was broken off, too, and it must end once, something else."""
+        number = self.playing[env_index]
+        self.broken[number] += 1
+        if self.tries is not None and self.broken[number] >= self.tries:
+            self.left_out.append(number)
+            log.warning("%s is left out: broken off %d times", self.episodes[number], self.broken[number])
+            return self.next(env_index)
+        if self.generators and (self.tries is not None or self.broken[number] == 1):
+            self.generators[number].manual_seed(self.generators[number].initial_seed())
+        return self.episodes[number]
 
     def _choose(self, env_index: int) -> int | None:
         if self.held is None:
@@ -212,39 +243,73 @@ def episode_generators(seed: int, numbers: Iterable[int]) -> list[torch.Generato
 
 
 def step_arguments(
-    actions: np.ndarray, playing: Sequence[int], shape: tuple[int, ...]
+    actions: np.ndarray, playing: Sequence[int], shape: tuple[int, ...], idle: Iterable[int] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of a vector's step_async: actions float32 [N, C, 7] of all environments, and which of them take it, bool [N].
 
     Args:
         actions: of the environments that play, in their order.
         shape: of the first result.
+        idle: those of them that do not take it.
     """
     every, active = np.zeros(shape, np.float32), np.zeros(shape[0], bool)
     every[list(playing)], active[list(playing)] = actions, True
+    active[list(idle)] = False
     return every, active
 
 
 def reset_finished(
     envs: VectorEnv, finished: np.ndarray, source: EpisodeSource, begun: np.ndarray | None = None
-) -> Observation | None:
-    """Gives each finished environment its next episode, as far as there are any.
+) -> tuple[Observation | None, list[int]]:
+    """Gives each finished environment its next episode, as far as there are any, and those another one whose was broken off by the
+    loss of a simulator, in the last step or in this very reset.
 
     Args:
         finished: [N] bool.
         begun: [N] bool, those that began what `source.coming` had told in the step that ended their last one; none if None.
 
     Returns:
-        The observation of all environments after the resets; None when none was reset.
+        The observation of all environments after the resets, None when none was reset; and whose episodes were broken off.
     """
     started: dict[int, Episode] = {}
     for index in np.flatnonzero(finished):
         episode = source.next(int(index))
         if episode is not None and not (begun is not None and begun[index]):
             started[int(index)] = episode
-    if not started:
-        return None
-    mask = np.zeros(len(finished), dtype=np.bool_)
-    mask[list(started)] = True
-    obs, _ = envs.reset(options={"reset_mask": mask, "episodes": started})
-    return Observation.from_vector_env(obs)
+    obs, broken = None, []
+    while True:
+        lost = [i for i in np.flatnonzero(envs.dropped).tolist() if i in source.playing and i not in started]
+        broken += lost
+        started |= {i: episode for i in lost if (episode := source.again(i)) is not None}
+        if not started:
+            return obs, broken
+        mask = np.zeros(len(finished), dtype=np.bool_)
+        mask[list(started)] = True
+        raw_obs, _ = envs.reset(options={"reset_mask": mask, "episodes": started})
+        obs, started = Observation.from_vector_env(raw_obs), {}
+
+
+class BrokenOff:
+    """Episodes that were broken off by the loss of their simulator, in a rollout.
+
+    Attributes:
+        count: of them.
+        idle: environments that began another episode after the policy had decided for the last one's state: that decision is
+            not carried out, and its row is of the broken one.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.idle = 0, set()
+
+    def rows(self, broken: Sequence[int], envs: Sequence[int], done: torch.Tensor) -> torch.Tensor:
+        """Which rows of a decision are of an episode that was broken off, bool [N].
+
+        Args:
+            broken: environments, now, while the decision of `envs` was carried out or what followed it began.
+            envs: N.
+            done: bool [N], whose episode has ended in it; what was broken off is the next one then.
+        """
+        self.count += len(broken)
+        rows = torch.tensor([i in broken or i in self.idle for i in envs]) & ~done
+        self.idle = (self.idle | set(broken)) - set(envs)
+        return rows

@@ -269,7 +269,7 @@ class Meter:
         self.seen = trainer.obs
         for envs in filter(None, (trainer.eval_envs, trainer.envs if trainer.obs is None else None)):
             episodes = EpisodeQueue(Episode(tasks[i % len(tasks)], None, seed=0) for i in range(envs.num_envs))
-            shown = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), episodes)
+            shown, _ = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), episodes)
             self.seen = shown if envs is trainer.envs else self.seen
 
     def available(self) -> int:

@@ -28,9 +28,16 @@ class Decision:
     values: Tensor  # float32 [N]
 
     def transition(
-        self, rewards: Tensor, terminated: Tensor, truncated: Tensor, steps: Tensor, episode: Sequence[int]
+        self,
+        rewards: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        steps: Tensor,
+        episode: Sequence[int],
+        broken: Tensor | None = None,
     ) -> Transition:
         """With what came of it, each [N] in the order of `envs`."""
+        broken = torch.zeros(len(self.envs), dtype=torch.bool) if broken is None else broken
         return Transition(
             inputs=self.output.inputs,
             action_tokens=self.output.action_tokens,
@@ -42,6 +49,7 @@ class Decision:
             truncated=truncated,
             steps=steps,
             episode=torch.tensor(episode),
+            broken=broken,
         )
 
 
@@ -59,6 +67,7 @@ class Transition:
     truncated: Tensor  # bool [N]
     steps: Tensor  # int64 [N], simulator steps that were executed, 0..C
     episode: Tensor  # int64 [N], index in the queue of episodes (grpo); -1 where episodes are endless (gae)
+    broken: Tensor  # bool [N], the episode was broken off by the loss of its simulator
 
     @staticmethod
     def join(parts: Sequence[Transition]) -> Transition:
@@ -68,6 +77,12 @@ class Transition:
         values = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Transition)}
         inputs = PolicyInputs.concatenate(values.pop("inputs"))
         return Transition(inputs=inputs, **{name: torch.cat(tensors) for name, tensors in values.items()})
+
+    def rows(self, kept: Tensor) -> Transition:
+        """kept: bool [N]."""
+        values = {field.name: getattr(self, field.name) for field in fields(Transition)}
+        inputs = values.pop("inputs").rows(kept.nonzero().flatten().tolist())
+        return Transition(inputs=inputs, **{name: tensor[kept] for name, tensor in values.items()})
 
 
 @dataclass(frozen=True)
@@ -158,6 +173,20 @@ class RolloutBuffer:
             raise ValueError(f"{reached and len(reached)} states reached, but {int(wanted.sum())} are wanted")
         self.transitions.append(transition)
         self.reached.append((wanted, reached))
+
+    def drop_episodes(self, numbers: Tensor) -> None:
+        """Takes out the rows of some episodes of the queue (grpo).
+
+        Args:
+            numbers: int64, as in Transition.episode.
+        """
+        if len(numbers) == 0:
+            return
+        for t, (transition, (wanted, reached)) in enumerate(zip(self.transitions, self.reached, strict=True)):
+            kept = ~torch.isin(transition.episode, numbers)
+            if not kept.all():
+                self.transitions[t] = transition.rows(kept)
+                self.reached[t] = (wanted[kept], reached)  # wanted by nobody without a critic
 
     @staticmethod
     def join(buffers: Sequence[RolloutBuffer]) -> RolloutBuffer:

@@ -22,8 +22,14 @@ class FinishedEpisode:
     task_id: int = 0
 
 
-def rollout_metrics(episodes: list[FinishedEpisode], env_steps: int, num_tasks: int = 1) -> dict[str, Any]:
-    """rollout/* of the episodes that ended in this rollout; None if none did. With several tasks each one's, too."""
+def rollout_metrics(
+    episodes: list[FinishedEpisode], env_steps: int, num_tasks: int = 1, dropped: int = 0
+) -> dict[str, Any]:
+    """rollout/* of the episodes that ended in this rollout; None if none did. With several tasks each one's, too.
+
+    Args:
+        dropped: episodes that were broken off by the loss of their simulator.
+    """
     successes = [episode.success for episode in episodes]
     of_task: dict[int, list[bool]] = {}
     for episode in sorted(episodes, key=lambda episode: episode.task_id):
@@ -33,6 +39,7 @@ def rollout_metrics(episodes: list[FinishedEpisode], env_steps: int, num_tasks: 
         **{f"rollout/success_rate/task_{i}": float(np.mean(successes)) for i, successes in tasks.items()},
         **{f"rollout/episodes/task_{i}": len(successes) for i, successes in tasks.items()},
         "rollout/episodes": len(episodes),
+        "rollout/episodes_dropped": dropped,
         "rollout/success_rate": float(np.mean(successes)) if episodes else None,
         "rollout/return": float(np.mean([episode.ret for episode in episodes])) if episodes else None,
         "rollout/length": float(np.mean([episode.length for episode in episodes])) if episodes else None,

@@ -154,6 +154,18 @@ class EnvConfig(Section):
         description="tasks that a worker keeps in memory (0.6 GB each); null: all that a third of the memory has room for, and at "
         "least one an environment; fewer rebuild simulators at each turn, seconds each",
     )
+    step_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="a worker that takes longer for a step (of one environment) or a picture hangs, and is replaced; null: 20 times the "
+        "slowest of its first 20 steps, but at least 60",
+    )
+    build_timeout_s: float = Field(300, gt=0, description="likewise for its start, the build of a simulator or a reset")
+    worker_replacements: int = Field(
+        5,
+        ge=0,
+        description="of one worker in a row, with no episode of it that ended between them; then the run is saved and stops",
+    )
     model_cache_gb: float = Field(
         3.0, ge=0, description="disk for compiled models in ~/.cache/vla_rl (0.25 GB a task); 0 for none"
     )

@@ -1,6 +1,9 @@
-"""What workers build, shown while the main process waits for them: seconds a simulator, and more at a process's first.
+"""What workers do at present, as the main process sees it: simulators that are built, the phase in which one hangs or has died.
 
-Workers write a line to a file as they begin one and as it is done; the main process reads on while it waits.
+To build takes seconds a simulator, and more at a process's first: workers write a line to a file as they begin one and as it is
+done, and the main process reads on while it waits. The phase is in shared memory, which outlives a worker.
+
+W workers.
 """
 
 from __future__ import annotations
@@ -13,12 +16,18 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
 QUIET_S = 1.0  # a wait shorter than this is not worth a line
+PHASES = ("start", "wait", "build", "reset", "step", "render")
+LONG = ("start", "build", "reset")  # to which build_s applies
+PHASE, WHO, CHANGES, STEPS, SLOWEST_US = range(5)  # of a row
+FIRST_STEPS = 20  # of a worker, which are measured
 
 
 @contextlib.contextmanager
@@ -85,3 +94,36 @@ class BuildingBar:
         if seconds > QUIET_S:
             log.info("built %d simulators in %.0f s: %s", len(self.begun), seconds, ", ".join(sorted(set(self.begun))))
         self.bar, self.begun = None, []
+
+
+# the phase
+
+
+class Doing:
+    """What this process does at present, in memory that its parent reads when it hangs or is dead: `with doing("step", 3):`."""
+
+    def __init__(self) -> None:
+        self.row = np.zeros(5, np.int64)  # a worker's own is its parent's, too
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str, who: int | None = None) -> Iterator[None]:
+        """An error leaves it as it is, so that the phase in which it was raised can be told."""
+        before, start = self.row[[PHASE, WHO]], time.perf_counter()
+        self.change(PHASES.index(phase), before[1] if who is None else who)
+        yield
+        self.change(*before)
+        if phase == "step" and self.row[STEPS] < FIRST_STEPS:
+            self.row[SLOWEST_US] = max(self.row[SLOWEST_US], (time.perf_counter() - start) * 1e6)
+            self.row[STEPS] += 1
+
+    def change(self, phase: int, who: int) -> None:
+        self.row[[PHASE, WHO]] = phase, who
+        self.row[CHANGES] += 1
+
+
+doing = Doing()
+
+
+def rows_of(memory: Any) -> np.ndarray:
+    """int64 [W, 5]."""
+    return np.frombuffer(memory, np.int64).reshape(-1, 5)

@@ -30,6 +30,10 @@ class HeldTasks:
         while len(kept) > self.limit:
             kept.popitem(last=False)
 
+    def forget(self, worker: int) -> None:
+        """It is another process now, and has none."""
+        self.kept[worker].clear()
+
     def workers_for(self, task_ids: Sequence[int]) -> list[int]:
         """A worker for each task, no worker twice: one that has the task, where one is left. At most as many as there are."""
         chosen: dict[int, int] = {}  # place in task_ids -> worker

@@ -23,7 +23,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
 from vla_rl.run.task_suites import TASK_SUITES, check_suite
-from vla_rl.simulation.building import telling
+from vla_rl.simulation.building import doing, telling
 from vla_rl.simulation.libraries import import_simulator, naming_missing_modules
 from vla_rl.simulation.shaping import potential, shaped
 from vla_rl.simulation.suites import check_task, fixed_state, load_benchmark, task_languages
@@ -145,6 +145,7 @@ class LiberoEnv(gymnasium.Env):
 
         Raises:
             ValueError: the actions have another shape or are not finite.
+            SimulationUnstable: the physics has blown up; only a reset helps.
             gymnasium.error.ResetNeeded: before the first reset.
         """
         actions = check_actions(actions, self.action_space.shape)
@@ -154,7 +155,8 @@ class LiberoEnv(gymnasium.Env):
         reward = 0.0
         if not (self._terminated or self._truncated):
             before = self._potential
-            self._execute(actions[: self.max_steps - steps_before])
+            with doing("step", self.index):
+                self._execute(actions[: self.max_steps - steps_before])
             reward = float(self._terminated)
             if self.dense:
                 ended = self._terminated or (self._truncated and not self.bootstrap_truncated)
@@ -176,7 +178,8 @@ class LiberoEnv(gymnasium.Env):
         self._start(as_dict(state["episode"]), render=len(actions) == 0)
         if len(actions):
             # after no step nothing is measured again: kinematics put back give another potential than those stepped into
-            self._execute(actions)
+            with doing("reset", self.index):
+                self._execute(actions)
         return self._observe()
 
     def restore_episodes(self, states: Sequence[dict[str, Any] | None]) -> dict | None:
@@ -201,7 +204,8 @@ class LiberoEnv(gymnasium.Env):
             for action in check_actions(actions, (len(actions), ACTION_DIM)):
                 if self._terminated or self._truncated:
                     break
-                self._execute(action[None])
+                with doing("step", self.index):
+                    self._execute(action[None])
                 frames.append(self._observe()["images"][0])
         finally:
             simulator.cameras = cameras
@@ -226,6 +230,10 @@ class LiberoEnv(gymnasium.Env):
         return self._simulators.get(self.task_suite, task_id, self.cameras, self.image_size, fast)
 
     def _start(self, episode: dict[str, Any], render: bool) -> None:
+        with doing("reset", self.index):
+            self._start_in(episode, render)
+
+    def _start_in(self, episode: dict[str, Any], render: bool) -> None:
         """Resets and settles the simulator, or puts it into that state if it has been there before."""
         task_id, state_index, seed, resets = (episode[key] for key in ("task_id", "initial_state", "seed", "resets"))
         shared = self._shared(task_id)
@@ -326,7 +334,7 @@ class Simulators:
             while len(self.kept) >= self.limit:
                 self.kept.popitem(last=False)[1].simulator.close()
                 gc.collect()  # robosuite's objects refer to each other
-            with telling(self.told, f"{task_suite} task {task_id}"):
+            with telling(self.told, f"{task_suite} task {task_id}"), doing("build"):
                 self.kept[key] = Shared(build_simulator(*key, cache_gb=self.cache_gb))
             atexit.unregister(self.close)
             atexit.register(self.close)  # PyOpenGL complains at interpreter exit about contexts that are still there

@@ -22,7 +22,8 @@ from vla_rl.run.task_suites import num_fixed_states
 from vla_rl.simulation.libero_env import CAMERAS, REST, build_simulator
 from vla_rl.simulation.opengl import EglDevice, egl_devices
 from vla_rl.simulation.suites import fixed_state
-from vla_rl.simulation.vector_env import lean_workers
+from vla_rl.simulation.worker import end_with_parent
+from vla_rl.simulation.worker_processes import lean_workers
 from vla_rl.types import SimulatorDied
 
 FRAMES = 5  # timed; the median is told
@@ -117,7 +118,8 @@ class Probe:
         self.timeout_s = timeout_s
 
     def __enter__(self) -> Probe:
-        self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, context, initializer=end_with_parent, initargs=(os.getpid(),))
         return self
 
     def __exit__(self, *_: object) -> None:

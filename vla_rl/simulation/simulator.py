@@ -22,8 +22,10 @@ from robosuite.utils.binding_utils import MjSim
 from robosuite.utils.errors import RandomizationError
 
 from vla_rl.simulation.arm_control import ArmControl
+from vla_rl.simulation.building import doing
 from vla_rl.simulation.model_cache import load_model
 from vla_rl.simulation.rendering import Renderer
+from vla_rl.types import SimulationUnstable
 
 MAX_PLACEMENT_TRIES = 100  # each try already draws 5,000 positions an object
 CONTROL_HZ = 20
@@ -31,6 +33,12 @@ CONTROL_HZ = 20
 DATA_STATE = ("qpos", "qvel", "qacc_warmstart", "ctrl")
 MODEL_STATE = ("body_pos", "body_quat", "site_rgba")  # fixtures are placed, burners switched on
 NO_SKIP = mujoco.mjtStage.mjSTAGE_NONE
+# MuJoCo counts positions, velocities, accelerations and controls that are not finite or beyond 1e10, and starts the model anew
+UNSTABLE = {
+    int(getattr(mujoco.mjtWarning, name)): name
+    for name in ("mjWARN_BADQPOS", "mjWARN_BADQVEL", "mjWARN_BADQACC", "mjWARN_BADCTRL")
+}
+MAX_SPEED = 1000.0  # m/s or rad/s of a joint; 7 in 900 steps of random actions, the arm in the table among them
 
 
 @dataclass(frozen=True)
@@ -157,8 +165,13 @@ class Simulator:
 
         Args:
             action: float64 [7], arm (clipped to -1..1) and gripper.
+
+        Raises:
+            SimulationUnstable: the physics has blown up.
         """
         model, data, arm = self.model, self.data, self.arm
+        for number in UNSTABLE:
+            data.warning[number].number = 0
         for i in range(self.substeps):
             mujoco.mj_forwardSkip(model, data, NO_SKIP, True)
             if arm.outdated:
@@ -176,9 +189,18 @@ class Simulator:
             arm.outdated = True
             if self.clock.update():
                 self.observe(render)
+        self.check_stable()
         success = self.env._check_success()
         self.env._post_process()
         return bool(success)
+
+    def check_stable(self) -> None:
+        """Raises SimulationUnstable if the step has blown up."""
+        counted = [name for number, name in UNSTABLE.items() if self.data.warning[number].number]
+        speed = np.abs(self.data.qvel).max()
+        if counted or not speed < MAX_SPEED:
+            why = f"MuJoCo counts {', '.join(counted)}" if counted else f"a joint moves at {speed:.3g} m/s or rad/s"
+            raise SimulationUnstable(f"the simulation is unstable: {why}")
 
     def quaternions_stay(self) -> bool:
         """Whether a forward pass, which first normalises the quaternions in qpos, would leave them as they are."""
@@ -199,7 +221,8 @@ class Simulator:
     def render(self) -> None:
         """New images, never changed later: states share them."""
         if self.renderer is not None:
-            self.images = np.stack([self.renderer.render(camera) for camera in self.cameras])
+            with doing("render"):
+                self.images = np.stack([self.renderer.render(camera) for camera in self.cameras])
 
     def object_positions(self) -> np.ndarray:
         """Of everything that can be moved, float64 [J, 3] in metres."""

@@ -1,8 +1,10 @@
 """A vector of LiberoEnvs in worker processes, several in each.
 
 A worker steps its environments one after the other, so more workers than CPU cores only cost memory. Environments of one
-task share a simulator: 0.6 GB for all of them. gymnasium's AsyncVectorEnv has the processes, pipes and shared memory;
-what is an environment to it is a worker here.
+task share a simulator: 0.6 GB for all of them.
+
+A worker that dies, hangs or raises is replaced (vla_rl.simulation.worker_processes). A reset is then done again; the episodes
+that its other environments played are lost, and `dropped` until they are reset.
 
 N environments, W workers, M = ceil(N / W) places in each (the last may be empty), C steps in a chunk, K images, S side of
 the model's image.
@@ -11,22 +13,17 @@ A worker has neighbours of vla_rl.types.place_in_round, which play the same or n
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import ctypes
+import logging
+import math
 import os
-import queue
-import signal
-import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection, wait
-from multiprocessing.queues import Queue
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Dict
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
-from gymnasium.vector.async_vector_env import AsyncState, _async_worker
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from vla_rl.run.machine import available_memory, cores
@@ -34,13 +31,18 @@ from vla_rl.run.settings import Config
 from vla_rl.simulation.building import BuildingBar
 from vla_rl.simulation.held_tasks import HeldTasks
 from vla_rl.simulation.libero_env import LiberoEnv, as_dict, check_actions
-from vla_rl.simulation.worker import EPISODE_ROW, MakeWorker, Shown, episode_row
-from vla_rl.simulation.worker_errors import WorkerError
-from vla_rl.types import Episode, ImageTransform, SimulatorDied, place_in_round
+from vla_rl.simulation.worker import MakeWorker, Shown, Stepped, views_of
+from vla_rl.simulation.worker_processes import Fault, Patience, WorkerProcesses
+from vla_rl.types import ACTION_DIM, Episode, ImageTransform, SimulationUnstable, place_in_round
+
+log = logging.getLogger(__name__)
 
 WORKER_GB = 0.4  # resident, of a worker without a simulator (docs/performance.md)
 SIMULATOR_GB = 0.6  # of each simulator in it
-TELL_TIMEOUT_S = 30  # for the error of a worker that has said that there is one
+KILLED_HINT = (
+    f"often out of memory: about {WORKER_GB} GB each and {SIMULATOR_GB} GB for each task in it; lower env.num_workers or "
+    "env.simulators_per_worker"
+)
 
 
 class LiberoVectorEnv(VectorEnv):
@@ -59,9 +61,13 @@ class LiberoVectorEnv(VectorEnv):
         cache_gb: see vla_rl.simulation.libero_env.Simulators.
         image_transform: see Shown.
         progress: a bar while simulators are built.
+        patience: how long a worker may take, and how often it is replaced.
 
     Attributes:
         held: which worker has which task's simulator.
+        dropped: bool [N], whose episode was lost, by a worker that was replaced or a simulation that blew up, and that are not
+            reset yet; what is shown of them says nothing.
+        on_wait: called every half second while workers reset, step or replay; may raise, and then the vector can only be closed.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class LiberoVectorEnv(VectorEnv):
         cache_gb: float = 0,
         image_transform: ImageTransform | None = None,
         progress: bool = False,
+        patience: Patience | None = None,
     ):
         self.shown = Shown(image_transform)
         self.num_envs, self.num_workers = num_envs, min(num_workers, num_envs)
@@ -83,25 +90,39 @@ class LiberoVectorEnv(VectorEnv):
         self.single_action_space = single.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(single.action_space, num_envs)
-        self.places = -(-num_envs // self.num_workers)  # M
-        self._instructions = [""] * num_envs
+        self.task_suite = env_kwargs["task_suite"]
+        places = -(-num_envs // self.num_workers)  # M
         in_round = sorted(range(num_envs), key=lambda index: place_in_round(index, num_envs))
         parts = [part.tolist() for part in np.array_split(in_round, self.num_workers)]
         self._worker, self._place = np.zeros((2, num_envs), np.int64)
         for worker, part in enumerate(parts):
             self._worker[part], self._place[part] = worker, range(len(part))
-        self.simulators_per_worker = simulators_per_worker or self.places
+        self.simulators_per_worker = simulators_per_worker or places
         self.held = HeldTasks(self._worker.tolist(), self.simulators_per_worker)
         self._building = BuildingBar(progress)
+        layout = {
+            name: ((self.num_workers, places, *space.shape), space.dtype.str) for name, space in arrays.spaces.items()
+        }
+        # without locks, whose semaphores outlive a process that is killed
+        memory = tuple(
+            RawArray(ctypes.c_ubyte, math.prod(shape) * np.dtype(kind).itemsize) for shape, kind in layout.values()
+        )
+        self._arrays = views_of(memory, layout)  # [W, M, ...], what the workers' environments show
+        self._instructions = [""] * num_envs
+        # of each environment the episode that it plays and the actions executed in it; None: it has ended, or none was begun
+        self._episodes: list[dict[str, Any] | None] = [None] * num_envs
+        self._actions: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
+        self._playing, self.dropped = np.zeros((2, num_envs), dtype=bool)
+        self._coming: dict[int, Episode] = {}
+        self._stepping: dict[int, np.ndarray] = {}
+        self.on_wait: Callable[[], None] = lambda: None
+        make = (env_kwargs, self.simulators_per_worker, cache_gb, self.shown, self._building.path, layout)
         self.workers = WorkerProcesses(
-            [
-                MakeWorker(
-                    *(env_kwargs, part, self.places, self.simulators_per_worker, cache_gb, self.shown),
-                    *(self._building.path, os.getpid()),
-                )
-                for part in parts
-            ],
-            self._building,
+            [MakeWorker(number, part, *make) for number, part in enumerate(parts)],
+            patience,
+            memory,
+            describe=self._describe,
+            hint=KILLED_HINT,
             # 6 to 10 % faster where each core has a worker; exact images, which have four times the samples, are not
             draw_in_one_thread=single.render_quality == "fast" and self.num_workers >= len(os.sched_getaffinity(0)),
         )
@@ -121,10 +142,8 @@ class LiberoVectorEnv(VectorEnv):
         mask = options.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
         starts = {int(i): {"seed": seeds[i] if seeds else None, "options": options} for i in np.flatnonzero(mask)}
-        self._use({i: options["episodes"][i] for i in starts if i in options.get("episodes", {})})
-        obs, infos = self.workers.reset(options={"starts": starts})
-        self._update_instructions(infos)
-        return self._in_order(obs), {}
+        self._start(starts, {i: as_dict(options["episodes"][i]) for i in starts if i in options.get("episodes", {})})
+        return self._observe(), {}
 
     def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """As LiberoEnv.step, float32 [N, C, 7]; infos: "steps", "success" and "begun" [N]."""
@@ -143,49 +162,67 @@ class LiberoVectorEnv(VectorEnv):
             active: bool [N], the environments that take it; the others stay as they are, with reward 0 and 0 steps.
             episodes: environment -> what it begins in this same step if its episode ends in it.
         """
-        actions = check_actions(actions, self.action_space.shape)  # here, since an error in a worker ends the workers
+        actions = check_actions(actions, self.action_space.shape)  # here, since an error in a worker costs its episodes
         active = np.ones(self.num_envs, dtype=bool) if active is None else active
-        following = np.zeros((self.num_envs, len(EPISODE_ROW)), np.int64)
-        self._following = episodes or {}
-        for i, episode in self._following.items():
-            following[i] = episode_row(episode)
-        step = {"actions": actions, "active": active, "episodes": following}
-        self.workers.step_async({name: self._by_worker(array) for name, array in step.items()})
+        self._coming = dict(episodes or {})
+        self._stepping = {int(i): actions[i] for i in np.flatnonzero(active)}
+        for worker, indices in self._by_worker(self._stepping).items():
+            coming = {i: self._coming[i] for i in indices if i in self._coming}
+            self.workers.ask(worker, "step", {i: actions[i] for i in indices}, coming)
 
     def step_wait(self) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """What `step_async` has led to, as LiberoEnv.step, but that an environment that began its next episode shows it.
+        """What `step_async` has led to, as LiberoEnv.step, but that an environment that began its next episode shows it, and that
+        one which is `dropped` has done nothing.
 
         Returns:
             observation, rewards, terminated, truncated and infos: "steps", "success", "begun" (bool [N], another episode) and,
             if truncated episodes have made room for others, "truncated_obs": the observation with what those episodes ended in.
         """
-        obs, rewards, terminated, truncated, worker_infos = self.workers.step_wait()
-        infos = {name: self._in_order(worker_infos[name]) for name in ("steps", "success", "begun")}
-        self._use({i: self._following[i] for i in np.flatnonzero(infos["begun"])})
-        before = {"instruction": tuple(self._instructions)}
-        self._update_instructions(worker_infos)
-        ended = [pair for pairs in worker_infos["truncated"] for pair in pairs]
-        if ended:
-            infos["truncated_obs"] = self._in_order(obs) | before
-        for i, arrays in ended:
+        answers = self._wait()
+        rewards, steps = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
+        terminated, truncated, success, begun = np.zeros((4, self.num_envs), dtype=bool)
+        texts_before, reached = tuple(self._instructions), {}
+        for i, stepped in sorted(pair for worker in answers for pair in answers[worker].items()):
+            if stepped.unstable is not None:
+                self._drop_unstable(i, stepped.unstable)
+                continue
+            rewards[i], terminated[i], truncated[i] = stepped.reward, stepped.terminated, stepped.truncated
+            steps[i], success[i], begun[i] = stepped.steps, stepped.success, stepped.begun is not None
+            self._note_step(i, stepped)
+            if stepped.reached is not None:
+                reached[i] = stepped.reached
+        self._stepping, self._coming = {}, {}
+        infos = {"steps": steps, "success": success, "begun": begun}
+        obs = self._observe()
+        if reached:
+            infos["truncated_obs"] = {k: np.array(v) if k in self._arrays else v for k, v in obs.items()}
+            infos["truncated_obs"]["instruction"] = texts_before
+        for i, arrays in reached.items():
             for name, array in arrays.items():
                 infos["truncated_obs"][name][i] = array
-        return self._in_order(obs), *map(self._in_order, (rewards, terminated, truncated)), infos
+        return obs, rewards, terminated, truncated, infos
 
     def episode_states(self) -> list[dict[str, Any] | None]:
-        """What `restore_episodes` needs: each environment's episode and the actions executed in it."""
-        states = {i: state for part in self.workers.call("episode_states") for i, state in part.items()}
-        return [states[i] for i in range(self.num_envs)]
+        """What `restore_episodes` needs: each environment's episode and the actions executed in it. No worker is asked."""
+        return [
+            None
+            if episode is None
+            else {
+                "episode": dict(episode),
+                "actions": np.concatenate([np.zeros((0, ACTION_DIM), np.float32), *self._actions[i]]),
+            }
+            for i, episode in enumerate(self._episodes)
+        ]
 
     def restore_episodes(self, states: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         """Brings each environment bit for bit to its state, and returns the observations there, as `reset` does."""
         if len(states) != self.num_envs:
             raise ValueError(f"{len(states)} episode states for {self.num_envs} environments")
         starts = {i: {"state": state} for i, state in enumerate(states) if state is not None}
-        self._use({i: start["state"]["episode"] for i, start in starts.items()})
-        obs, infos = self.workers.reset(options={"starts": starts})
-        self._update_instructions(infos)
-        return self._in_order(obs)
+        self._start(starts, {i: as_dict(start["state"]["episode"]) for i, start in starts.items()})
+        for i, start in starts.items():
+            self._actions[i] = [start["state"]["actions"]]
+        return self._observe()
 
     def replay(self, recordings: Sequence[tuple[Episode, np.ndarray]]) -> Iterator[tuple[np.ndarray, bool, str]]:
         """LiberoEnv.replay of each recording (an episode, and its actions float [steps, 7]), in their order; every worker plays
@@ -193,208 +230,120 @@ class LiberoVectorEnv(VectorEnv):
         for first in range(0, len(recordings), self.num_workers):
             part = recordings[first : first + self.num_workers]
             workers = self.held.workers_for([episode.task_id for episode, _ in part])
-            given = dict(zip(workers, part, strict=True))
-            self.workers.set_attr("recording", [given.get(worker) for worker in range(self.num_workers)])
-            played = self.workers.call("replay")
+            given, played = dict(zip(workers, part, strict=True)), {}
+            while len(played) < len(given):  # again in another process where one was replaced
+                for worker in given.keys() - played.keys():
+                    self.workers.ask(worker, "replay", *given[worker])
+                played |= self._wait()
+                for worker in played:
+                    self.workers.episode_ended(worker)
             yield from (played[worker] for worker in workers)
 
     def renderer_name(self) -> str | None:
         """Which OpenGL draws the images; None before the first episode."""
-        return next(filter(None, self.workers.call("renderer_name")), None)
+        for worker in range(self.num_workers):
+            self.workers.ask(worker, "renderer_name")
+        return next(filter(None, self._wait().values()), None)
+
+    def replace_dead(self) -> None:
+        """Another process for each that has ended while nothing was asked of it."""
+        for fault in self.workers.replace_dead():
+            self._lose(fault)
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        self.workers.close(timeout=timeout, terminate=terminate)
+        self.workers.close()
         self._building.close()  # the file; a second time does nothing
 
-    def _use(self, episodes: Mapping[int, Episode | Mapping[str, Any]]) -> None:
-        for i, episode in episodes.items():
-            self.held.use(i, as_dict(episode)["task_id"])
+    # -------------------------------------------------------------------------------------------------------- episodes
 
-    def _update_instructions(self, infos: dict[str, Any]) -> None:
-        for texts in infos["instructions"]:
-            for i, text in texts:
-                self._instructions[i] = text
+    def _start(self, starts: Mapping[int, dict[str, Any]], episodes: Mapping[int, dict[str, Any]]) -> None:
+        """Resets environments, again in another process where one was replaced.
 
-    def _in_order(self, value: Any) -> Any:
-        """[W, M, ...] of the workers -> a copy [N, ...]; observations get their instructions and the transform."""
-        if isinstance(value, dict):
-            obs = {name: self._in_order(array) for name, array in value.items()}
-            obs["instruction"] = tuple(self._instructions)
-            mark = self.shown.image_transform
-            return obs if mark is None else obs | {"image_transform": mark}
-        return value[self._worker, self._place]
+        Args:
+            starts: see Worker.reset.
+            episodes: of each environment, where they are known.
+        """
+        waiting = dict(starts)
+        for i in waiting:  # what they have played is over, whatever comes
+            self._episodes[i], self._actions[i] = episodes.get(i), []
+            self._playing[i] = self.dropped[i] = False
+        while waiting:
+            for i in waiting.keys() & episodes.keys():
+                self.held.use(i, episodes[i]["task_id"])
+            for worker, indices in self._by_worker(waiting).items():
+                self.workers.ask(worker, "reset", {i: starts[i] for i in indices})
+            for begun in self._wait().values():
+                for i, (instruction, episode) in begun.items():
+                    self._instructions[i], self._episodes[i], self._playing[i] = instruction, episode, True
+                    del waiting[i]
 
-    def _by_worker(self, value: np.ndarray) -> np.ndarray:
-        """[N, ...] -> [W, M, ...], zeros in empty places."""
-        padded = np.zeros((self.num_workers, self.places, *value.shape[1:]), value.dtype)
-        padded[self._worker, self._place] = value
-        return padded
+    def _note_step(self, i: int, stepped: Stepped) -> None:
+        if stepped.begun is None:
+            self._actions[i].append(self._stepping[i][: stepped.steps])
+        else:
+            episode = as_dict(self._coming[i])
+            self._instructions[i], self._episodes[i], self._actions[i] = stepped.begun, episode, []
+            self.held.use(i, episode["task_id"])
+        if stepped.terminated or stepped.truncated:
+            self._playing[i] = stepped.begun is not None
+            self.workers.episode_ended(self._worker[i])
 
+    def _drop(self, i: int) -> None:
+        self.dropped[i], self._playing[i], self._episodes[i] = True, False, None
 
-class WorkerProcesses(AsyncVectorEnv):
-    """Workers; one that dies is named in the error, and one that fails ends all of them with its own error."""
+    def _lose(self, fault: Fault) -> None:
+        """What a process that was replaced has had."""
+        self.held.forget(fault.worker)
+        for i in map(int, np.flatnonzero((self._worker == fault.worker) & self._playing)):
+            self._drop(i)
 
-    told: BaseException | None = None  # a worker's own error
+    def _drop_unstable(self, i: int, why: str) -> None:
+        text = f"{why}, in {self._describe(Fault(self._worker[i], 'step', i))}; that episode is dropped"
+        self._drop(i)
+        log.warning("%s", text)
+        self.workers.count_fault(self._worker[i], SimulationUnstable(f"{text}, as all since one has ended there"))
 
-    def __init__(self, env_fns: Sequence[MakeWorker], building: BuildingBar, draw_in_one_thread: bool):
-        self.building = building
-        with lean_workers(draw_in_one_thread):
-            super().__init__(
-                env_fns,
-                shared_memory=True,
-                copy=False,  # LiberoVectorEnv makes the copy
-                worker=run_worker,
-                context="spawn",  # never fork: the parent has threads, CUDA and perhaps a GL context
-                daemon=True,
-                autoreset_mode=AutoresetMode.DISABLED,
-            )
+    def _describe(self, fault: Fault) -> str:
+        """ "render of libero_spatial task 3, initial state 7, environment 2"."""
+        if not 0 <= fault.who < self.num_envs:
+            return {"start": "its start", "wait": "no task"}.get(fault.phase, fault.phase)
+        coming = self._coming.get(fault.who)
+        begins = fault.who in self._stepping and coming is not None and fault.phase in ("reset", "build")
+        episode = as_dict(coming) if begins else self._episodes[fault.who]
+        if episode is None:
+            return f"{fault.phase} of environment {fault.who}"
+        state, seed = episode["initial_state"], episode["seed"]
+        start = f"placements of seed {seed}" if state is None else f"initial state {state}"
+        return f"{fault.phase} of {self.task_suite} task {episode['task_id']}, {start}, environment {fault.who}"
 
-    def reset_async(self, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> None:
-        with self._naming_dead_workers():
-            super().reset_async(seed, options)
+    # --------------------------------------------------------------------------------------------------------- workers
 
-    def reset_wait(self, timeout: float | None = None) -> tuple[dict, dict]:
-        with self._naming_dead_workers():
-            self._show_building()
-            return super().reset_wait(timeout)
+    def _wait(self) -> dict[int, Any]:
+        """Answers of the workers that were asked; those that were replaced have given none, and lose their episodes."""
 
-    def step_async(self, actions: dict[str, np.ndarray]) -> None:
-        with self._naming_dead_workers():
-            super().step_async(actions)
+        def meanwhile() -> None:
+            self._building.update()
+            self.on_wait()
 
-    def step_wait(self, timeout: float | None = None) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        with self._naming_dead_workers():
-            self._show_building()
-            return super().step_wait(timeout)
+        self.workers.on_wait = meanwhile
+        answers = self.workers.wait()
+        self._building.finish()
+        for worker in [worker for worker, answer in answers.items() if isinstance(answer, Fault)]:
+            self._lose(answers.pop(worker))
+        return answers
 
-    def set_attr(self, name: str, values: Any) -> None:
-        with self._naming_dead_workers():
-            super().set_attr(name, values)
+    def _by_worker(self, indices: Mapping[int, Any]) -> dict[int, list[int]]:
+        of: dict[int, list[int]] = {}
+        for i in indices:
+            of.setdefault(int(self._worker[i]), []).append(i)
+        return of
 
-    def call_async(self, name: str, /, *args: Any, **kwargs: Any) -> None:
-        with self._naming_dead_workers():
-            super().call_async(name, *args, **kwargs)
-
-    def call_wait(self, timeout: float | None = None) -> tuple[Any, ...]:
-        with self._naming_dead_workers():
-            return super().call_wait(timeout)
-
-    def _show_building(self) -> None:
-        """Until all workers have answered, or have died, which their pipes tell too."""
-        pipes = list(self.parent_pipes)
-        while pipes:
-            for pipe in wait(pipes, timeout=0.5):
-                pipes.remove(pipe)
-            self.building.update()
-        self.building.finish()
-
-    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        """Ends the workers. One that has died already is no error (a signal to the whole process group), and an answer
-        that was not waited for (Ctrl-C in the middle of a step) is not waited for now: it may have been read in part."""
-        if self._state != AsyncState.DEFAULT:
-            self._state, terminate = AsyncState.DEFAULT, True
-        try:
-            super().close_extras(timeout, terminate)
-        except (EOFError, ConnectionError):
-            super().close_extras(timeout, terminate=True)
-
-    def _check_spaces(self) -> None:
-        with self._naming_dead_workers():
-            super()._check_spaces()
-
-    def _raise_if_errors(self, successes: Sequence[bool]) -> None:
-        """gymnasium's would put the traceback through % and the message through the class's constructor."""
-        if all(successes):
-            return
-        try:
-            told = dict(self.error_queue.get(timeout=TELL_TIMEOUT_S) for success in successes if not success)
-        except queue.Empty:
-            told = {}
-        self._state = AsyncState.DEFAULT
-        self.close(terminate=True)
-        if not told:
-            raise SimulatorDied("a simulator worker failed and did not say why; its own message is above")
-        first, *others = sorted(told)
-        self.told = told[first].exception(f"simulator worker {first}")
-        for i in others:
-            self.told.add_note(f"In simulator worker {i}, too:\n{told[i].trace}")
-        raise self.told
-
-    @contextlib.contextmanager
-    def _naming_dead_workers(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, ConnectionError) as error:  # the pipe's other end is gone
-            if error is self.told:
-                raise
-            for process in self.processes:
-                process.join(0.2)
-            dead = {i: process.exitcode for i, process in enumerate(self.processes) if process.exitcode is not None}
-            self._state = AsyncState.DEFAULT
-            self.close(terminate=True)
-            raise SimulatorDied(describe_death(dead)) from error
-
-
-def run_worker(
-    index: int, env_fn: Callable, pipe: Connection, parent_pipe: Connection, memory: Any, errors: Queue, *rest: Any
-) -> None:
-    """gymnasium's worker process, whose errors arrive whatever they are, those of the construction too."""
-    try:
-        env = env_fn()
-    except Exception as error:
-        parent_pipe.close()
-        errors.put((index, WorkerError.of(error)))
-        with contextlib.suppress(EOFError, ConnectionError):
-            pipe.recv()  # the first command
-            pipe.send((None, False))
-        return
-    _async_worker(index, lambda: env, pipe, parent_pipe, memory, TellingQueue(errors), *rest)
-
-
-@dataclasses.dataclass(frozen=True)
-class TellingQueue:
-    """Takes what gymnasium puts into its queue of errors; an exception that cannot be pickled would never arrive."""
-
-    errors: Queue
-
-    def put(self, item: tuple[int, type, BaseException, str]) -> None:
-        index, _, error, _ = item
-        self.errors.put((index, WorkerError.of(error)))
-
-
-def describe_death(exitcodes: dict[int, int]) -> str:
-    """exitcodes: worker -> exit code, negative for a signal."""
-    workers = ", ".join(str(i) for i in exitcodes) or "(unknown)"
-    causes = {signal.Signals(-code).name if code < 0 else f"exit code {code}" for code in exitcodes.values()}
-    if "SIGKILL" in causes or not causes:
-        hint = (
-            f"often out of memory: about {WORKER_GB} GB each and {SIMULATOR_GB} GB for each task in it; lower "
-            "env.num_workers or env.simulators_per_worker"
-        )
-    else:
-        hint = "its own message is above"
-    return f"simulator worker {workers} died ({', '.join(sorted(causes))}; {hint})"
-
-
-@contextlib.contextmanager
-def lean_workers(draw_in_one_thread: bool) -> Iterator[None]:
-    """Workers started inside use one thread a library, and import this module but not the caller's script.
-
-    A spawned process imports the main script again, here one that imports torch: 0.4 GB and seconds a worker.
-    """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read before any of our code runs
-    if draw_in_one_thread and "LP_NUM_THREADS" not in os.environ:
-        names += ("LP_NUM_THREADS",)
-    before = {name: os.environ.get(name) for name in names}
-    main = sys.modules["__main__"]
-    os.environ.update({name: "0" if name == "LP_NUM_THREADS" else "1" for name in names})  # Mesa's 0: none of its own
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    def _observe(self) -> dict[str, Any]:
+        """A copy of what all environments show, [N, ...], with instructions and the image transform."""
+        obs: dict[str, Any] = {name: array[self._worker, self._place] for name, array in self._arrays.items()}
+        obs["instruction"] = tuple(self._instructions)
+        mark = self.shown.image_transform
+        return obs if mark is None else obs | {"image_transform": mark}
 
 
 def make_vector_env(
@@ -428,7 +377,8 @@ def make_vector_env(
     }
     num_workers = worker_count(config, num_envs, overlap)
     kept = simulators_kept(config, num_envs, num_workers, available_memory())
-    options = (kept, env.model_cache_gb, image_transform, config.logging.progress)
+    patience = Patience(env.step_timeout_s, env.build_timeout_s, env.worker_replacements)
+    options = (kept, env.model_cache_gb, image_transform, config.logging.progress, patience)
     return LiberoVectorEnv(kwargs, num_envs, num_workers, *options)
 
 
