@@ -22,13 +22,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from vla_rl.model.checkpoint_folder import open_tensors
 from vla_rl.model.lora_linear import add_adapters
 from vla_rl.model.prismatic import Prismatic
-from vla_rl.model.prismatic_config import read_config, read_json
+from vla_rl.model.prismatic_config import read_config
 from vla_rl.model.quantization import dense_parameters, packed_layer, sample_of
 from vla_rl.run.checkpoint import ADAPTER_FILES, save_tensors
-from vla_rl.run.files import write_whole
+from vla_rl.run.files import all_tensors, open_tensors, read_json, write_whole
 from vla_rl.run.settings import ConfigError, LoraConfig
 
 log = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ class Adapter:
         ours = self.tensors()
         with open_tensors(folder / "adapter_model.safetensors") as file:
             made_for = (file.metadata() or {}).get(BASE_DIGEST, base_digest)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is not a dict
+            tensors = all_tensors(folder / "adapter_model.safetensors", file)
         wrong = {n for n in ours.keys() | tensors.keys() if n not in ours or n not in tensors}
         wrong |= {n for n in ours.keys() & tensors.keys() if ours[n].shape != tensors[n].shape}
         if wrong:
@@ -266,7 +265,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     settings = read_json(folder / ADAPTER_FILES[0])
     refuse_other_maths(folder, settings)
     with open_tensors(folder / ADAPTER_FILES[1]) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is not a dict
+        tensors = all_tensors(folder / ADAPTER_FILES[1], file)
         base = (file.metadata() or {}).get(BASE_DIGEST)
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     ranks = {t.shape[0 if ".lora_A." in name else 1] if t.dim() == 2 else None for name, t in tensors.items()}

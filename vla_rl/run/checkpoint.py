@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.run.failures import one_line
+from vla_rl.run.files import all_tensors, load_torch, open_tensors, read_json
 from vla_rl.run.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -251,7 +252,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: it is not there or is anything else.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
         match manifest:
             case {"fingerprint": str(), "files": {**files}} if files:
                 pass
@@ -317,7 +318,7 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
         CheckpointError: it cannot be loaded, whatever its checksum says.
     """
     with loading(folder / "trainer.pt"):
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        state = load_torch(folder / "trainer.pt")
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not a dict")
     return state
@@ -327,10 +328,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: it cannot be loaded, whatever its checksum says.
+        ConfigError: it cannot be loaded, whatever its checksum says.
     """
-    with loading(path):
-        return safetensors.torch.load_file(path)
+    with loading(path), open_tensors(path) as file:
+        return all_tensors(path, file)
 
 
 @contextmanager
