@@ -49,6 +49,7 @@ from vla_rl.run.checkpoint import (
     save_torch,
     set_aside_later_checkpoints,
     verify,
+    whole_number,
     write_checkpoint,
 )
 from vla_rl.run.load_settings import save_config
@@ -314,10 +315,11 @@ class WarmStart:
         state = load_trainer_state(folder)
         self.store.restore(data_of(folder))
         self.student.load(folder)
-        load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
-        self.iteration, self.step = state["iteration"], state["step"]
-        self.evaluated_iteration, self.success = state["evaluated_iteration"], dict(state["success"])
-        self.l1_metrics = dict(state["l1_metrics"])
+        with loading(folder / "trainer.pt"):
+            load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
+            self.iteration, self.step = whole_number(state, "iteration"), whole_number(state, "step")
+            self.evaluated_iteration = whole_number(state, "evaluated_iteration", least=-1)
+            self.success, self.l1_metrics = dict(state["success"]), dict(state["l1_metrics"])
         later = [other for other in list_checkpoints(folder.parent) if checkpoint_number(other) > self.iteration]
         self.store.set_aside(name for other in later for name in data_of(other))
         set_aside_later_checkpoints(folder)

@@ -194,7 +194,7 @@ def read_statistics(folder: Path, unnorm_key: str | None, use_proprio: bool = Fa
             check_statistics(statistics[key], f"the statistics of {key} in {statistics_file(folder)}", use_proprio)
             return key, statistics[key]
     raise ConfigError(
-        f"unnorm_key={unnorm_key}: the statistics in {statistics_file(folder)} have {', '.join(sorted(statistics)[:30])}; "
+        f"unnorm_key={unnorm_key}: the statistics of {statistics_file(folder)} have {', '.join(sorted(statistics)[:30])}; "
         "give a checkpoint that was fine-tuned on this task suite, or set policy.unnorm_key to one of these"
     )
 

@@ -283,9 +283,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Two processes must not write into one run. The lock goes with the process, however that ends.
 
     Raises:
-        ConfigError: another process has the lock.
+        ConfigError: another process has the lock, or .lock is no file.
     """
-    with (folder / ".lock").open("w") as file:
+    lock = folder / ".lock"
+    if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
+        raise ConfigError(f"{lock} is a folder, link or pipe, expected the empty file of a run; remove it")
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -322,6 +325,14 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not a dict")
     return state
+
+
+def whole_number(state: dict[str, Any], name: str, least: int = 0) -> int:
+    """A counter of trainer.pt; raises ValueError where it is none."""
+    value = state.get(name)
+    if type(value) is not int or not least <= value < 2**53:
+        raise ValueError(f"{name} is {value!r:.60}, expected a whole number from {least}")
+    return value
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
