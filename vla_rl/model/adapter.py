@@ -269,7 +269,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     with open_tensors(folder / ADAPTER_FILES[1]) as file:
         tensors = all_tensors(folder / ADAPTER_FILES[1], file)
         base = (file.metadata() or {}).get(BASE_DIGEST)
-    rank, alpha = rank_and_alpha(folder, settings)
+    rank, _ = rank_and_alpha(folder, settings)
     ranks = {t.shape[0 if ".lora_A." in name else 1] if t.dim() == 2 else None for name, t in tensors.items()}
     if ranks != {rank}:
         raise ConfigError(
