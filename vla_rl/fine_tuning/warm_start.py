@@ -52,6 +52,7 @@ from vla_rl.run.checkpoint import (
     whole_number,
     write_checkpoint,
 )
+from vla_rl.run.files import read_json
 from vla_rl.run.load_settings import save_config
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.warmstart_settings import WarmstartConfig
@@ -333,7 +334,11 @@ def data_of(checkpoint: Path) -> dict[str, str]:
         CheckpointError: it does not tell.
     """
     with loading(checkpoint / DATA_FILE):
-        return dict(json.loads((checkpoint / DATA_FILE).read_text()))
+        names = read_json(checkpoint / DATA_FILE)
+        for name, digest in names.items():
+            if Path(name).name != name or not isinstance(digest, str):  # a path would lead elsewhere
+                raise ValueError(f"{name!r:.60} is no file of decisions with its SHA-256")
+        return names
 
 
 def summary(iteration: int, iterations: int, metrics: dict[str, Any]) -> str:

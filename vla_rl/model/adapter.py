@@ -207,13 +207,13 @@ def refuse_other_maths(folder: Path, saved: Mapping[str, Any]) -> None:
     passed_over = {"lora_alpha"} | HARMLESS | (STARTS if plain_start else set())
     # absent, null, false and empty all say: not used
     changed = [
-        f"{name}={value!s:.80}"
+        f"{name}={value!s:.80}".encode("unicode_escape").decode()
         for name, value in saved.items()
         if name not in passed_over and (value or ours.get(name)) and value != ours.get(name)
     ]
     if changed:
         raise ConfigError(
-            f"the adapter in {folder} was made with {' '.join(', '.join(changed[:5]).split())}, by which it computes something else than "
+            f"the adapter in {folder} was made with {', '.join(changed[:5])}, by which it computes something else than "
             "alpha / rank B A x, all that is implemented; merge it into its base with peft and give that as the checkpoint"
         )
 
