@@ -440,6 +440,18 @@ def test_a_second_process_is_refused_while_the_first_works(tmp_path, caplog):
     assert caplog.records == []
 
 
+def test_a_lock_that_is_no_file_is_told(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    assert "is a folder, link or pipe, expected the empty file of a run" in refusal(
+        locked(tmp_path).__enter__, kind=ConfigError
+    )
+    (tmp_path / ".lock").rmdir()
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / ".lock").symlink_to(tmp_path / "kept")
+    assert "is a folder, link or pipe" in refusal(locked(tmp_path).__enter__, kind=ConfigError)
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
 @pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOLCK", "EINVAL"])
 def test_a_file_system_without_locks_is_one_warning_and_the_work_goes_on(tmp_path, monkeypatch, caplog, code):
     number, done = getattr(errno, code), []
