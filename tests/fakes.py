@@ -23,6 +23,11 @@ CHUNK = 2
 BINS = 4  # of each action dimension: two negative, two positive
 
 
+def last_of_each(*overrides: str) -> list[str]:
+    """Of settings like "run.seed=1" that are given twice, which is a mistake, the later one."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
+
+
 class FakeEnv(gymnasium.Env):
     """Move to the side that the picture's colour shows: red is left, blue is right.
 

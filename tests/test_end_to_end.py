@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.browser import check_in_browser, needs_chromium
+from tests.fakes import last_of_each
 from tests.trainers import training_lines
 from vla_rl.reports.records import read_metrics
 from vla_rl.run.checkpoint import list_checkpoints, verify
@@ -180,7 +181,7 @@ def test_grpo_runs_by_a_change_of_settings_alone_and_wandb_offline_without_netwo
         "logging.wandb=true",
         "logging.wandb_mode=offline",
     ]
-    parts = [part for part in command(tmp_path, *args, *changes) if part != "--no-wandb"]
+    parts = [part for part in command(tmp_path, *args, *last_of_each(*changes)) if part != "--no-wandb"]
     done = subprocess.run(parts, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "grpo" / "metrics.jsonl")

@@ -58,7 +58,8 @@ def small_parts(monkeypatch):
 
 
 def run(out: Path, *more: str, videos="none", arguments=ARGUMENTS) -> int:
-    return main([*arguments, "--out", str(out), "--states", "0-9", "--videos", videos, "eval.num_envs=3", *more])
+    envs = [] if any(word.startswith("eval.num_envs=") for word in more) else ["eval.num_envs=3"]
+    return main([*arguments, "--out", str(out), "--states", "0-9", "--videos", videos, *envs, *more])
 
 
 def episodes(out: Path) -> list[dict]:

@@ -58,8 +58,8 @@ def test_documented_calls_become_the_settings_they_promise():
     assert not config_of("--config", TINY, "--no-wandb").logging.wandb
 
 
-def test_flags_win_over_overrides_and_overrides_over_the_file():
-    config = config_of("--config", TINY, "run.timesteps=5", "run.seed=7", "--seed", "8")
+def test_flags_and_overrides_win_over_the_file():
+    config = config_of("--config", TINY, "run.timesteps=5", "--seed", "8")
     assert (config.run.timesteps, config.run.seed, config.rollout.num_envs) == (5, 8, 8)
 
 

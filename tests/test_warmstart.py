@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from start_gae_ppo_training import main as train
-from tests.fakes import CHUNK, make_envs
+from tests.fakes import CHUNK, last_of_each, make_envs
 from vla_rl import warmstart
 from vla_rl.evaluation.subject import of_checkpoint
 from vla_rl.model.action_head import ActionHead, save_action_head
@@ -66,7 +66,8 @@ def small(monkeypatch):
 
 def arguments(checkpoint: Path, output_dir: Path, *more: str, name: str = "w") -> list[str]:
     config = ["--config", str(ROOT / "configs/tiny_warmstart.yaml"), "--checkpoint", str(checkpoint)]
-    return [*config, f"run.output_dir={output_dir}", f"run.name={name}", f"policy.chunk_size={CHUNK}", *SMALL, *more]
+    named = (f"run.output_dir={output_dir}", f"run.name={name}", f"policy.chunk_size={CHUNK}")
+    return [*config, *last_of_each(*named, *SMALL, *more)]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -152,7 +153,7 @@ def test_on_the_real_simulator_it_is_killed_resumed_and_its_model_trained(tmp_pa
     checkpoint = with_l1_head(tmp_path / "l1")
     short = ["env.max_steps=20", "eval.max_steps=20", "eval.states=0-1", "policy.chunk_size=8"]
     program = "import sys; from vla_rl import warmstart; warmstart.WarmStart.check_teacher = lambda trainer: None; sys.exit(warmstart.main())"
-    command = [sys.executable, "-c", program, *arguments(checkpoint, tmp_path), *short]
+    command = [sys.executable, "-c", program, *arguments(checkpoint, tmp_path, *short)]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **options)
     run = tmp_path / "w"

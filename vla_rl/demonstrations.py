@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from vla_rl.fine_tuning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
 from vla_rl.fine_tuning.recorders import Job, Recorders
+from vla_rl.run.command_line import Parser
 from vla_rl.run.failures import report
 from vla_rl.run.load_settings import expand
 from vla_rl.run.logs import configure_logging
@@ -274,7 +275,7 @@ def record_task(
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vla_rl.demonstrations",
         description="Record demonstrations of a scripted expert on LIBERO's pick-and-place tasks, in LIBERO's HDF5 layout.",
         allow_abbrev=False,

@@ -56,7 +56,7 @@ from vla_rl.evaluation.subject import (
 )
 from vla_rl.evaluation.videos import Recording, write_grid, write_replays
 from vla_rl.run.checkpoint import locked
-from vla_rl.run.command_line import end_of, parse
+from vla_rl.run.command_line import Parser, end_of, parse
 from vla_rl.run.failures import one_line
 from vla_rl.run.files import write_whole
 from vla_rl.run.interruption import Stop
@@ -78,7 +78,7 @@ KEPT = (
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vla_rl.evaluate",
         description="Success of a run or a checkpoint from LIBERO's fixed initial states.",
         epilog="settings, given as section.key=value, are those of start_gae_ppo_training.py --help; of use here: eval.num_envs, "

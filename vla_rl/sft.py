@@ -31,7 +31,7 @@ from vla_rl.model.quantization import check_quantization
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.reports.weights_and_biases import check_wandb
 from vla_rl.run.checkpoint import locked
-from vla_rl.run.command_line import end_of
+from vla_rl.run.command_line import Parser, end_of, parse
 from vla_rl.run.load_settings import expand, load_config, settings_help
 from vla_rl.run.logs import warnings_kept
 from vla_rl.run.run_folder import (
@@ -58,7 +58,7 @@ FREE_ON_RESUME = (
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vla_rl.sft",
         description="Fine-tune OpenVLA on demonstrations in LIBERO's HDF5 layout.",
         epilog="settings, given as section.key=value:\n" + settings_help(SftConfig),
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--config", metavar="YAML", help="settings file, such as configs/tiny_sft.yaml")
     start.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def read_data(config: SftConfig) -> list[Demonstration]:

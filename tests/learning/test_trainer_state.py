@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.fakes import CHUNK
 from tests.trainers import final_state, make_trainer, training_lines
 from vla_rl.learning.trainer_state import TrainerState
-from vla_rl.run.checkpoint import CheckpointError, find_checkpoint, find_saved
+from vla_rl.run.checkpoint import CheckpointError, find_checkpoint, find_saved, load_trainer_state
 from vla_rl.types import SimulatorDied
 
 
@@ -274,3 +274,41 @@ def test_trainer_file_that_lacks_something_is_told_by_name(tmp_path, monkeypatch
     monkeypatch.setattr("vla_rl.learning.trainer_state.load_trainer_state", lambda folder: {"iteration": 0})
     with pytest.raises(CheckpointError, match=r"torn: trainer\.pt lacks actor_optimizer, .*timesteps"):
         make_trainer(tmp_path).load_checkpoint(find_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("iteration", None, "iteration: Input should be a valid integer, got None"),
+        ("timesteps", True, "timesteps: Input should be a valid integer, got True"),
+        ("evaluated_iteration", -2, "evaluated_iteration: Input should be greater than or equal to -1"),
+        ("episodes_played", [0], "episodes_played has 1 entries, expected 4"),
+        ("running_returns", torch.zeros(3), r"running_returns has \[3\] entries, expected 4"),
+        ("running_lengths", torch.zeros(4), "expected floats and whole numbers"),
+        ("sampling_generators", [torch.zeros(1)] * 4, "trainer.pt cannot be loaded"),
+        ("schedule", {"reward_seen": 1}, "schedule.reward_seen: Input should be a valid boolean"),
+        ("actor_optimizer", {}, "an optimizer's state is {}, expected the moments of 1 parameters"),
+        ("signal_watch", 3, "signal_watch: Input should be a valid dictionary"),
+        (
+            "episodes_under_way",
+            [
+                {
+                    "episode": {"task_id": 7, "initial_state": None, "seed": 0, "resets": 1},
+                    "actions": torch.zeros(1, 2, 7),
+                }
+            ]
+            * 4,
+            "an episode of task 7 with 1 decisions is none of this run's",
+        ),
+    ],
+)
+def test_a_value_that_no_run_has_is_told_by_name_before_anything_is_set_aside(
+    tmp_path, monkeypatch, name, value, words
+):
+    trainer = make_trainer(tmp_path)
+    folder = trainer.save_checkpoint()
+    values = load_trainer_state(folder) | {name: value}
+    monkeypatch.setattr("vla_rl.learning.trainer_state.load_trainer_state", lambda folder: values)
+    with pytest.raises(CheckpointError, match=f"is torn: trainer.pt cannot be loaded.*{words}|{words}") as error:
+        make_trainer(tmp_path).load_checkpoint(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)

@@ -38,9 +38,11 @@ from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.checkpoint import (
     cpu_copy,
     load_trainer_state,
+    loading,
     save_torch,
     set_aside_later_checkpoints,
     verify,
+    whole_number,
     write_checkpoint,
 )
 from vla_rl.run.load_settings import save_config
@@ -282,11 +284,13 @@ class SupervisedFineTuning:
     def load_checkpoint(self, folder: Path) -> None:
         verify(folder, self.fingerprint)
         state = load_trainer_state(folder)
-        self.step = state["step"]
-        with torch.no_grad():
+        with loading(folder / "trainer.pt"), torch.no_grad():
+            self.step = whole_number(state, "step")
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+                if value.shape != parameter.shape:
+                    raise ValueError(f"a parameter is {list(value.shape)}, expected {list(parameter.shape)}")
                 parameter.copy_(value)
-        load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
+            load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
         set_aside_later_checkpoints(folder)
         self.logger.continue_from(self.step)
 

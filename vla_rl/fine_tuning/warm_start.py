@@ -49,8 +49,10 @@ from vla_rl.run.checkpoint import (
     save_torch,
     set_aside_later_checkpoints,
     verify,
+    whole_number,
     write_checkpoint,
 )
+from vla_rl.run.files import read_json
 from vla_rl.run.load_settings import save_config
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.warmstart_settings import WarmstartConfig
@@ -319,10 +321,11 @@ class WarmStart:
         state = load_trainer_state(folder)
         self.store.restore(data_of(folder))
         self.student.load(folder)
-        load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
-        self.iteration, self.step = state["iteration"], state["step"]
-        self.evaluated_iteration, self.success = state["evaluated_iteration"], dict(state["success"])
-        self.l1_metrics = dict(state["l1_metrics"])
+        with loading(folder / "trainer.pt"):
+            load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
+            self.iteration, self.step = whole_number(state, "iteration"), whole_number(state, "step")
+            self.evaluated_iteration = whole_number(state, "evaluated_iteration", least=-1)
+            self.success, self.l1_metrics = dict(state["success"]), dict(state["l1_metrics"])
         later = [other for other in list_checkpoints(folder.parent) if checkpoint_number(other) > self.iteration]
         self.store.set_aside(name for other in later for name in data_of(other))
         set_aside_later_checkpoints(folder)
@@ -336,7 +339,11 @@ def data_of(checkpoint: Path) -> dict[str, str]:
         CheckpointError: it does not tell.
     """
     with loading(checkpoint / DATA_FILE):
-        return dict(json.loads((checkpoint / DATA_FILE).read_text()))
+        names = read_json(checkpoint / DATA_FILE)
+        for name, digest in names.items():
+            if Path(name).name != name or not isinstance(digest, str):  # a path would lead elsewhere
+                raise ValueError(f"{name!r:.60} is no file of decisions with its SHA-256")
+        return names
 
 
 def summary(iteration: int, iterations: int, metrics: dict[str, Any]) -> str:

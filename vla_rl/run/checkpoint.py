@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.run.failures import one_line
+from vla_rl.run.files import all_tensors, load_torch, open_tensors, read_json
 from vla_rl.run.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -251,7 +252,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: it is not there or is anything else.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
         match manifest:
             case {"fingerprint": str(), "files": {**files}} if files:
                 pass
@@ -282,9 +283,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Two processes must not write into one run. The lock goes with the process, however that ends.
 
     Raises:
-        ConfigError: another process has the lock.
+        ConfigError: another process has the lock, or .lock is no file.
     """
-    with (folder / ".lock").open("w") as file:
+    lock = folder / ".lock"
+    if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
+        raise ConfigError(f"{lock} is a folder, link or pipe, expected the empty file of a run; remove it")
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -317,20 +321,28 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
         CheckpointError: it cannot be loaded, whatever its checksum says.
     """
     with loading(folder / "trainer.pt"):
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        state = load_torch(folder / "trainer.pt")
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not a dict")
     return state
+
+
+def whole_number(state: dict[str, Any], name: str, least: int = 0) -> int:
+    """A counter of trainer.pt; raises ValueError where it is none."""
+    value = state.get(name)
+    if type(value) is not int or not least <= value < 2**53:
+        raise ValueError(f"{name} is {value!r:.60}, expected a whole number from {least}")
+    return value
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: it cannot be loaded, whatever its checksum says.
+        ConfigError: it cannot be loaded, whatever its checksum says.
     """
-    with loading(path):
-        return safetensors.torch.load_file(path)
+    with loading(path), open_tensors(path) as file:
+        return all_tensors(path, file)
 
 
 @contextmanager

@@ -36,6 +36,27 @@ FLAGS = {
 }
 
 
+class Once(argparse.Action):
+    """Stores a flag's value, as argparse does; another one for the same flag is a mistake, of which argparse would take the last."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = vars(namespace).setdefault("flags_given", {})
+        if option is not None and given.setdefault(self.dest, values) != values:
+            raise argparse.ArgumentError(self, f"given twice, with {given[self.dest]} and {values}; give it once")
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the commands' flags."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        for name in (None, "store"):  # as which add_argument knows what a flag does
+            self.register("action", name, Once)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=110)
@@ -43,13 +64,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def settings_parser(
     prog: str, description: str, kind: type[Section] = Config, default_config: str = DEFAULT_CONFIG
-) -> argparse.ArgumentParser:
+) -> Parser:
     """A parser with the flags of the settings, to which a command adds its own.
 
     Args:
         kind: of the settings; only Config has timesteps.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=description,
         epilog="settings, given as section.key=value; the defaults hold where the settings file says nothing:\n"
@@ -75,7 +96,7 @@ def settings_parser(
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """section.key=value may stand anywhere, also after --task-ids, which would take it for a task."""
     argv = sys.argv[1:] if argv is None else argv
     overrides = [arg for arg in argv if re.match(r"[a-z_]+\.[a-z0-9_.]+=", arg)]

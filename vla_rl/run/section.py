@@ -29,7 +29,7 @@ def parse_indices(value: Any) -> Any:
     return indices
 
 
-Indices = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(parse_indices)]
+Indices = Annotated[list[Annotated[int, Field(ge=0, lt=1000)]], BeforeValidator(parse_indices)]
 StateIndex = Annotated[int, Field(ge=0, lt=NUM_FIXED_STATES)]
 States = Annotated[list[StateIndex], Field(min_length=1), BeforeValidator(parse_indices)]
 ActionDims = Annotated[list[Annotated[int, Field(ge=0, lt=7)]], Field(min_length=1), BeforeValidator(parse_indices)]
