@@ -4,11 +4,12 @@ import logging
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
-from vla_rl.run.logs import OURS, warnings_kept
+from vla_rl.run.logs import OURS, slow, warnings_kept
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +88,30 @@ def test_a_run_keeps_its_warnings_a_line_each_also_when_it_goes_on(tmp_path):
     log.warning("after the run")
     lines = (tmp_path / "warnings.log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == [f"WARNING vla_rl.test: number {n} of two" for n in (1, 2)]
+
+
+def test_warnings_wait_for_a_disk_that_is_full(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log = logging.getLogger("vla_rl.test")
+    with warnings_kept(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr("vla_rl.run.files.os.fsync", full)
+            log.warning("one")
+        log.warning("two")
+    assert [line.split()[-1] for line in (tmp_path / "warnings.log").read_text().splitlines()] == ["one", "two"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_takes_long_in_a_start_has_a_line(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("vla_rl.run.logs.SLOW_S", 0.05)
+    with slow("short"):
+        pass
+    with slow("reading"):
+        time.sleep(0.1)
+    assert [record.getMessage() for record in caplog.records] == ["reading ...", "reading: 0 s"]
 
 
 def test_a_run_without_a_warning_leaves_no_file(tmp_path):

@@ -43,6 +43,7 @@ from vla_rl.run.checkpoint import (
     verify,
     write_checkpoint,
 )
+from vla_rl.run.files import Outage
 from vla_rl.run.load_settings import save_config
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.sft_settings import SftConfig
@@ -139,6 +140,7 @@ class SupervisedFineTuning:
         self.fingerprint = f"sft {kind}, policy {shape}, base {base}, data {train.digest}"
         self.step = 0  # finished optimizer steps
         self.stop_requested = False
+        self.outage = Outage("checkpoints", "the training goes on, and the next one is tried in its turn")
         self.spread = torch.tensor(GRIPPER_MASK * policy.chunk_size, device=policy.device)  # [A]
 
     def train(self) -> None:
@@ -175,11 +177,15 @@ class SupervisedFineTuning:
                 if measured:
                     log.info(summary(self.step, training.steps, metrics))
                 if self.step % training.checkpoint_interval == 0 and self.step < training.steps:
-                    self.save_checkpoint()
+                    self.outage.survive(self.save_checkpoint)
         self.save_checkpoint()
         self.logger.draw_curves()
         if self.stop_requested:
             log.warning("stopped at step %d, saved; --resume continues", self.step)
+
+    def request_stop(self) -> None:
+        """Ends the training at the next step, saved."""
+        self.stop_requested = True
 
     def train_step(self) -> dict[str, float]:
         training = self.config.training
@@ -274,6 +280,7 @@ class SupervisedFineTuning:
             save_torch(state, folder / "trainer.pt")
             save_config(self.config, folder / "config.yaml")
 
+        self.logger.write_waiting()
         root = self.logger.folder / "checkpoints"
         return write_checkpoint(
             root, f"iteration-{self.step:06d}", self.fingerprint, write_files, self.config.training.keep_checkpoints

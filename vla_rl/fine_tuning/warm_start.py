@@ -51,6 +51,7 @@ from vla_rl.run.checkpoint import (
     verify,
     write_checkpoint,
 )
+from vla_rl.run.files import Outage
 from vla_rl.run.load_settings import save_config
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.warmstart_settings import WarmstartConfig
@@ -103,6 +104,7 @@ class WarmStart:
         self.optimizer = adamw(self.parameters, config.optimizer)
         self.sampler = EpisodeSampler(config.env.task_ids, config.env.initial_states, config.run.seed)
         self.store = DecisionStore(logger.folder / "data", config.collection.keep)
+        self.outage = Outage("checkpoints", "the training goes on, and the next one is tried in its turn")
         self.iteration = 0  # finished iterations
         self.step = 0  # finished optimizer steps
         self.evaluated_iteration = -1
@@ -114,8 +116,10 @@ class WarmStart:
         while True:
             if self.evaluation_due():
                 self.evaluate()
-                self.save_checkpoint()
+                self.outage.survive(self.save_checkpoint)
             if self.reached() or self.iteration >= self.config.training.iterations:
+                if self.outage.failing:
+                    self.save_checkpoint()
                 return self.reached()
             self.train_iteration()
 
@@ -170,7 +174,7 @@ class WarmStart:
         }
         self.logger.log({"iteration": self.iteration, "step": self.step, **metrics})
         log.info(summary(self.iteration, self.config.training.iterations, metrics))
-        self.save_checkpoint()  # before an evaluation in which the run may be killed
+        self.outage.survive(self.save_checkpoint)  # before an evaluation in which the run may be killed
 
     # -------------------------------------------------------------------------------------------------------- collection
 
@@ -303,6 +307,7 @@ class WarmStart:
             (folder / DATA_FILE).write_text(json.dumps(self.store.digests, indent=1))
             save_config(self.config, folder / "config.yaml")
 
+        self.logger.write_waiting()
         root, keep = self.logger.folder / "checkpoints", self.config.training.keep_checkpoints
         path = write_checkpoint(root, f"iteration-{self.iteration:06d}", self.fingerprint, write_files, keep)
         self.store.remove_unneeded(name for folder in list_checkpoints(root) for name in data_of(folder))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vla_rl.run.files import Lines
 from vla_rl.run.machine import rank
 
 OURS = ("vla_rl", "OpenVLA_PPO", "start_gae_ppo_training")  # loggers, and all below them
@@ -15,6 +18,9 @@ OURS = ("vla_rl", "OpenVLA_PPO", "start_gae_ppo_training")  # loggers, and all b
 QUIET = ("matplotlib",)
 
 WARNINGS_FILE = "warnings.log"
+SLOW_S = 3.0
+
+log = logging.getLogger(__name__)
 
 
 def who() -> str:
@@ -42,8 +48,9 @@ def is_shown(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def warnings_kept(folder: Path) -> Iterator[None]:
-    """Adds what is logged from WARNING on to RUN/warnings.log, a line each, which a resumed run goes on with."""
-    handler = logging.FileHandler(folder / WARNINGS_FILE, delay=True, encoding="utf-8")
+    """Adds what is logged from WARNING on to RUN/warnings.log, a line each, which a resumed run goes on with; where the disk takes
+    none, they are added with the next one."""
+    handler = LinesHandler(Lines(folder / WARNINGS_FILE))
     handler.setLevel(logging.WARNING)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(is_shown)
@@ -54,6 +61,33 @@ def warnings_kept(folder: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
+
+
+@contextmanager
+def slow(what: str) -> Iterator[None]:
+    """Around a thing that a start does: a line once it takes over SLOW_S, and one when it is done."""
+    begun = time.monotonic()
+    timer = threading.Timer(SLOW_S, log.info, args=("%s ...", what))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    seconds = time.monotonic() - begun
+    if seconds > SLOW_S:
+        log.info("%s: %.0f s", what, seconds)
+
+
+class LinesHandler(logging.Handler):
+    def __init__(self, lines: Lines):
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+        with suppress(OSError):
+            self.lines.write()
 
 
 class OneLine(logging.Formatter):

@@ -24,6 +24,9 @@ class RunFolderConfig(Section):
     device: Literal["cpu", "cuda"] = Field("cuda", description="where the policy runs")
     torch_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice")
     output_dir: str = Field("runs", description="each run makes its own folder in this one")
+    grace_s: float = Field(
+        30.0, ge=1, le=86400, description="seconds from a signal that asks for an end until it is over, saved or not"
+    )
     name: RunName = Field(None, description="of the run's folder; null makes one of what is trained, seed and time")
 
 
@@ -327,10 +330,22 @@ class LoggingConfig(ProgressConfig):
 
     checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints, which evaluations have too")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(
+        None, ge=1, description="and those of every so many iterations, a multiple of checkpoint_interval, for good"
+    )
     keep_best: bool = Field(True, description="and that of the best evaluation, greedy or else sampled")
     curves_interval: int = Field(
         10, ge=1, description="iterations between redrawings of curves and report, which each minute has, too"
     )
+
+    @model_validator(mode="after")
+    def check_kept(self) -> LoggingConfig:
+        if self.keep_every is not None and self.keep_every % self.checkpoint_interval:
+            raise ValueError(
+                f"keep_every={self.keep_every} is not a multiple of checkpoint_interval={self.checkpoint_interval}, at which "
+                f"checkpoints are written; use {-(-self.keep_every // self.checkpoint_interval) * self.checkpoint_interval}"
+            )
+        return self
 
 
 class DistributedConfig(Section):
