@@ -12,12 +12,10 @@ arithmetic of the estimate (vla_rl.preflight.estimate).
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -351,7 +349,7 @@ def check_and_report(config: Config, resumed: bool = False) -> int:
     """Prints each result and the estimate; 0 if all checks passed, else 1."""
     start, results = time.perf_counter(), []
     encoding = sys.stdout.encoding
-    with Visit(config, resumed) as visit, ending_as_interrupted():
+    with Visit(config, resumed) as visit:
         for result in CHECKS.run(visit):
             results.append(result)
             print("\n".join(lines_of(result, encoding)), flush=True)
@@ -369,22 +367,6 @@ def check_and_report(config: Config, resumed: bool = False) -> int:
     return 0
 
 
-@contextmanager
-def ending_as_interrupted() -> Iterator[None]:
-    """A cluster's SIGTERM and a closed terminal end as Ctrl-C does: what was written is removed."""
-
-    def handle(number, frame) -> None:
-        raise KeyboardInterrupt
-
-    names = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {name: signal.signal(name, handle) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
 def parse_args(argv: list[str] | None):
     return parse(
         settings_parser(
@@ -397,7 +379,7 @@ def parse_args(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: all checks passed; 1: one failed; 2: a mistake in the settings or arguments; 130: interrupted."""
+    """0: all checks passed; 1: one failed; 2: a mistake in the settings or arguments; 75: stopped."""
     args = parse_args(argv)
     return end_of(lambda: check_and_report(new_run_settings(args)))
 

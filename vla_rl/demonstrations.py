@@ -32,9 +32,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vla_rl.fine_tuning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
-from vla_rl.run.failures import report
+from vla_rl.run.command_line import end_of
 from vla_rl.run.load_settings import expand
-from vla_rl.run.logs import configure_logging
 from vla_rl.run.section import parse_indices
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.task_suites import TASK_SUITES, check_states, check_suite, list_suites
@@ -42,7 +41,7 @@ from vla_rl.simulation.libero_env import LiberoEnv, Simulators
 from vla_rl.simulation.suites import goal_predicates, load_benchmark, task_languages
 from vla_rl.simulation.vector_env import lean_workers
 from vla_rl.simulation.worker_errors import WorkerError
-from vla_rl.types import Episode
+from vla_rl.types import Episode, SimulatorDied
 
 PUSH_STEPS, PAUSE_STEPS = (3, 7), 30  # of a push, from 3 to 6; of a pause, in the mean
 ROTATION_SHARE = 0.3  # of a push's translation: |a| = 1 is 5 cm or 0.5 rad
@@ -438,24 +437,20 @@ def collect_task(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: written; 1: a simulator failed; 2: a mistake in the arguments; 130: interrupted. A file is there whole or not."""
+    """0: written; 1: a simulator failed; 2: a mistake in the arguments; 75: stopped. A file is there whole or not."""
     args = parse_args(argv)
-    configure_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        collect(args, check_args(args))
-    except KeyboardInterrupt:
-        print("interrupted; no file was written", file=sys.stderr)
-        return 130
-    except BrokenProcessPool:
-        print("error: a simulator process died; often out of memory: lower --workers", file=sys.stderr)
-        return 1
-    except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        return report(error)
-    return 0
+
+    def work() -> None:
+        try:
+            states = check_args(args)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        try:
+            collect(args, states)
+        except BrokenProcessPool:
+            raise SimulatorDied("a simulator process died; often out of memory: lower --workers") from None
+
+    return end_of(work, interrupted="stopped; no unfinished file was written")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.reports.weights_and_biases import check_wandb
 from vla_rl.run.checkpoint import locked
 from vla_rl.run.command_line import end_of
+from vla_rl.run.interruption import Stop, Stopped
 from vla_rl.run.load_settings import expand, load_config, settings_help
 from vla_rl.run.logs import warnings_kept
 from vla_rl.run.run_folder import (
@@ -40,6 +40,7 @@ from vla_rl.run.run_folder import (
     if_moved,
     make_run_folder,
     resumed_settings,
+    unbegun_settings,
     with_absolute_output_dir,
 )
 from vla_rl.run.settings import ConfigError
@@ -99,8 +100,13 @@ def automatic_name(config: SftConfig) -> str:
     return f"sft_{config.data.name}_seed{config.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
-    """Trains and writes the model; returns its folder, or the run's where it was stopped."""
+def fine_tune(config: SftConfig, checkpoint: Path | None, stop: Stop) -> Path:
+    """Trains and writes the model; returns its folder.
+
+    Raises:
+        Stopped: what was trained is saved.
+    """
+    stop.grace_s = config.run.grace_s
     settings = config.policy
     if config.run.torch_threads is not None:
         torch.set_num_threads(config.run.torch_threads)
@@ -154,12 +160,10 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s", checkpoint)
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(name) != signal.SIG_IGN:  # nohup
-                signal.signal(name, lambda *_: setattr(trainer, "stop_requested", True))
-        trainer.train()
-        if trainer.stop_requested:
-            return folder
+        with stop.at_steps(ask=trainer.request_stop):
+            trainer.train()
+        if trainer.step < config.training.steps:
+            raise Stopped
         trainer.save_model(folder / "model", side, render)
     seen = f"env.image_size={side}" + (f" env.render={render}" if render else "")
     use = "evaluate it" if config.training.head == "l1" else "train it"
@@ -181,6 +185,9 @@ def settings_from(args: argparse.Namespace) -> tuple[SftConfig, Path | None]:
         return with_absolute_output_dir(
             load_config(expand(args.config, "--config"), args.overrides, kind=SftConfig)
         ), None
+    unbegun = unbegun_settings(args.resume, args.overrides, {}, SftConfig)
+    if unbegun is not None:
+        return unbegun, None
     before, config, checkpoint = resumed_settings(args.resume, args.overrides, {}, SftConfig)
     changed = changed_settings(before, config, FIXED_ON_RESUME, FREE_ON_RESUME)
     if changed:
@@ -189,13 +196,13 @@ def settings_from(args: argparse.Namespace) -> tuple[SftConfig, Path | None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: trained, or stopped and saved; 1: the run failed; 2: a mistake in the settings or the data."""
-    args = parse_args(argv)
+    """0: trained; 1: the run failed; 2: a mistake in the settings or the data; 75: stopped, and saved if it had begun."""
+    args, stop = parse_args(argv), Stop()
 
     def work() -> None:
-        fine_tune(*settings_from(args))
+        fine_tune(*settings_from(args), stop)
 
-    return end_of(work)
+    return end_of(work, stop=stop)
 
 
 if __name__ == "__main__":
