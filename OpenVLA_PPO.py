@@ -51,6 +51,7 @@ from vla_rl.run import progress
 from vla_rl.run.best_checkpoint import evaluation_of, keep_best
 from vla_rl.run.distributed import ONE, Ranks, share_of
 from vla_rl.run.files import Outage
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.settings import Config
 from vla_rl.types import (
     ACTION_DIM,
@@ -125,6 +126,7 @@ class OpenVLAPPO:
         self.obs: Observation | None = None  # of episodes under way between iterations (PPO)
         self.running = RunningEpisodes(envs.num_envs)
         self.stop_requested = False
+        self.pace = progress.Pace()
         self.warned_no_hidden = False
         self.boundary = TrainerState(self)  # after the last finished iteration: what a stop goes back to
         self.outage = Outage("checkpoints", "the training goes on, and the next one is tried in its turn")
@@ -155,6 +157,7 @@ class OpenVLAPPO:
                 self.evaluate_saved()
             if self.iteration > 0 and self.timesteps >= self.config.run.timesteps:
                 log.info("nothing left to train: %d timesteps are done; give --timesteps more", self.timesteps)
+            self.pace.begin(self.timesteps)
             while self.timesteps < self.config.run.timesteps:
                 self.signal_watch.check()
                 self.train_iteration()
@@ -196,7 +199,8 @@ class OpenVLAPPO:
             **self.micro_batches.metrics(),
         }
         self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
-        log.info(progress.summary_line(self.iteration, self.timesteps, self.config.run.timesteps, metrics))
+        plan = self.timesteps, self.config.run.timesteps
+        log.info(progress.summary_line(self.iteration, *plan, metrics, self.pace.left_s(*plan)))
         self.signal_watch.see(metrics)
 
         self.boundary.take()
@@ -242,7 +246,7 @@ class OpenVLAPPO:
         rounds = 0
         waiting: list[tuple[RolloutBuffer, Decision]] = []  # at most one step is under way
         total = n_steps * num_envs if self.uses_critic else None
-        bar = progress.progress_bar("rollout", total, "dec", self.config.logging.progress)
+        bar = progress_bar("rollout", total, "dec", self.config.logging.progress)
 
         def finish_step() -> None:
             while waiting:
@@ -404,7 +408,7 @@ class OpenVLAPPO:
                 batch, reference_logprobs=self.micro_batches.score(batch, self.policy.reference_logprobs, self.ranks)
             )
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
-        bar = progress.progress_bar("update", steps_planned, "step", self.config.logging.progress)
+        bar = progress_bar("update", steps_planned, "step", self.config.logging.progress)
         history: list[dict[str, float]] = []  # metrics of each minibatch
         stopped_by_kl = False
         with bar:

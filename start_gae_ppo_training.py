@@ -172,7 +172,8 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path, ranks
             with slow("loading the checkpoint"):
                 trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s at %d timesteps", checkpoint, trainer.timesteps)
-        fit_to_card(trainer, instructions_of(config))
+        with slow("measuring what fits the card"):
+            fit_to_card(trainer, instructions_of(config))
         with stop.at_steps(ask=trainer.request_stop, save=trainer.save_checkpoint):
             finished = trainer.train()
         if not finished:

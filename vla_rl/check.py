@@ -33,6 +33,7 @@ from vla_rl.preflight.estimate import Estimate, Pieces, estimate
 from vla_rl.preflight.trial import Trial, trial_settings
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.command_line import TINY_CONFIG, end_of, new_run_settings, parse, settings_parser
+from vla_rl.run.logs import seconds_text
 from vla_rl.run.machine import available_memory
 from vla_rl.run.run_folder import check_run_folder
 from vla_rl.run.settings import Config, ConfigError
@@ -336,13 +337,6 @@ def estimate_lines(config: Config, expected: Estimate, pieces: Pieces, available
         f"  memory      {memory}",
         f"  disk        {needs.size_text(expected.disk_bytes)}",
     ]
-
-
-def seconds_text(seconds: float) -> str:
-    """ "4.2 s", "3.5 min", "7.1 h"."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def check_and_report(config: Config, resumed: bool = False) -> int:

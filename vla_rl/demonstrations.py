@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vla_rl.fine_tuning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
 from vla_rl.run.command_line import end_of
 from vla_rl.run.load_settings import expand
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.section import parse_indices
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.task_suites import TASK_SUITES, check_states, check_suite, list_suites
@@ -425,7 +425,7 @@ def collect_task(
     episodes = episodes_of(task_id, states, args.seed)
     tried = kept = steps = 0
     disturbance = Disturbance(args.noise, args.drops)
-    with tqdm(total=args.episodes, desc=name, unit="ep", disable=args.no_progress, mininterval=1) as bar:
+    with progress_bar(name, args.episodes, "ep", not args.no_progress) as bar:
         for outcome in record_task(pool, episodes, args.episodes, disturbance, ahead, name):
             tried += 1
             if outcome.success:

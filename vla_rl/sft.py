@@ -33,7 +33,7 @@ from vla_rl.run.checkpoint import locked
 from vla_rl.run.command_line import end_of
 from vla_rl.run.interruption import Stop, Stopped
 from vla_rl.run.load_settings import expand, load_config, settings_help
-from vla_rl.run.logs import warnings_kept
+from vla_rl.run.logs import slow, warnings_kept
 from vla_rl.run.run_folder import (
     changed_settings,
     check_run_folder,
@@ -118,7 +118,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None, stop: Stop) -> Path:
         base = check_checkpoint(settings.checkpoint, settings.use_proprio)
     check_quantization(settings.quantization, config.run.device)
     check_wandb(config)
-    with where_moved("data.files", checkpoint):
+    with where_moved("data.files", checkpoint), slow("reading the demonstrations"):
         demonstrations = read_data(config)
     training, held_out = split(demonstrations, config.data.validation_fraction)
     steps, side = sum(map(len, training)), demonstrations[0].images.shape[2]
@@ -132,23 +132,24 @@ def fine_tune(config: SftConfig, checkpoint: Path | None, stop: Stop) -> Path:
     if checkpointing == "auto":
         checkpointing = "full" if config.run.device == "cuda" else "none"
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
-    policy = OpenVLAPolicy.from_checkpoint(
-        settings.checkpoint,
-        decoder=settings.decoder,
-        num_images=settings.num_images,
-        use_proprio=settings.use_proprio,
-        lora=settings.lora if config.training.method == "lora" else None,
-        device=config.run.device,
-        dtype=getattr(torch, settings.dtype),
-        chunk_size=settings.chunk_size,
-        center_crop=settings.center_crop,
-        gradient_checkpointing=checkpointing,
-        compiled=compiles(settings.compile, config.run.device),
-        quantization=settings.quantization,
-        head="l1" if config.training.head == "l1" and find_action_head_file(base) is not None else "tokens",
-        unnorm_key=config.data.name,
-        statistics=data_statistics(training),
-    )
+    with slow("loading the policy"):
+        policy = OpenVLAPolicy.from_checkpoint(
+            settings.checkpoint,
+            decoder=settings.decoder,
+            num_images=settings.num_images,
+            use_proprio=settings.use_proprio,
+            lora=settings.lora if config.training.method == "lora" else None,
+            device=config.run.device,
+            dtype=getattr(torch, settings.dtype),
+            chunk_size=settings.chunk_size,
+            center_crop=settings.center_crop,
+            gradient_checkpointing=checkpointing,
+            compiled=compiles(settings.compile, config.run.device),
+            quantization=settings.quantization,
+            head="l1" if config.training.head == "l1" and find_action_head_file(base) is not None else "tokens",
+            unnorm_key=config.data.name,
+            statistics=data_statistics(training),
+        )
     progress = config.logging.progress
     train = make_samples(training, policy.chunk_size, policy.image_size, progress)
     validation = make_samples(held_out, policy.chunk_size, policy.image_size, progress) if held_out else None

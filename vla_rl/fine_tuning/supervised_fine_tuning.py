@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from vla_rl.fine_tuning.augmentation import augment
 from vla_rl.fine_tuning.samples import GRIPPER_MASK, Samples, batch_rows
@@ -45,6 +44,7 @@ from vla_rl.run.checkpoint import (
 )
 from vla_rl.run.files import Outage
 from vla_rl.run.load_settings import save_config
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.types import NonFiniteError, PolicyInputs
@@ -148,14 +148,7 @@ class SupervisedFineTuning:
         training, logging_settings = self.config.training, self.config.logging
         losses: list[float] = []
         start, first = time.perf_counter(), self.step
-        bar = tqdm(
-            total=training.steps,
-            initial=self.step,
-            desc="sft",
-            unit="step",
-            disable=not logging_settings.progress,
-            mininterval=1,
-        )
+        bar = progress_bar("sft", training.steps, "step", logging_settings.progress, initial=self.step)
         with bar:
             while self.step < training.steps and not self.stop_requested:
                 metrics = self.train_step()

@@ -53,6 +53,7 @@ from vla_rl.run.checkpoint import (
 )
 from vla_rl.run.files import Outage
 from vla_rl.run.load_settings import save_config
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.warmstart_settings import WarmstartConfig
 from vla_rl.types import NonFiniteError, Observation
@@ -191,7 +192,7 @@ class WarmStart:
         rows: list[LabelledDecisions] = []
         steps_played = 0
         obs = reset_finished(self.envs, np.ones(self.envs.num_envs, dtype=bool), queue)
-        bar = progress.progress_bar("collect", settings.episodes, "ep", self.config.logging.progress)
+        bar = progress_bar("collect", settings.episodes, "ep", self.config.logging.progress)
         with bar:
             while queue.playing:
                 self.stop()
@@ -249,7 +250,7 @@ class WarmStart:
         """steps_per_iteration optimizer steps on the decisions that are kept; means over them."""
         training = self.config.training
         losses, norms = [], []
-        bar = progress.progress_bar("learn", training.steps_per_iteration, "step", self.config.logging.progress)
+        bar = progress_bar("learn", training.steps_per_iteration, "step", self.config.logging.progress)
         with bar:
             for step in range(training.steps_per_iteration):
                 self.stop()
