@@ -32,6 +32,7 @@ from vla_rl.preflight.needs import check_start
 from vla_rl.run.checkpoint import locked, write_manifest
 from vla_rl.run.command_line import ROOT
 from vla_rl.run.failures import explain
+from vla_rl.run.interruption import STOPPED, Stopped
 from vla_rl.run.load_settings import list_settings, load_config, save_config
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import ConfigError
@@ -553,6 +554,32 @@ def test_existing_run_folder_is_not_written_into(capsys, tmp_path):
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "mine" / "metrics.jsonl").read_text() == "{}\n"
     shutil.rmtree(tmp_path / "mine")
+
+
+def test_resume_auto_starts_a_run_and_then_continues_it_with_the_same_command(tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def train(config, checkpoint, folder, *rest):
+        begun.append((checkpoint, folder))
+        (folder / "metrics.jsonl").touch()
+        saved = folder / f"checkpoints/iteration-{len(begun):06d}"
+        saved.mkdir(parents=True)
+        save_config(config, saved / "config.yaml")
+        write_manifest(saved, "model")
+        raise Stopped
+
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", train)
+    argv = ["--config", TINY, "--output-dir", str(tmp_path), "--resume", "auto"]
+    for _ in range(2):
+        assert main(argv) == STOPPED
+    assert main([*argv, "--seed", "3", "run.name=other"]) == STOPPED
+    (_, folder), again, other = begun
+    assert begun[0][0] is None and again == (folder / "checkpoints/iteration-000001", folder)
+    assert other == (None, tmp_path / "other")
+    torchrun(monkeypatch, restarts=0, most=3)  # which would need a name otherwise; and restarts after any status but 0
+    assert main(argv) == 0 and begun[3] == (folder / "checkpoints/iteration-000002", folder)
+    assert main([*argv, "--seed", "4", "run.name=other"]) == 2
+    assert "run.name=other has other settings: run.seed (3 -> 4)" in capsys.readouterr().err
 
 
 def test_what_the_out_of_memory_hint_proposes_is_accepted_by_a_resume():

@@ -264,3 +264,9 @@ def test_vanilla_discounts_as_much_a_simulator_step_as_a_chunk_s_decision_does()
         assert per_step**chunk.policy.chunk_size == pytest.approx(expected, abs=1e-3)
     steps = [c.rollout.num_envs * c.rollout.n_steps * c.policy.chunk_size for c in (chunk, step)]
     assert steps == [8192, 8192]
+
+
+def test_checkpoints_that_are_kept_for_good_are_of_those_that_are_written():
+    assert Config(logging={"keep_every": 20}).logging.keep_every == 20
+    with pytest.raises(ValueError, match=r"keep_every=15 is not a multiple of checkpoint_interval=10.*; use 20"):
+        Config(logging={"keep_every": 15})
