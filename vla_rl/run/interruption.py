@@ -62,6 +62,9 @@ class Stop:
         """
         from vla_rl.types import ProcessLost, SimulatorDied  # numpy: not before stop_while_importing
 
+        if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+            yield
+            return
         names = [name for name in SIGNALS if signal.getsignal(name) != signal.SIG_IGN]
         told, tell = os.pipe()
         os.set_blocking(tell, False)
