@@ -315,7 +315,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serves until it is interrupted (130); 2: a mistake in the arguments or settings; 1: it failed."""
+    """Serves until it is stopped (75); 2: a mistake in the arguments or settings; 1: it failed."""
     args = parse_args(argv)
     return end_of(lambda: run_server(args))
 

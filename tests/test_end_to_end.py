@@ -19,6 +19,7 @@ from tests.trainers import training_lines
 from vla_rl.reports.records import read_metrics
 from vla_rl.run.checkpoint import list_checkpoints, verify
 from vla_rl.run.command_line import ROOT
+from vla_rl.run.interruption import STOPPED
 
 pytestmark = pytest.mark.libero
 
@@ -156,7 +157,7 @@ def test_run_that_is_killed_and_resumed_equals_one_that_was_not(whole, tmp_path,
     # a cluster's SIGTERM and a closed terminal reach the simulators too; the out-of-memory killer takes the trainer alone
     os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 0), output
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else STOPPED), output
     assert len([line for line in read_metrics(run / "metrics.jsonl") if "actor/policy_loss" in line]) < 3
 
     resumed = start(tmp_path, "--resume", str(run))

@@ -43,6 +43,7 @@ def write_run(folder: Path, *overrides: str, seed: int = 0, size: float = 0.02) 
         policy.save_adapter(checkpoint / "adapter")
         save_config(config, checkpoint / "config.yaml")
 
+    folder.mkdir()
     write_checkpoint(folder / "checkpoints", "iteration-000001", policy.fingerprint(), write, keep=9)
     return folder
 

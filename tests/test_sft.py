@@ -26,6 +26,7 @@ from vla_rl.model.image_transform import crop_center
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.trained_as import read_trained_as
 from vla_rl.reports.records import read_metrics
+from vla_rl.run.interruption import STOPPED
 from vla_rl.run.load_settings import load_config, read_yaml
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.sft import main
@@ -260,7 +261,7 @@ def test_sigterm_saves_and_ends(data, tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0 and "--resume continues" in process.stderr.read()
+    assert process.wait(timeout=30) == STOPPED and "--resume continues" in process.stderr.read()
     assert list((tmp_path / "r/checkpoints").iterdir()) and not (tmp_path / "r/model").exists()
 
 

@@ -197,13 +197,13 @@ def merge(config: Config, adapter: Path, folder: Path, dtype: torch.dtype, from_
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: exported; 1: failed; 2: a mistake in the arguments; 130: interrupted, and nothing is left."""
+    """0: exported; 1: failed; 2: a mistake in the arguments; 75: stopped, and nothing is left."""
     args = parse_args(argv)
 
     def work() -> None:
         export(args)
 
-    return end_of(work, interrupted="interrupted; nothing was written")
+    return end_of(work, interrupted="stopped; nothing was written")
 
 
 if __name__ == "__main__":

@@ -296,3 +296,9 @@ def test_a_number_that_no_machine_could_bear_is_refused(override):
     with pytest.raises(ConfigError, match=r"input should be less than|got") as error:
         load_config(overrides=[override])
     assert override.partition("=")[0] in str(error.value)
+
+
+def test_checkpoints_that_are_kept_for_good_are_of_those_that_are_written():
+    assert Config(logging={"keep_every": 20}).logging.keep_every == 20
+    with pytest.raises(ValueError, match=r"keep_every=15 is not a multiple of checkpoint_interval=10.*; use 20"):
+        Config(logging={"keep_every": 15})

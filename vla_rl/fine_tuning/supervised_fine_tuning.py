@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from vla_rl.fine_tuning.augmentation import augment
 from vla_rl.fine_tuning.samples import GRIPPER_MASK, Samples, batch_rows
@@ -45,7 +44,9 @@ from vla_rl.run.checkpoint import (
     whole_number,
     write_checkpoint,
 )
+from vla_rl.run.files import Outage
 from vla_rl.run.load_settings import save_config
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.types import NonFiniteError, PolicyInputs
@@ -141,6 +142,7 @@ class SupervisedFineTuning:
         self.fingerprint = f"sft {kind}, policy {shape}, base {base}, data {train.digest}"
         self.step = 0  # finished optimizer steps
         self.stop_requested = False
+        self.outage = Outage("checkpoints", "the training goes on, and the next one is tried in its turn")
         self.spread = torch.tensor(GRIPPER_MASK * policy.chunk_size, device=policy.device)  # [A]
 
     def train(self) -> None:
@@ -148,14 +150,7 @@ class SupervisedFineTuning:
         training, logging_settings = self.config.training, self.config.logging
         losses: list[float] = []
         start, first = time.perf_counter(), self.step
-        bar = tqdm(
-            total=training.steps,
-            initial=self.step,
-            desc="sft",
-            unit="step",
-            disable=not logging_settings.progress,
-            mininterval=1,
-        )
+        bar = progress_bar("sft", training.steps, "step", logging_settings.progress, initial=self.step)
         with bar:
             while self.step < training.steps and not self.stop_requested:
                 metrics = self.train_step()
@@ -177,11 +172,15 @@ class SupervisedFineTuning:
                 if measured:
                     log.info(summary(self.step, training.steps, metrics))
                 if self.step % training.checkpoint_interval == 0 and self.step < training.steps:
-                    self.save_checkpoint()
+                    self.outage.survive(self.save_checkpoint)
         self.save_checkpoint()
         self.logger.draw_curves()
         if self.stop_requested:
             log.warning("stopped at step %d, saved; --resume continues", self.step)
+
+    def request_stop(self) -> None:
+        """Ends the training at the next step, saved."""
+        self.stop_requested = True
 
     def train_step(self) -> dict[str, float]:
         training = self.config.training
@@ -276,6 +275,7 @@ class SupervisedFineTuning:
             save_torch(state, folder / "trainer.pt")
             save_config(self.config, folder / "config.yaml")
 
+        self.logger.write_waiting()
         root = self.logger.folder / "checkpoints"
         return write_checkpoint(
             root, f"iteration-{self.step:06d}", self.fingerprint, write_files, self.config.training.keep_checkpoints

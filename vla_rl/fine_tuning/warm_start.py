@@ -52,8 +52,9 @@ from vla_rl.run.checkpoint import (
     whole_number,
     write_checkpoint,
 )
-from vla_rl.run.files import read_json
+from vla_rl.run.files import Outage, read_json
 from vla_rl.run.load_settings import save_config
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.warmstart_settings import WarmstartConfig
 from vla_rl.types import NonFiniteError, Observation
@@ -105,6 +106,7 @@ class WarmStart:
         self.optimizer = adamw(self.parameters, config.optimizer)
         self.sampler = EpisodeSampler(config.env.task_ids, config.env.initial_states, config.run.seed)
         self.store = DecisionStore(logger.folder / "data", config.collection.keep)
+        self.outage = Outage("checkpoints", "the training goes on, and the next one is tried in its turn")
         self.iteration = 0  # finished iterations
         self.step = 0  # finished optimizer steps
         self.evaluated_iteration = -1
@@ -116,8 +118,10 @@ class WarmStart:
         while True:
             if self.evaluation_due():
                 self.evaluate()
-                self.save_checkpoint()
+                self.outage.survive(self.save_checkpoint)
             if self.reached() or self.iteration >= self.config.training.iterations:
+                if self.outage.failing:
+                    self.save_checkpoint()
                 return self.reached()
             self.train_iteration()
 
@@ -172,7 +176,7 @@ class WarmStart:
         }
         self.logger.log({"iteration": self.iteration, "step": self.step, **metrics})
         log.info(summary(self.iteration, self.config.training.iterations, metrics))
-        self.save_checkpoint()  # before an evaluation in which the run may be killed
+        self.outage.survive(self.save_checkpoint)  # before an evaluation in which the run may be killed
 
     # -------------------------------------------------------------------------------------------------------- collection
 
@@ -191,7 +195,7 @@ class WarmStart:
         self.envs.on_wait = self.stop
         dropped = 0
         obs, _ = reset_finished(self.envs, np.ones(self.envs.num_envs, dtype=bool), queue)
-        bar = progress.progress_bar("collect", settings.episodes, "ep", self.config.logging.progress)
+        bar = progress_bar("collect", settings.episodes, "ep", self.config.logging.progress)
         with bar:
             while queue.playing:
                 self.stop()
@@ -252,7 +256,7 @@ class WarmStart:
         """steps_per_iteration optimizer steps on the decisions that are kept; means over them."""
         training = self.config.training
         losses, norms = [], []
-        bar = progress.progress_bar("learn", training.steps_per_iteration, "step", self.config.logging.progress)
+        bar = progress_bar("learn", training.steps_per_iteration, "step", self.config.logging.progress)
         with bar:
             for step in range(training.steps_per_iteration):
                 self.stop()
@@ -310,6 +314,7 @@ class WarmStart:
             (folder / DATA_FILE).write_text(json.dumps(self.store.digests, indent=1))
             save_config(self.config, folder / "config.yaml")
 
+        self.logger.write_waiting()
         root, keep = self.logger.folder / "checkpoints", self.config.training.keep_checkpoints
         path = write_checkpoint(root, f"iteration-{self.iteration:06d}", self.fingerprint, write_files, keep)
         self.store.remove_unneeded(name for folder in list_checkpoints(root) for name in data_of(folder))

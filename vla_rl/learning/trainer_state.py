@@ -6,6 +6,7 @@ the CPU bit for bit. Not here: files written whole or not at all (vla_rl.run.che
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -190,6 +191,8 @@ class TrainerState:
             f"value head {head}",
             f"{trainer.config.rollout.num_envs} environments",
         ]
+        self.saving = threading.Lock()  # a stop that nothing else obeys is saved by a thread (vla_rl.run.interruption)
+        self.loaded: tuple[int, bytes] | None = None  # iteration and config.yaml of the checkpoint that was loaded
         self.fingerprint = ", ".join([*parts, trainer.config.algorithm.estimator, f"state {STATE_VERSION}"])
         self.take()
 
@@ -246,7 +249,11 @@ class TrainerState:
         self.values["evaluated_iteration"] = self.trainer.evaluated_iteration
 
     def save(self) -> Path:
-        """Writes the state, on rank 0; returns the checkpoint's folder."""
+        """Writes the state, on rank 0, and the metrics that wait before it; returns the checkpoint's folder.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
         trainer, values = self.trainer, self.values
         root, name = trainer.logger.folder / "checkpoints", f"iteration-{values['iteration']:06d}"
         if not trainer.ranks.first:
@@ -258,9 +265,17 @@ class TrainerState:
             save_torch(rest, folder / "trainer.pt")
             if values["value_head"] is not None:
                 save_tensors(values["value_head"], folder / "value_head.safetensors")
-            save_config(trainer.config, folder / "config.yaml")
+            if (
+                self.loaded is not None and self.loaded[0] == values["iteration"]
+            ):  # settings that have trained nothing yet
+                (folder / "config.yaml").write_bytes(self.loaded[1])
+            else:
+                save_config(trainer.config, folder / "config.yaml")
 
-        return write_checkpoint(root, name, self.fingerprint, write_files, trainer.config.logging.keep_checkpoints)
+        with self.saving:
+            trainer.logger.write_waiting()
+            kept = trainer.config.logging.keep_checkpoints, trainer.config.logging.keep_every
+            return write_checkpoint(root, name, self.fingerprint, write_files, *kept)
 
     def load(self, folder: Path) -> None:
         """Puts the trainer into the state of a checkpoint: the simulators replay their episodes.
@@ -302,6 +317,7 @@ class TrainerState:
         episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in under_way]
         if episodes:
             trainer.obs = Observation.from_vector_env(trainer.envs.restore_episodes(episodes))
+        self.loaded = trainer.iteration, (folder / "config.yaml").read_bytes()
         self.take()
         evaluated = trainer.evaluated_iteration == trainer.iteration
         trainer.ranks.by_first(lambda: set_aside_later_checkpoints(folder))

@@ -46,19 +46,31 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message says which file, why, and what can be."""
 
 
-def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Callable[[Path], None], keep: int) -> Path:
+def write_checkpoint(
+    root: Path,
+    name: str,
+    fingerprint: str,
+    write_files: Callable[[Path], None],
+    keep: int,
+    keep_every: int | None = None,
+) -> Path:
     """Writes root/name atomically and removes the oldest ones beyond `keep`.
 
     Args:
+        root: in the run's folder, which is there: one that is gone for a while must not be made anew in another place.
         fingerprint: of the model; a checkpoint is refused for another one.
         write_files: fills the folder that it is given.
+        keep_every: those whose number is a multiple of it are not removed.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it cannot be written; those before it are as they were.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
+    remove_left_overs(root)
     unfinished = root / f".{name}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
         write_files(unfinished)
@@ -68,16 +80,33 @@ def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Calla
         raise
     final = root / name
     replaced = root / f".{name}.old"
-    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed right here
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # the same iteration again: a run that ends right after a periodic checkpoint
         os.replace(final, replaced)
     os.replace(unfinished, final)
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     for old in list_checkpoints(root)[:-keep]:
-        if old != final:  # later ones are there only if nobody has set them aside
-            shutil.rmtree(old)
+        wanted = keep_every is not None and checkpoint_number(old) % keep_every == 0 and checkpoint_number(old) > 0
+        if old != final and not wanted:  # later ones are there only if nobody has set them aside
+            remove_checkpoint(old)
     return final
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Under a hidden name, since half of a checkpoint must not be listed; what a kill leaves is removed by the next start."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_left_overs(root: Path) -> None:
+    """What a run that was killed while it wrote or removed a checkpoint has left. A checkpoint that was about to be replaced, and
+    was not, stays: `find_checkpoint` gives it its name again."""
+    for path in root.glob(".*iteration-*"):
+        match = re.fullmatch(rf"\.((?:{BEST})?iteration-[0-9]+)\.(tmp|old|gone)", path.name)
+        if match and (match[2] != "old" or match[1].startswith(BEST) or (root / match[1]).exists()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_manifest(folder: Path, fingerprint: str) -> None:
@@ -103,6 +132,7 @@ def set_aside_later_checkpoints(folder: Path) -> None:
     number = checkpoint_number(folder)
     if number is None:
         raise CheckpointError(f"{folder} is not named as a checkpoint is, iteration-NUMBER; rename it")
+    remove_left_overs(folder.parent)
     for later in [*reversed(list_checkpoints(folder.parent, BEST)), *reversed(list_checkpoints(folder.parent))]:
         if checkpoint_number(later) > number:
             names = (f"superseded-{f'{n}-' if n else ''}{later.name}" for n in itertools.count())
@@ -138,14 +168,34 @@ def find_checkpoint(run: Path) -> Path:
             raise CheckpointError(f"{run} is not named as a checkpoint is, iteration-NUMBER; rename it")
         verify(run)
         return run
-    for replaced in (run / "checkpoints").glob(".iteration-*.old"):  # killed between the two renames
+    restore_replaced(run)
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        raise CheckpointError(
+            f"{run} has no checkpoint in {run / 'checkpoints'}; the run ended before its first one: remove or rename it, and start anew"
+        )
+    return newest_verified(found, "resume from the one before: --resume ")
+
+
+def restore_replaced(run: Path) -> None:
+    """Of a run that was killed between the two renames of a checkpoint that it wrote again."""
+    for replaced in (run / "checkpoints").glob(".iteration-*.old"):
         final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
         if checkpoint_number(final) is not None and not final.exists():
             os.replace(replaced, final)
-    found = list_checkpoints(run / "checkpoints")
-    if not found:
-        raise CheckpointError(f"{run} has no checkpoint in {run / 'checkpoints'}; the run ended before its first one")
-    return newest_verified(found, "resume from the one before: --resume ")
+
+
+def newest_sound(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; those that are not are passed over with a warning."""
+    restore_replaced(run)
+    for folder in reversed(list_checkpoints(run / "checkpoints")):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            log.warning("%s; the one before is taken", error)
+        else:
+            return folder
+    return None
 
 
 def newest_verified(found: list[Path], way_out: str) -> Path:

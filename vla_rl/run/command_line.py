@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.run.failures import report
+from vla_rl.run.interruption import STOPPED, Stop, Stopped
 from vla_rl.run.load_settings import expand, load_config, settings_help
-from vla_rl.run.logs import configure_logging, who
+from vla_rl.run.logs import configure_logging
+from vla_rl.run.machine import launched, who
 from vla_rl.run.run_folder import with_absolute_output_dir
 from vla_rl.run.section import Section
 from vla_rl.run.settings import Config, ConfigError
@@ -105,22 +107,28 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def end_of(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+def end_of(work: Callable[[], int | None], interrupted: str = "stopped", stop: Stop | None = None) -> int:
     """Does a command's work and tells how it ended: 0, or what the work returns; 1: it failed; 2: a mistake in the settings or
-    arguments; 130: interrupted. One line says why; what may be a bug of ours goes on, with its stack.
+    arguments; 75: stopped by a signal (but 0 under torchrun, which takes any other status of a process for a failure and starts
+    all of them anew; its own status is 1 where it got the signal); 130: interrupted otherwise. One line says why; what may be a
+    bug of ours goes on, with its stack.
 
     Args:
-        interrupted: what to say of a KeyboardInterrupt.
+        interrupted: what to say of a stop.
+        stop: what signals ask, for work that ends at its steps.
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     configure_logging()
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), (stop or Stop()).on_signals():
             return work() or 0
     except ConfigError as error:
         print(f"{who()}error: {error}", file=sys.stderr)
         return 2
+    except Stopped:
+        print(f"{who()}{interrupted}", file=sys.stderr)
+        return 0 if launched() else STOPPED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

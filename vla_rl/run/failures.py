@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vla_rl.run.logs import who
+from vla_rl.run.machine import who
 
 log = logging.getLogger(__name__)
 

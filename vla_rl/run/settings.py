@@ -9,24 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vla_rl.run.section import ActionDims, Indices, RunName, Section, States
+from vla_rl.run.section import ActionDims, Indices, ProgressConfig, RunFolderConfig, Section, States
 from vla_rl.run.task_suites import TASK_SUITES, base_suite, check_states, check_suite
 
 
 class ConfigError(ValueError):
     """A user's mistake in the settings; the message names the setting, what was expected, what came, the way out."""
-
-
-class RunFolderConfig(Section):
-    """Where and how a run goes on, whatever it trains."""
-
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
-    device: Literal["cpu", "cuda"] = Field("cuda", description="where the policy runs")
-    torch_threads: int | None = Field(
-        None, ge=1, le=4096, description="CPU threads of torch; null leaves torch's own choice"
-    )
-    output_dir: str = Field("runs", description="each run makes its own folder in this one")
-    name: RunName = Field(None, description="of the run's folder; null makes one of what is trained, seed and time")
 
 
 class RunConfig(RunFolderConfig):
@@ -349,19 +337,6 @@ class EvalConfig(Section):
     video: bool = Field(True, description="write an MP4 of one success and one failure")
 
 
-class ProgressConfig(Section):
-    """What any run shows and sends."""
-
-    progress: bool = Field(True, description="tqdm bars")
-    tensorboard: bool = Field(False, description="write TensorBoard files to the run folder")
-    wandb: bool = Field(False, description="log to Weights & Biases")
-    wandb_project: str = Field("openvla-ppo", description="project")
-    wandb_entity: str | None = Field(None, description="user or team; null takes your default")
-    wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="offline writes to the run folder; no network"
-    )
-
-
 class LoggingConfig(ProgressConfig):
     """What a run leaves behind."""
 
@@ -369,10 +344,25 @@ class LoggingConfig(ProgressConfig):
         10, ge=1, le=10**9, description="iterations between checkpoints, which evaluations have too"
     )
     keep_checkpoints: int = Field(3, ge=1, le=10**6, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="and those of every so many iterations, a multiple of checkpoint_interval, for good",
+    )
     keep_best: bool = Field(True, description="and that of the best evaluation, greedy or else sampled")
     curves_interval: int = Field(
         10, ge=1, le=10**9, description="iterations between redrawings of curves and report, which each minute has, too"
     )
+
+    @model_validator(mode="after")
+    def check_kept(self) -> LoggingConfig:
+        if self.keep_every is not None and self.keep_every % self.checkpoint_interval:
+            raise ValueError(
+                f"keep_every={self.keep_every} is not a multiple of checkpoint_interval={self.checkpoint_interval}, at which "
+                f"checkpoints are written; use {-(-self.keep_every // self.checkpoint_interval) * self.checkpoint_interval}"
+            )
+        return self
 
 
 class DistributedConfig(Section):
