@@ -104,6 +104,29 @@ def test_a_second_signal_ends_at_once_whatever_hangs():
     assert status == 128 + signal.SIGINT and "SIGINT: ended at once" in said and "saved" not in said
 
 
+def test_a_signal_to_all_processes_leaves_the_one_that_removes_shared_memory():
+    status, said, _ = end_of_program(
+        """
+        import os, signal, time
+        from multiprocessing import resource_tracker
+        from vla_rl.run.interruption import Stop, Stopped
+
+        with Stop().on_signals(), Stop().at_steps():
+            print("ready", flush=True)
+            try:
+                time.sleep(60)
+            except Stopped:
+                tracker = resource_tracker._resource_tracker._pid
+                for number in (signal.SIGUSR1, signal.SIGHUP):
+                    os.kill(tracker, number)
+                time.sleep(0.2)
+                print(open(f"/proc/{tracker}/stat").read().split()[2])
+        """,
+        signal.SIGUSR1,
+    )
+    assert status == 0 and said.splitlines()[-1] in "SR", said  # sleeping or running, no zombie
+
+
 def test_a_command_that_is_still_imported_ends_in_a_line():
     process = subprocess.Popen([sys.executable, "-m", "vla_rl.sft"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30

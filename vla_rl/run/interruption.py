@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Stop:
             yield
             return
         names = [name for name in SIGNALS if signal.getsignal(name) != signal.SIG_IGN]
+        start_tracker()
         told, tell = os.pipe()
         os.set_blocking(tell, False)
         before = {name: signal.signal(name, self._handle) for name in names}
@@ -143,6 +145,17 @@ class Stop:
         else:
             log.warning("no step has ended for %g s: saved meanwhile in %s", self.grace_s / 2, saved)
             end_now(STOPPED, "stopped")
+
+
+def start_tracker() -> None:
+    """Of multiprocessing: the process that removes shared memory when this one has ended. Python has it ignore SIGINT and SIGTERM,
+    but a signal to all processes may be another one."""
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in (signal.SIGUSR1, signal.SIGHUP)}
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def end_now(status: int, said: str) -> None:
