@@ -346,7 +346,7 @@ def data_of(checkpoint: Path) -> dict[str, str]:
     with loading(checkpoint / DATA_FILE):
         names = read_json(checkpoint / DATA_FILE)
         for name, digest in names.items():
-            if Path(name).name != name or not isinstance(digest, str):  # a path would lead elsewhere
+            if Path(name).name != name or name == ".." or not isinstance(digest, str):  # a path would lead elsewhere
                 raise ValueError(f"{name!r:.60} is no file of decisions with its SHA-256")
         return names
 

@@ -37,7 +37,7 @@ from vla_rl.run.checkpoint import (
 from vla_rl.run.distributed import Ranks
 from vla_rl.run.load_settings import save_config
 from vla_rl.run.settings import Config
-from vla_rl.types import ACTION_DIM, Observation, Policy
+from vla_rl.types import ACTION_DIM, Episode, Observation, Policy
 
 # of what a checkpoint holds; 2: a sampling generator for each environment; 3: the actor's schedule
 STATE_VERSION = 3
@@ -116,7 +116,7 @@ class Values(Strict):
 
 
 def check_values(values: dict[str, Any], config: Config, chunk_size: int) -> None:
-    """Raises ValueError where trainer.pt has not what `take` puts into it in a run of these settings."""
+    """Raises ValueError or TypeError where trainer.pt has not what `take` puts into it in a run of these settings."""
     num_envs, max_steps = config.rollout.num_envs, config.max_episode_steps()
     try:
         found = Values.model_validate(values)
@@ -135,6 +135,8 @@ def check_values(values: dict[str, Any], config: Config, chunk_size: int) -> Non
             raise ValueError(f"{name} has {length} entries, expected {num_envs}")
     if not is_floats(found.running_returns) or found.running_lengths.is_floating_point():
         raise ValueError("running_returns and running_lengths: expected floats and whole numbers")
+    for state in values["episodes_under_way"]:
+        Episode(**state["episode"])  # TypeError of a name that it has not
     for under_way in found.episodes_under_way:
         actions, episode = under_way.actions, under_way.episode
         if episode.task_id not in config.env.task_ids or len(actions) > max_steps:

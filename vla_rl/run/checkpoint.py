@@ -308,6 +308,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 pass
             case _:
                 raise ValueError("it has no fingerprint or lists no files")
+        if not manifest["fingerprint"].isprintable():
+            raise ValueError("its fingerprint is no text of one line")
         for name, entry in files.items():
             match entry:
                 case {"bytes": int(), "sha256": str()} if is_within(name):

@@ -55,7 +55,10 @@ def load_config(
             does not go with another one.
     """
     values = read_yaml(path) if path is not None else {}
-    put_paths(values, full_path)
+    try:
+        put_paths(values, full_path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return config_from_dict(merge(values, overrides, flags), str(path or "the command line"), kind)
 
 
