@@ -19,7 +19,7 @@ from vla_rl.run.command_line import ROOT
 pytestmark = [pytest.mark.libero, pytest.mark.slow]
 
 FAULTS = [f"{phase}:{how}" for how in ("kill", "stop", "raise") for phase in ("reset", "step", "render")]
-QUICK = ["env.step_timeout_s=10", "env.build_timeout_s=40", "env.worker_replacements=9"]
+QUICK = ["env.step_timeout_s=10", "env.build_timeout_s=90", "env.worker_replacements=9"]
 TRAIN = ["start_gae_ppo_training.py", "--no-wandb", *SETTINGS, *QUICK, "logging.progress=false"]
 
 
