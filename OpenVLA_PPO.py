@@ -27,7 +27,6 @@ from torch import Tensor
 
 from vla_rl.evaluation.play import evaluate_modes
 from vla_rl.learning import losses
-from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize, unbroken
 from vla_rl.learning.episodes import (
     BrokenOff,
     EpisodeQueue,
@@ -39,6 +38,7 @@ from vla_rl.learning.episodes import (
     reset_finished,
     step_arguments,
 )
+from vla_rl.learning.estimators import gae_rows, grpo_rows
 from vla_rl.learning.finite import FiniteGuard, check_finite
 from vla_rl.learning.guards import check_first_minibatch, check_replicas, check_rescored
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
@@ -380,44 +380,11 @@ class OpenVLAPPO:
 
     def compute_advantages(self, rollout: RolloutBuffer) -> tuple[Minibatch, dict[str, Any]]:
         """The one branch between PPO and GRPO: how good each decision was. Both give rows to the same update."""
-        algorithm = self.config.algorithm
-        if algorithm.estimator == "gae":
-            values, critic_lambda = rollout.stack("values"), algorithm.critic_gae_lambda  # [T, N]
-            terminated, truncated = rollout.stack("terminated"), rollout.stack("truncated")
-            arguments = (
-                rollout.stack("rewards"),
-                values,
-                rollout.next_values(),
-                terminated,
-                truncated,
-                algorithm.gamma,
-            )
-            advantages, returns = compute_gae(*arguments, algorithm.gae_lambda)
-            if critic_lambda is not None:  # the targets can do with more variance and less bias than the advantages
-                _, returns = compute_gae(*arguments, critic_lambda)
-            counts = unbroken(terminated | truncated, rollout.stack("broken"))  # [T, N]
-            rows = None if counts.all() else counts.flatten().nonzero().flatten()
-            if not counts.any():
-                return rollout.flatten(advantages.flatten(), returns.flatten(), rows), {}
-            values, targets = values[counts], returns[counts]
-            metrics = {
-                "critic/explained_variance": losses.explained_variance(values, targets),
-                "critic/value_mean": values.mean().item(),
-                "critic/return_mean": targets.mean().item(),
-            }
-            self.schedule.see_rewards(arguments[0][counts], self.iteration)
-            if algorithm.normalize_advantages:
-                advantages = normalize(advantages, counts)
-            return rollout.flatten(advantages.flatten(), returns.flatten(), rows), metrics
-
-        episode = rollout.rows("episode")  # [R]
-        returns = torch.zeros(int(episode.max()) + 1).index_add(0, episode, rollout.rows("rewards"))  # [E]
-        advantages, informative = compute_grpo_advantages(returns, self.config.rollout.group_size)
-        rows = episode.argsort(stable=True)  # by episode, then time: the same whoever played what
-        rows = rows[informative[episode[rows]]] if algorithm.drop_uniform_groups else rows
-        num_groups = len(returns) // self.config.rollout.group_size
-        metrics = {"rollout/uniform_groups": num_groups - informative.sum().item() / self.config.rollout.group_size}
-        return rollout.flatten(advantages[episode], None, rows), metrics
+        if not self.uses_critic:
+            return grpo_rows(rollout, self.config.algorithm, self.config.rollout.group_size)
+        batch, metrics, rewards = gae_rows(rollout, self.config.algorithm)
+        self.schedule.see_rewards(rewards, self.iteration)
+        return batch, metrics
 
     # --------------------------------------------------------------------------------------------------------- update
 

@@ -28,6 +28,7 @@ def test_rollout_metrics_by_hand():
     metrics = rollout_metrics(EPISODES, env_steps=4096)
     assert metrics == {
         "rollout/episodes": 3,
+        "rollout/episodes_dropped": 0,
         "rollout/success_rate": pytest.approx(1 / 3),
         "rollout/return": pytest.approx(1 / 3),
         "rollout/length": 180,  # (100 + 220 + 220) / 3
