@@ -51,6 +51,7 @@ def write_run(folder: Path, *overrides: str, iterations=(1, 3)) -> Path:
         if head is not None:
             save_tensors(head.state_dict(), checkpoint / "value_head.safetensors")
 
+    folder.mkdir(parents=True, exist_ok=True)
     for iteration in iterations:
         with torch.no_grad():
             for number, parameter in enumerate(policy.trainable_parameters()):

@@ -45,7 +45,7 @@ class Once(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
         given = vars(namespace).setdefault("flags_given", {})
-        if option is not None and given.setdefault(self.dest, values) != values:
+        if option is not None and str(given.setdefault(self.dest, values)) != str(values):  # nan is not nan
             raise argparse.ArgumentError(self, f"given twice, with {given[self.dest]} and {values}; give it once")
         setattr(namespace, self.dest, values)
 

@@ -1,5 +1,4 @@
-"""A file or folder that is there whole or not at all, whatever ends the writing; lines that wait for a disk; and what somebody else
-wrote, read with a bound."""
+"""Files and folders that are there whole or not at all, lines that wait for a disk, what somebody else wrote read with a bound."""
 
 from __future__ import annotations
 

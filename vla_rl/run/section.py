@@ -1,5 +1,4 @@
-"""What a section of settings is made of: its strictness, the values that are written in more than one way, and what each command's
-settings begin with.
+"""What sections of settings are made of: strictness, values written in several ways, and what each command's begin with.
 
 Not here: the sections (vla_rl.run.settings, sft_settings, warmstart_settings).
 """

@@ -163,13 +163,17 @@ class EnvConfig(Section):
     step_timeout_s: float | None = Field(
         None,
         gt=0,
+        le=86400,
         description="a worker that takes longer for a step (of one environment) or a picture hangs, and is replaced; null: 20 times the "
         "slowest of its first 20 steps, but at least 60",
     )
-    build_timeout_s: float = Field(300, gt=0, description="likewise for its start, the build of a simulator or a reset")
+    build_timeout_s: float = Field(
+        300.0, gt=0, le=86400, description="likewise for its start, the build of a simulator or a reset"
+    )
     worker_replacements: int = Field(
         5,
         ge=0,
+        le=10**6,
         description="of one worker in a row, with no episode of it that ended between them; then the run is saved and stops",
     )
     model_cache_gb: float = Field(
