@@ -197,7 +197,7 @@ def without_settings(folder: Path) -> str:
         (
             with_line(**{"eval/success_rate_greedy": [1]}),
             [],
-            "line 6 is damaged: eval/success_rate_greedy is [1], expected",
+            "line 6 is damaged: 'eval/success_rate_greedy' is [1]",
         ),
         (lambda folder: str(folder / "nowhere"), [], "nowhere is not there"),
         (
