@@ -378,7 +378,7 @@ def test_trainer_file_that_lacks_something_is_told_by_name(tmp_path, monkeypatch
                 }
             ]
             * 4,
-            "an episode of task 7 with 1 decisions is none of this run's",
+            "an episode of task 7 with 1 actions is none of this run's",
         ),
     ],
 )

@@ -115,7 +115,7 @@ class Values(Strict):
     signal_watch: Watch | None = None
 
 
-def check_values(values: dict[str, Any], config: Config, chunk_size: int) -> None:
+def check_values(values: dict[str, Any], config: Config) -> None:
     """Raises ValueError or TypeError where trainer.pt has not what `take` puts into it in a run of these settings."""
     num_envs, max_steps = config.rollout.num_envs, config.max_episode_steps()
     try:
@@ -140,13 +140,9 @@ def check_values(values: dict[str, Any], config: Config, chunk_size: int) -> Non
     for under_way in found.episodes_under_way:
         actions, episode = under_way.actions, under_way.episode
         if episode.task_id not in config.env.task_ids or len(actions) > max_steps:
-            raise ValueError(
-                f"an episode of task {episode.task_id} with {len(actions)} decisions is none of this run's"
-            )
-        if actions.dtype != torch.float32 or actions.dim() != 3 or actions.shape[1:] != (chunk_size, ACTION_DIM):
-            raise ValueError(
-                f"actions are {actions.dtype} {list(actions.shape)}, expected float32 [*, {chunk_size}, {ACTION_DIM}]"
-            )
+            raise ValueError(f"an episode of task {episode.task_id} with {len(actions)} actions is none of this run's")
+        if actions.dtype != torch.float32 or actions.dim() != 2 or actions.shape[1] != ACTION_DIM:
+            raise ValueError(f"actions are {actions.dtype} {list(actions.shape)}, expected float32 [*, {ACTION_DIM}]")
         if not bool((actions.abs() <= 1e3).all()):  # false of NaN, too
             raise ValueError("actions of an episode under way are no actions: expected -1 to 1")
 
@@ -293,7 +289,7 @@ class TrainerState:
         if missing := sorted(STATE - values.keys()):
             raise CheckpointError(f"checkpoint {folder} is torn: trainer.pt lacks {', '.join(missing)}")
         with loading(folder / "trainer.pt"):
-            check_values(values, trainer.config, trainer.policy.chunk_size)
+            check_values(values, trainer.config)
         if trainer.value_head is not None:
             with loading(folder / "value_head.safetensors"):
                 trainer.value_head.load_state_dict(load_tensors(folder / "value_head.safetensors"))
