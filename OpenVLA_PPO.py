@@ -27,7 +27,6 @@ from torch import Tensor
 
 from vla_rl.evaluation.play import evaluate_modes
 from vla_rl.learning import losses
-from vla_rl.learning.advantages import compute_gae, compute_grpo_advantages, normalize, unbroken
 from vla_rl.learning.episodes import (
     BrokenOff,
     EpisodeQueue,
@@ -39,6 +38,7 @@ from vla_rl.learning.episodes import (
     reset_finished,
     step_arguments,
 )
+from vla_rl.learning.estimators import gae_rows, grpo_rows
 from vla_rl.learning.finite import FiniteGuard, check_finite
 from vla_rl.learning.guards import check_first_minibatch, check_replicas, check_rescored
 from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
@@ -52,6 +52,8 @@ from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run import progress
 from vla_rl.run.best_checkpoint import evaluation_of, keep_best
 from vla_rl.run.distributed import ONE, Ranks, share_of
+from vla_rl.run.files import Outage
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.settings import Config
 from vla_rl.types import (
     ACTION_DIM,
@@ -59,6 +61,7 @@ from vla_rl.types import (
     Policy,
     PolicyInputs,
     PolicyOutput,
+    ProcessLost,
     SimulatorDied,
     StopTraining,
     to_device,
@@ -128,8 +131,10 @@ class OpenVLAPPO:
         self.broken_off = BrokenOff()  # in the present rollout
         self.stop_requested = False
         envs.on_wait = self.check_stop
+        self.pace = progress.Pace()
         self.warned_no_hidden = False
         self.boundary = TrainerState(self)  # after the last finished iteration: what a stop goes back to
+        self.outage = Outage("checkpoints", "the training goes on, and the next one is tried in its turn")
 
     @property
     def own_config(self) -> Config:
@@ -138,12 +143,16 @@ class OpenVLAPPO:
 
     # ---------------------------------------------------------------------------------------------------------- train
 
-    def train(self) -> None:
+    def train(self) -> bool:
         """Rollout, advantages, update, until the timesteps are used up; evaluates and saves in between.
 
         Whatever ends it early, the state after the last finished iteration is saved: an unfinished one leaves no trace.
 
+        Returns:
+            Whether it has come to its end; False: it was asked to stop.
+
         Raises:
+            OSError: its last state cannot be saved.
             NonFiniteError, InvariantError: what is trained or measured is wrong.
             NoSignal: run.stop_without_signal episodes had no reward.
             RuntimeError: a simulator died, the GPU is out of memory, ...
@@ -153,12 +162,16 @@ class OpenVLAPPO:
                 self.evaluate_saved()
             if self.iteration > 0 and self.timesteps >= self.config.run.timesteps:
                 log.info("nothing left to train: %d timesteps are done; give --timesteps more", self.timesteps)
+            self.pace.begin(self.timesteps)
             while self.timesteps < self.config.run.timesteps:
                 self.signal_watch.check()
                 self.train_iteration()
             if self.evaluated_iteration < self.iteration:
                 self.evaluate_saved()
+            if self.outage.failing:
+                self.save_checkpoint()
             self.logger.draw_curves()
+            return True
         except BaseException as error:
             if getattr(error, "of_saved_weights", False):  # what came before them is what to go on with
                 raise
@@ -168,11 +181,12 @@ class OpenVLAPPO:
                     log.warning("ended at %d timesteps, saved in %s", self.boundary.timesteps, saved)
             except Exception as problem:
                 log.error("the state at %d timesteps could not be saved: %s", self.boundary.timesteps, problem)
-                raise error from None
-            # a signal to the whole process group ends the simulators too: that is no failure
-            if isinstance(error, StopTraining) or (self.stop_requested and isinstance(error, SimulatorDied)):
-                return
-            raise
+                raise (problem if isinstance(error, StopTraining) else error) from None
+            # a signal to the whole process group ends simulators and other processes too: that is no failure
+            lost = self.stop_requested and isinstance(error, (SimulatorDied, ProcessLost))
+            if not lost and not isinstance(error, StopTraining):
+                raise
+            return False
 
     def train_iteration(self) -> None:
         start = time.perf_counter()
@@ -193,7 +207,8 @@ class OpenVLAPPO:
             **self.micro_batches.metrics(),
         }
         self.logger.log({"iteration": self.iteration, "timesteps": self.timesteps, **metrics})
-        log.info(progress.summary_line(self.iteration, self.timesteps, self.config.run.timesteps, metrics))
+        plan = self.timesteps, self.config.run.timesteps
+        log.info(progress.summary_line(self.iteration, *plan, metrics, self.pace.left_s(*plan)))
         self.signal_watch.see(metrics)
 
         self.boundary.take()
@@ -202,7 +217,7 @@ class OpenVLAPPO:
         if self.evaluation_due():
             self.evaluate_saved()
         elif self.iteration % self.config.logging.checkpoint_interval == 0:
-            self.save_checkpoint()
+            self.outage.survive(self.save_checkpoint)
         if self.iteration % self.config.logging.curves_interval == 0:
             self.logger.draw_curves()
 
@@ -246,7 +261,7 @@ class OpenVLAPPO:
         rounds = 0
         waiting: list[tuple[RolloutBuffer, Decision]] = []  # at most one step is under way
         total = n_steps * num_envs if self.uses_critic else None
-        bar = progress.progress_bar("rollout", total, "dec", self.config.logging.progress)
+        bar = progress_bar("rollout", total, "dec", self.config.logging.progress)
 
         def finish_step() -> None:
             while waiting:
@@ -365,44 +380,11 @@ class OpenVLAPPO:
 
     def compute_advantages(self, rollout: RolloutBuffer) -> tuple[Minibatch, dict[str, Any]]:
         """The one branch between PPO and GRPO: how good each decision was. Both give rows to the same update."""
-        algorithm = self.config.algorithm
-        if algorithm.estimator == "gae":
-            values, critic_lambda = rollout.stack("values"), algorithm.critic_gae_lambda  # [T, N]
-            terminated, truncated = rollout.stack("terminated"), rollout.stack("truncated")
-            arguments = (
-                rollout.stack("rewards"),
-                values,
-                rollout.next_values(),
-                terminated,
-                truncated,
-                algorithm.gamma,
-            )
-            advantages, returns = compute_gae(*arguments, algorithm.gae_lambda)
-            if critic_lambda is not None:  # the targets can do with more variance and less bias than the advantages
-                _, returns = compute_gae(*arguments, critic_lambda)
-            counts = unbroken(terminated | truncated, rollout.stack("broken"))  # [T, N]
-            rows = None if counts.all() else counts.flatten().nonzero().flatten()
-            if not counts.any():
-                return rollout.flatten(advantages.flatten(), returns.flatten(), rows), {}
-            values, targets = values[counts], returns[counts]
-            metrics = {
-                "critic/explained_variance": losses.explained_variance(values, targets),
-                "critic/value_mean": values.mean().item(),
-                "critic/return_mean": targets.mean().item(),
-            }
-            self.schedule.see_rewards(arguments[0][counts], self.iteration)
-            if algorithm.normalize_advantages:
-                advantages = normalize(advantages, counts)
-            return rollout.flatten(advantages.flatten(), returns.flatten(), rows), metrics
-
-        episode = rollout.rows("episode")  # [R]
-        returns = torch.zeros(int(episode.max()) + 1).index_add(0, episode, rollout.rows("rewards"))  # [E]
-        advantages, informative = compute_grpo_advantages(returns, self.config.rollout.group_size)
-        rows = episode.argsort(stable=True)  # by episode, then time: the same whoever played what
-        rows = rows[informative[episode[rows]]] if algorithm.drop_uniform_groups else rows
-        num_groups = len(returns) // self.config.rollout.group_size
-        metrics = {"rollout/uniform_groups": num_groups - informative.sum().item() / self.config.rollout.group_size}
-        return rollout.flatten(advantages[episode], None, rows), metrics
+        if not self.uses_critic:
+            return grpo_rows(rollout, self.config.algorithm, self.config.rollout.group_size)
+        batch, metrics, rewards = gae_rows(rollout, self.config.algorithm)
+        self.schedule.see_rewards(rewards, self.iteration)
+        return batch, metrics
 
     # --------------------------------------------------------------------------------------------------------- update
 
@@ -428,7 +410,7 @@ class OpenVLAPPO:
                 batch, reference_logprobs=self.micro_batches.score(batch, self.policy.reference_logprobs, self.ranks)
             )
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
-        bar = progress.progress_bar("update", steps_planned, "step", self.config.logging.progress)
+        bar = progress_bar("update", steps_planned, "step", self.config.logging.progress)
         history: list[dict[str, float]] = []  # metrics of each minibatch
         stopped_by_kl = False
         with bar:
@@ -599,11 +581,12 @@ class OpenVLAPPO:
 
     def evaluate_saved(self) -> None:
         """Evaluates what is saved first, as the run may be killed in it, and keeps that if it is the best so far."""
-        folder = self.save_checkpoint()
+        begun = self.evaluated_iteration >= 0  # a run that cannot be saved at all ends at once
+        folder = self.outage.survive(self.save_checkpoint) if begun else self.save_checkpoint()
         entry = self.evaluate()
-        if entry and self.config.logging.keep_best and self.ranks.first:
-            keep_best(folder, evaluation_of(entry, self.config.eval))
-        self.save_checkpoint()  # a resumed run does not evaluate again
+        if entry and folder and self.config.logging.keep_best and self.ranks.first:
+            self.outage.survive(lambda: keep_best(folder, evaluation_of(entry, self.config.eval)))
+        self.outage.survive(self.save_checkpoint)  # a resumed run does not evaluate again
 
     def evaluate(self) -> dict[str, Any]:
         """Success from the fixed initial states, logged as eval/*, with a video of one success and one failure."""

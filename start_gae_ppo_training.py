@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from contextlib import ExitStack, nullcontext
@@ -14,13 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vla_rl.run.command_line import TINY_CONFIG, end_of, flag_settings, new_run_settings, parse, settings_parser
-from vla_rl.run.logs import WARNINGS_FILE, warnings_kept
+from vla_rl.run.interruption import Stop, Stopped
+from vla_rl.run.logs import slow, warnings_kept
 from vla_rl.run.machine import launched, restarts
 from vla_rl.run.run_folder import (
     changed_settings,
+    is_untouched,
     make_run_folder,
     resumed_settings,
+    run_of_settings,
     tasks_text,
+    unbegun_settings,
     with_found_adapter,
 )
 from vla_rl.run.settings import Config, ConfigError
@@ -29,6 +32,8 @@ if TYPE_CHECKING:  # torch: not before the arguments are known to be sound
     from vla_rl.run.distributed import Ranks
 
 log = logging.getLogger("start_gae_ppo_training")
+
+AUTO = "auto"  # of --resume
 
 # what a resumed run must share with the one that it continues: its episodes and optimizers are of these
 FIXED_ON_RESUME = (
@@ -49,7 +54,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "Fine-tune OpenVLA on LIBERO with PPO and GAE (or GRPO).\n\n"
         f"On a CPU: start_gae_ppo_training.py --config {TINY_CONFIG} --task-id 0 --no-wandb",
     )
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue the run in this folder from its newest checkpoint; auto: the newest run of these settings, or a new one",
+    )
     parser.add_argument(
         "--check", action="store_true", help="train nothing: check what the run needs, and estimate what it takes"
     )
@@ -57,11 +66,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
-    """The run's settings and, for --resume, the verified checkpoint to continue from.
+    """The run's settings and, for --resume, the verified checkpoint to continue from; for --resume auto `train` finds it.
 
     Raises:
         ConfigError: see vla_rl.run.load_settings.load_config; or the checkpoint is missing, torn, or of other settings.
     """
+    if args.resume == AUTO:
+        return with_found_adapter(new_run_settings(args)), None
     if args.resume is None:
         config = with_found_adapter(new_run_settings(args))
         begun = run_of_restart(config)
@@ -71,7 +82,10 @@ def settings_from(args: argparse.Namespace) -> tuple[Config, Path | None]:
     return resume(args, args.resume)
 
 
-def resume(args: argparse.Namespace, run: str) -> tuple[Config, Path]:
+def resume(args: argparse.Namespace, run: str) -> tuple[Config, Path | None]:
+    unbegun = unbegun_settings(run, args.overrides, flag_settings(args), Config)
+    if unbegun is not None:
+        return unbegun, None
     before, config, checkpoint = resumed_settings(run, args.overrides, flag_settings(args), Config)
     changed = changed_settings(before, config, FIXED_ON_RESUME, FREE_ON_RESUME)
     if changed:
@@ -102,25 +116,35 @@ def automatic_name(config: Config) -> str:
     return f"{what}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def train(config: Config, checkpoint: Path | None) -> None:
-    """Checks what the settings need, makes the run folder, and trains in it; together with the processes that torchrun started."""
-    from vla_rl.preflight.needs import check_start
-    from vla_rl.run.checkpoint import locked
-    from vla_rl.run.distributed import joined, share_of
+def train(config: Config, checkpoint: Path | None, stop: Stop, auto: bool = False) -> None:
+    """Checks what the settings need, makes the run folder, and trains in it; together with the processes that torchrun started.
+
+    Args:
+        auto: goes on from the newest checkpoint of these settings, if there is one.
+
+    Raises:
+        Stopped: a signal asked for it; the run is saved, or was not begun.
+    """
+    stop.grace_s = config.run.grace_s
+    with slow("importing torch and the model's libraries"):
+        from vla_rl.preflight.needs import check_start
+        from vla_rl.run.checkpoint import locked
+        from vla_rl.run.distributed import joined, share_of
 
     with joined(config.run.device) as ranks:
         share_of(config, ranks.size)  # whether it can be shared
+        if auto:
+            config, checkpoint = ranks.by_first(lambda: run_of_settings(config))
         config = config if ranks.first else without_bars(config)
-        if checkpoint is None:
-            ranks.by_first(lambda: remove_failed_start(config))
-        ranks.all_of(lambda: check_start(config, resumed=checkpoint is not None))
+        with slow("checking what the settings need"):
+            ranks.all_of(lambda: check_start(config, resumed=checkpoint is not None))
         if checkpoint is None:
             folder = ranks.by_first(lambda: make_run_folder(config, automatic_name(config)))
         else:
             folder = checkpoint.parent.parent
         with locked(folder) if ranks.first else nullcontext():
             try:
-                build_and_train(config, checkpoint, folder, ranks)
+                build_and_train(config, checkpoint, folder, ranks, stop)
             except BaseException:
                 if ranks.first and checkpoint is None and is_untouched(folder):
                     log.warning("nothing was measured or trained: %s is removed", folder)
@@ -128,26 +152,12 @@ def train(config: Config, checkpoint: Path | None) -> None:
                 raise
 
 
-def remove_failed_start(config: Config) -> None:
-    """A folder that this same command made and never trained in before torchrun started it anew."""
-    folder = Path(config.run.output_dir) / str(config.run.name)
-    if restarts()[0] > 0 and config.run.name is not None and folder.is_dir() and is_untouched(folder):
-        shutil.rmtree(folder)
-
-
 def without_bars(config: Config) -> Config:
     """Of a process beside the one that a person follows."""
     return config.model_copy(update={"logging": config.logging.model_copy(update={"progress": False})})
 
 
-def is_untouched(folder: Path) -> bool:
-    """Whether a run folder has nothing but what a start makes: a checkpoint at 0 timesteps is the settings again."""
-    by_start = {"config.yaml", ".lock", WARNINGS_FILE, "report.html", "wandb", "wandb_id", "tensorboard", "checkpoints"}
-    made = {path.name for path in folder.iterdir()} <= by_start
-    return made and all("iteration-000000" in path.name for path in folder.glob("checkpoints/*"))
-
-
-def build_and_train(config: Config, checkpoint: Path | None, folder: Path, ranks: Ranks) -> None:
+def build_and_train(config: Config, checkpoint: Path | None, folder: Path, ranks: Ranks, stop: Stop) -> None:
     from OpenVLA_PPO import OpenVLAPPO
     from vla_rl.learning.memory import fit_to_card
     from vla_rl.learning.parts import build_trainer, instructions_of
@@ -160,33 +170,22 @@ def build_and_train(config: Config, checkpoint: Path | None, folder: Path, ranks
         log.info("run folder %s", folder)
         trainer = build_trainer(OpenVLAPPO, config, logger, cleanup, ranks, resumed=checkpoint is not None)
         if checkpoint is not None:
-            trainer.load_checkpoint(checkpoint)
+            with slow("loading the checkpoint"):
+                trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s at %d timesteps", checkpoint, trainer.timesteps)
-        fit_to_card(trainer, instructions_of(config))
-        stop_on_signals(trainer)
-        trainer.train()
+        with slow("measuring what fits the card"):
+            fit_to_card(trainer, instructions_of(config))
+        with stop.at_steps(ask=trainer.request_stop, save=trainer.save_checkpoint):
+            finished = trainer.train()
+        if not finished:
+            raise Stopped
     log.info("run folder %s", folder)
 
 
-def stop_on_signals(trainer) -> None:
-    """Ctrl-C, a cluster's SIGTERM, a terminal that is gone (unless nohup has it ignored): save and end; a second one ends at
-    once."""
-
-    def handle(number, frame) -> None:
-        if trainer.stop_requested:
-            raise KeyboardInterrupt
-        log.warning("%s: stopping and saving; once more to stop at once", signal.Signals(number).name)
-        trainer.request_stop()
-
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(name) != signal.SIG_IGN:
-            signal.signal(name, handle)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """0: trained or stopped and saved, or all checks passed; 1: the run or a check failed; 2: a mistake in the settings or
-    arguments; 130: interrupted."""
-    args = parse_args(argv)
+    """0: trained, or all checks passed; 1: the run or a check failed; 2: a mistake in the settings or arguments; 75: stopped, and
+    saved where it had begun (but see end_of)."""
+    args, stop = parse_args(argv), Stop()
 
     def work() -> int | None:
         config, checkpoint = settings_from(args)
@@ -195,10 +194,12 @@ def main(argv: list[str] | None = None) -> int:
                 raise ConfigError("--check looks at one process of a run; give it without torchrun and --gpus")
             from vla_rl.check import check_and_report
 
+            if args.resume == AUTO:
+                config, checkpoint = run_of_settings(config)
             return check_and_report(config, resumed=checkpoint is not None)
-        train(config, checkpoint)
+        train(config, checkpoint, stop, auto=args.resume == AUTO)
 
-    return end_of(work)
+    return end_of(work, stop=stop)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ main() {
         echo "error: --gpus takes the number of GPUs, as in --gpus 4" >&2
         exit 2
     fi
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # torchrun, which else dies of the last one
     if [[ $several == true ]]; then start+=(-m torch.distributed.run --standalone --nproc-per-node "$gpus"); fi
     trap 'report_failure $?' ERR
     is_ready || setup

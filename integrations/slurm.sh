@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of one or more nodes of a Slurm cluster, and goes on by itself where it was stopped.
+# Trains on the GPUs of one or more nodes of a Slurm cluster, and goes on by itself where it was stopped (docs/cluster.md).
 #
 #   sbatch integrations/slurm.sh --config configs/gae_ppo_config.yaml rollout.num_envs=64                one node
 #   sbatch --nodes=2 integrations/slurm.sh --config configs/gae_ppo_config.yaml rollout.num_envs=64      two
@@ -14,7 +14,8 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 
 run=${RUN:-job_${SLURM_JOB_ID:-local}}
@@ -26,20 +27,31 @@ if ((nodes > 1)); then
     head=${hosts%%$'\n'*}
 fi
 
-# a job that was requeued, or one with the name of a run, continues that run
-start=("$@" "run.name=$run")
-if compgen -G "runs/$run/checkpoints/iteration-*" >/dev/null; then start=(--resume "runs/$run"); fi
-
 command=(
     srun --kill-on-bad-exit=1
     .venv/bin/python -m torch.distributed.run
     --nnodes "$nodes" --nproc-per-node "$gpus" --max-restarts 3
     --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-0}-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$head:${PORT:-29500}"
-    start_gae_ppo_training.py "${start[@]}"
+    start_gae_ppo_training.py "$@" "run.name=$run" --resume auto
 )
 if [[ ${DRY_RUN:-} ]]; then
     printf '%q ' "${command[@]}"
     printf '\n'
     exit
 fi
-exec "${command[@]}"
+
+# Two minutes before the time is over Slurm tells this shell alone (USR1): the run saves, and the job goes back into the queue.
+# What Slurm preempts it requeues itself (TERM to all processes), and what a person cancels stays cancelled.
+requeue=false
+"${command[@]}" &
+job=$!
+trap 'requeue=true; kill -TERM "$job"' USR1
+trap 'kill -TERM "$job"' TERM INT
+status=0
+wait "$job" || status=$?
+while kill -0 "$job" 2>/dev/null; do # a signal ends the wait before the job has ended
+    status=0
+    wait "$job" || status=$?
+done
+if [[ $requeue == true ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

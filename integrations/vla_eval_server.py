@@ -28,7 +28,7 @@ import numpy as np
 from vla_rl.evaluation.play import sampling_generators
 from vla_rl.evaluation.subject import Subject, build_subject, of_checkpoint, of_run
 from vla_rl.preflight.needs import check_device, check_policy
-from vla_rl.run.command_line import end_of, parse
+from vla_rl.run.command_line import Parser, end_of, parse
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import PROPRIO_DIM, Episode, Observation
 
@@ -257,7 +257,7 @@ class OpenVLAServer(PredictModelServer):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m integrations.vla_eval_server",
         description="Serve a checkpoint to vla-eval, which evaluates it on LIBERO. Greedy unless --temperature is given.",
         allow_abbrev=False,
@@ -315,7 +315,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serves until it is interrupted (130); 2: a mistake in the arguments or settings; 1: it failed."""
+    """Serves until it is stopped (75); 2: a mistake in the arguments or settings; 1: it failed."""
     args = parse_args(argv)
     return end_of(lambda: run_server(args))
 

@@ -1,12 +1,15 @@
 """What every test runs under."""
 
 import contextlib
+import logging
 import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
+from vla_rl.run.logs import OURS
 from vla_rl.simulation.libraries import prepare_environment
 
 with contextlib.suppress(ImportError):
@@ -21,3 +24,12 @@ prepare_environment()  # MuJoCo reads it when it is imported
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)  # of no effect here still, but not inherited
+
+
+@pytest.fixture(autouse=True)
+def levels_of_logs():
+    """A command line sets them, by the rank of its process: no other test sees it."""
+    before = {name: logging.getLogger(name).level for name in OURS}
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)

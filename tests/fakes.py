@@ -23,6 +23,11 @@ CHUNK = 2
 BINS = 4  # of each action dimension: two negative, two positive
 
 
+def last_of_each(*overrides: str) -> list[str]:
+    """Of settings like "run.seed=1" that are given twice, which is a mistake, the later one."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
+
+
 class FakeEnv(gymnasium.Env):
     """Move to the side that the picture's colour shows: red is left, blue is right.
 
@@ -71,13 +76,13 @@ class FakeEnv(gymnasium.Env):
     def episode_state(self):
         if self.episode is None:
             return None
-        actions = np.array(self.actions, dtype=np.float32).reshape(-1, CHUNK, ACTION_DIM)
+        actions = np.array(self.actions, dtype=np.float32).reshape(-1, ACTION_DIM)
         return {"episode": vars(self.episode), "actions": actions}
 
     def restore_episodes(self, states):
         state = states[self.index]
         obs, _ = self.reset(options={"episodes": {self.index: Episode(**state["episode"])}})
-        for actions in state["actions"]:
+        for actions in state["actions"].reshape(-1, CHUNK, ACTION_DIM):
             obs, *_ = self.step(actions)
         return obs
 

@@ -186,15 +186,19 @@ def without_settings(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("make", "more", "words"),
     [
-        (damaged, [], "line 1 is damaged: 'torn'; mend or remove the line"),
+        (damaged, [], "line 1 is damaged: b'torn'; mend or remove the line"),
         (empty, [], "has no metrics.jsonl; give the folder of a run"),
         (no_line_yet, [], "has no whole line yet"),
         (of_fine_tuning, [], "is of no PPO or GRPO run"),
         (without_settings, [], "no settings file"),
-        (with_line(timesteps=None), [], "line 6: timesteps is None, not a number"),
-        (with_line(timesteps="900"), [], "line 6: timesteps is '900', not a number"),
+        (with_line(timesteps=None), [], "line 6 is damaged: timesteps is None, expected"),
+        (with_line(timesteps="900"), [], "line 6 is damaged: timesteps is '900', expected"),
         (with_line(**{"rollout/episodes": 4}), [], "line 6: rollout/success_rate is None, not a number"),
-        (with_line(**{"eval/success_rate_greedy": [1]}), [], "line 6: eval/success_rate_greedy is [1], not a number"),
+        (
+            with_line(**{"eval/success_rate_greedy": [1]}),
+            [],
+            "line 6 is damaged: 'eval/success_rate_greedy' is [1]",
+        ),
         (lambda folder: str(folder / "nowhere"), [], "nowhere is not there"),
         (
             lambda folder: make_run(folder, "r", 0.5),

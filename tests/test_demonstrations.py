@@ -31,6 +31,7 @@ from vla_rl.demonstrations import (
     record_task,
 )
 from vla_rl.fine_tuning.demonstration_file import read_demonstrations
+from vla_rl.run.interruption import STOPPED
 from vla_rl.run.settings import ConfigError
 from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.simulation.suites import task_instructions
@@ -322,5 +323,6 @@ def test_ctrl_c_ends_workers_and_leaves_no_torn_file(tmp_path):
         time.sleep(0.2)
     time.sleep(3)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130 and "no file was written" in process.stderr.read()
+    # the worker ends its episode first, which takes a while where other tests are busy
+    assert process.wait(timeout=240) == STOPPED and "no unfinished file was written" in process.stderr.read()
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from vla_rl.evaluate import main
 from vla_rl.evaluation.results import JOURNAL
 from vla_rl.model.action_head import ActionHead, save_action_head
 from vla_rl.model.tiny_openvla import TRAINED
+from vla_rl.run.interruption import STOPPED
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = ["--checkpoint", "tiny-openvla", "--task-suite", "libero_spatial", "--no-progress", "--task-ids", "0", "1"]
@@ -58,7 +59,8 @@ def small_parts(monkeypatch):
 
 
 def run(out: Path, *more: str, videos="none", arguments=ARGUMENTS) -> int:
-    return main([*arguments, "--out", str(out), "--states", "0-9", "--videos", videos, "eval.num_envs=3", *more])
+    envs = [] if any(word.startswith("eval.num_envs=") for word in more) else ["eval.num_envs=3"]
+    return main([*arguments, "--out", str(out), "--states", "0-9", "--videos", videos, *envs, *more])
 
 
 def episodes(out: Path) -> list[dict]:
@@ -116,7 +118,7 @@ def test_it_goes_on_where_it_was_stopped_with_the_same_outcomes(tmp_path, capsys
             return super().act(*args, **kwargs)
 
     small_parts.policy, handler = Killed(), signal.getsignal(signal.SIGTERM)
-    assert run(tmp_path / "parts") == 130
+    assert run(tmp_path / "parts") == STOPPED
     assert "the same command goes on" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) == handler
     kept = len((tmp_path / "parts" / JOURNAL).read_text().splitlines()) - 2
     assert 0 < kept < 40 and not (tmp_path / "parts/results.json").exists()

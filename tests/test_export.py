@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.fakes import last_of_each
 from tests.model.policies import make_obs
 from vla_rl import export as command
 from vla_rl.evaluation.play import evaluate_policy, evaluation_episodes
@@ -32,7 +33,7 @@ SUITE = {"env.task_suite": "libero_spatial"}
 
 def write_run(folder: Path, *overrides: str, seed: int = 0, size: float = 0.02) -> Path:
     """A run folder with one checkpoint, whose LoRA weights are others than in the beginning."""
-    config = load_config(TINY, ["policy.lora.rank=2", "policy.lora.alpha=4", *overrides])
+    config = load_config(TINY, last_of_each("policy.lora.rank=2", "policy.lora.alpha=4", *overrides))
     policy = build_policy(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -43,6 +44,7 @@ def write_run(folder: Path, *overrides: str, seed: int = 0, size: float = 0.02) 
         policy.save_adapter(checkpoint / "adapter")
         save_config(config, checkpoint / "config.yaml")
 
+    folder.mkdir()
     write_checkpoint(folder / "checkpoints", "iteration-000001", policy.fingerprint(), write, keep=9)
     return folder
 

@@ -44,8 +44,8 @@ def test_ppo_learns_from_all_rows_but_those_of_broken_episodes(tmp_path, overlap
     assert torch.isfinite(batch.returns).all()
     # nothing but fresh episodes follows, which are counted as all others are
     states = trainer.envs.episode_states()
-    assert all(len(state["actions"]) <= 3 for state in states) and not trainer.envs.dropped.any()
-    assert trainer.running.lengths.tolist() == [CHUNK * len(state["actions"]) for state in states]
+    assert all(len(state["actions"]) <= 3 * CHUNK for state in states) and not trainer.envs.dropped.any()
+    assert trainer.running.lengths.tolist() == [len(state["actions"]) for state in states]
 
 
 def test_an_episode_broken_off_between_the_decision_and_its_step_is_not_stepped_with_it(tmp_path):

@@ -115,7 +115,7 @@ def step_dump(trainer, episode, actions, chunk):
         "name": "a reward is not finite",
         "kind": "step",
     }
-    values |= {"episode": episode, "actions": actions, "chunk": chunk, "steps": 1}
+    values |= {"episode": episode, "actions": actions, "chunk": chunk, "steps": min(2, len(actions))}
     path = trainer.logger.folder / "step.pt"
     torch.save(values, path)
     return str(path)
@@ -132,10 +132,10 @@ def test_a_step_of_the_environment_comes_again(trainer, monkeypatch, capsys):
 
     monkeypatch.setattr("tests.fakes.FakeEnv", Spoilt)
     monkeypatch.setattr("vla_rl.replay.make_vector_env", lambda config, n: make_envs(n, max_steps=20))
-    actions = torch.zeros(3, 2, 7)
-    assert main([step_dump(trainer, EPISODE, actions, actions[0])]) == 0
+    actions = torch.zeros(6, 7)
+    assert main([step_dump(trainer, EPISODE, actions, actions[:2])]) == 0
     assert "again: a reward is not finite" in capsys.readouterr().out
-    assert main([step_dump(trainer, EPISODE, actions[:2], actions[0])]) == 1
+    assert main([step_dump(trainer, EPISODE, actions[:4], actions[:2])]) == 1
 
 
 @pytest.mark.libero

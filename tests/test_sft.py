@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.fakes import last_of_each
 from tests.fine_tuning.test_demonstration_file import arrays
 from vla_rl.fine_tuning.augmentation import augment
 from vla_rl.fine_tuning.demonstration_file import DemonstrationFile
@@ -26,6 +27,7 @@ from vla_rl.model.image_transform import crop_center
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.trained_as import read_trained_as
 from vla_rl.reports.records import read_metrics
+from vla_rl.run.interruption import STOPPED
 from vla_rl.run.load_settings import load_config, read_yaml
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.sft import main
@@ -55,19 +57,16 @@ def data(tmp_path_factory):
 
 
 def arguments(data, folder, *more, steps=6, interval=3):
-    return [
-        *("--config", str(ROOT / "configs/tiny_sft.yaml"), f"data.files=[{data}]", "data.validation_fraction=0.25"),
-        *(
-            f"run.output_dir={folder}",
-            "run.name=r",
-            "run.torch_threads=1",
-            "logging.progress=false",
-            "policy.chunk_size=1",
-        ),
+    config = [] if "--config" in more else ["--config", str(ROOT / "configs/tiny_sft.yaml")]
+    flags = [part for place, part in enumerate(more) if part == "--config" or more[place - 1] == "--config"]
+    settings = [
+        *(f"data.files=[{data}]", "data.validation_fraction=0.25", f"run.output_dir={folder}", "run.name=r"),
+        *("run.torch_threads=1", "logging.progress=false", "logging.interval=1", "policy.chunk_size=1"),
         *(f"training.steps={steps}", "training.batch_size=8", "training.micro_batch_size=8", "training.warmup_steps=2"),
         *(f"training.evaluation_interval={interval}", f"training.checkpoint_interval={interval}"),
-        *("logging.interval=1", *more),
+        *(part for part in more if part not in flags),
     ]
+    return [*config, *flags, *last_of_each(*settings)]
 
 
 def test_it_learns_what_the_picture_and_the_instruction_tell(data, tmp_path):
@@ -260,7 +259,7 @@ def test_sigterm_saves_and_ends(data, tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0 and "--resume continues" in process.stderr.read()
+    assert process.wait(timeout=30) == STOPPED and "--resume continues" in process.stderr.read()
     assert list((tmp_path / "r/checkpoints").iterdir()) and not (tmp_path / "r/model").exists()
 
 

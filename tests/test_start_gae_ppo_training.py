@@ -29,9 +29,10 @@ from vla_rl.learning.parts import build_policy
 from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.model.trained_as import write_trained_as
 from vla_rl.preflight.needs import check_start
-from vla_rl.run.checkpoint import write_manifest
+from vla_rl.run.checkpoint import locked, write_manifest
 from vla_rl.run.command_line import ROOT
 from vla_rl.run.failures import explain
+from vla_rl.run.interruption import STOPPED, Stopped
 from vla_rl.run.load_settings import list_settings, load_config, save_config
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import ConfigError
@@ -58,8 +59,8 @@ def test_documented_calls_become_the_settings_they_promise():
     assert not config_of("--config", TINY, "--no-wandb").logging.wandb
 
 
-def test_flags_win_over_overrides_and_overrides_over_the_file():
-    config = config_of("--config", TINY, "run.timesteps=5", "run.seed=7", "--seed", "8")
+def test_flags_and_overrides_win_over_the_file():
+    config = config_of("--config", TINY, "run.timesteps=5", "--seed", "8")
     assert (config.run.timesteps, config.run.seed, config.rollout.num_envs) == (5, 8, 8)
 
 
@@ -232,7 +233,7 @@ def test_run_that_ends_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
     "left", [[], ["report.html", "wandb_id", "wandb/x", "checkpoints/iteration-000000/trainer.pt"]]
 )
 def test_start_that_fails_leaves_no_run_of_nothing(left, tmp_path, monkeypatch):
-    def fails(config, checkpoint, folder, ranks):
+    def fails(config, checkpoint, folder, *rest):
         write(folder, *left)
         raise SimulatorDied("no rendering")
 
@@ -251,7 +252,7 @@ def write(folder: Path, *names: str) -> None:
     "left", ["metrics.jsonl", "checkpoints/iteration-000001/trainer.pt", "nonfinite_iteration_1.pt"]
 )
 def test_run_that_fails_later_keeps_what_it_has(left, tmp_path, monkeypatch):
-    def fails(config, checkpoint, folder, ranks):
+    def fails(config, checkpoint, folder, *rest):
         write(folder, left, "checkpoints/iteration-000000/trainer.pt")
         raise SimulatorDied("killed")
 
@@ -303,7 +304,7 @@ def keep_statistics(model: Path, name: str) -> None:
 def started(monkeypatch) -> list[Path]:
     """The run folders of starts that passed all checks; nothing is built."""
     folders = []
-    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda c, _, folder, ranks: folders.append(folder))
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda c, _, folder, *rest: folders.append(folder))
     return folders
 
 
@@ -534,7 +535,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch
     folders = []
     monkeypatch.setattr("start_gae_ppo_training.time.strftime", lambda _: "20240101-000000")
     monkeypatch.setattr(
-        "start_gae_ppo_training.build_and_train", lambda c, _, folder, ranks: folders.append(folder) or mark(folder)
+        "start_gae_ppo_training.build_and_train", lambda c, _, folder, *rest: folders.append(folder) or mark(folder)
     )
     for _ in range(3):
         assert main(["--config", TINY, "--output-dir", str(tmp_path)]) == 0
@@ -553,6 +554,32 @@ def test_existing_run_folder_is_not_written_into(capsys, tmp_path):
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "mine" / "metrics.jsonl").read_text() == "{}\n"
     shutil.rmtree(tmp_path / "mine")
+
+
+def test_resume_auto_starts_a_run_and_then_continues_it_with_the_same_command(tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def train(config, checkpoint, folder, *rest):
+        begun.append((checkpoint, folder))
+        (folder / "metrics.jsonl").touch()
+        saved = folder / f"checkpoints/iteration-{len(begun):06d}"
+        saved.mkdir(parents=True)
+        save_config(config, saved / "config.yaml")
+        write_manifest(saved, "model")
+        raise Stopped
+
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", train)
+    argv = ["--config", TINY, "--output-dir", str(tmp_path), "--resume", "auto"]
+    for _ in range(2):
+        assert main(argv) == STOPPED
+    assert main([*argv, "--seed", "3", "run.name=other"]) == STOPPED
+    (_, folder), again, other = begun
+    assert begun[0][0] is None and again == (folder / "checkpoints/iteration-000001", folder)
+    assert other == (None, tmp_path / "other")
+    torchrun(monkeypatch, restarts=0, most=3)  # which would need a name otherwise; and restarts after any status but 0
+    assert main(argv) == 0 and begun[3] == (folder / "checkpoints/iteration-000002", folder)
+    assert main([*argv, "--seed", "4", "run.name=other"]) == 2
+    assert "run.name=other has other settings: run.seed (3 -> 4)" in capsys.readouterr().err
 
 
 def test_what_the_out_of_memory_hint_proposes_is_accepted_by_a_resume():
@@ -632,7 +659,9 @@ def torchrun(monkeypatch, restarts: int, most: int) -> None:
 
 
 def test_a_restart_of_torchrun_continues_the_run_of_the_same_command(tmp_path, monkeypatch):
-    make_trainer(tmp_path / "mine", policy_settings={"checkpoint": "tiny-openvla"}).save_checkpoint()
+    trainer = make_trainer(tmp_path / "mine", policy_settings={"checkpoint": "tiny-openvla"})
+    trainer.save_checkpoint()
+    save_config(trainer.config, tmp_path / "mine/config.yaml")
     args = parse_args(["--config", TINY, "--output-dir", str(tmp_path), "run.name=mine", "run.seed=4"])
     torchrun(monkeypatch, restarts=1, most=3)
     with pytest.raises(ConfigError, match="cannot change within a run"):  # so it is that run; its settings are others
@@ -646,23 +675,32 @@ def test_a_restart_of_torchrun_continues_the_run_of_the_same_command(tmp_path, m
         settings_from(parse_args(["--config", TINY]))
 
 
-@pytest.mark.parametrize(("restarts", "removed"), [(0, False), (1, True)])
-def test_what_a_start_left_that_died_is_made_anew_by_its_restart(tmp_path, monkeypatch, restarts, removed):
-    write(tmp_path / "mine", "config.yaml", "warnings.log")
+@pytest.mark.parametrize("argv", [["--config", TINY, "run.name=mine"], ["--resume", "mine"]])
+def test_what_a_start_left_that_was_killed_is_begun_anew(argv, tmp_path, monkeypatch, caplog):
+    """Neither its name nor its folder is lost: with the settings that it had, and those given now."""
+    write(tmp_path / "mine", "config.yaml", "warnings.log", "checkpoints/.iteration-000000.tmp/x")
+    save_config(config_of("--config", TINY, "run.seed=7"), tmp_path / "mine/config.yaml")
     write(tmp_path / "other", "config.yaml")
-    torchrun(monkeypatch, restarts, most=1)
-    folders = []
-    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda c, _, folder, ranks: folders.append(folder))
-    code = main(["--config", TINY, "--output-dir", str(tmp_path), "run.name=mine"])
-    assert code == (0 if removed else 2) and folders == [tmp_path / "mine"] * removed
-    assert (tmp_path / "mine/warnings.log").exists() is not removed and (tmp_path / "other/config.yaml").exists()
+    monkeypatch.chdir(tmp_path)
+    begun = []
+    monkeypatch.setattr(
+        "start_gae_ppo_training.build_and_train", lambda c, _, folder, *rest: begun.append((c.run.seed, folder))
+    )
+    assert main([*argv, *([] if "--resume" in argv else ["--output-dir", "."]), "run.timesteps=5"]) == 0
+    assert begun == [(7 if "--resume" in argv else 0, tmp_path / "mine")] and "it is begun anew" in caplog.text
+    assert not (tmp_path / "mine/warnings.log").exists() and (tmp_path / "other/config.yaml").exists()
+    assert load_config(tmp_path / "mine/config.yaml").run.timesteps == 5
+    with locked(tmp_path / "mine"):
+        assert main([*argv, *([] if "--resume" in argv else ["--output-dir", "."])]) == 2 and len(begun) == 1
 
 
 def test_a_folder_with_results_stays_where_a_restart_finds_no_checkpoint(tmp_path, monkeypatch, capsys):
     write(tmp_path / "mine", "config.yaml", "metrics.jsonl")
     torchrun(monkeypatch, restarts=1, most=1)
     assert main(["--config", TINY, "--output-dir", str(tmp_path), "run.name=mine"]) == 2
-    assert "exists; choose another run.name" in capsys.readouterr().err and (tmp_path / "mine/metrics.jsonl").exists()
+    error = capsys.readouterr().err
+    assert "exists and ended before its first checkpoint; remove or rename it" in error and len(error.splitlines()) == 1
+    assert (tmp_path / "mine/metrics.jsonl").exists()
 
 
 def test_checks_are_of_one_process(monkeypatch, capsys):

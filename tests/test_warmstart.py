@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from start_gae_ppo_training import main as train
-from tests.fakes import CHUNK, make_envs
+from tests.fakes import CHUNK, last_of_each, make_envs
 from vla_rl import warmstart
 from vla_rl.evaluation.subject import of_checkpoint
 from vla_rl.model.action_head import ActionHead, save_action_head
@@ -23,6 +23,7 @@ from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.model.trained_as import write_trained_as
 from vla_rl.reports.records import read_metrics
 from vla_rl.run.command_line import ROOT
+from vla_rl.run.interruption import STOPPED
 from vla_rl.warmstart import main
 
 SMALL = [
@@ -66,7 +67,8 @@ def small(monkeypatch):
 
 def arguments(checkpoint: Path, output_dir: Path, *more: str, name: str = "w") -> list[str]:
     config = ["--config", str(ROOT / "configs/tiny_warmstart.yaml"), "--checkpoint", str(checkpoint)]
-    return [*config, f"run.output_dir={output_dir}", f"run.name={name}", f"policy.chunk_size={CHUNK}", *SMALL, *more]
+    named = (f"run.output_dir={output_dir}", f"run.name={name}", f"policy.chunk_size={CHUNK}")
+    return [*config, *last_of_each(*named, *SMALL, *more)]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -89,7 +91,7 @@ def test_it_ends_with_a_model_that_a_training_takes_and_resumes_bit_for_bit(
     assert [line["warmstart/token_share"] for line in lines if "warmstart/loss" in line] == [0, 1]
     # a training takes it as it is: no L1 head, the same use
     taken = []
-    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda config, _, folder, ranks: taken.append(config))
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda config, _, folder, *rest: taken.append(config))
     use = [f"policy.chunk_size={CHUNK}", f"run.output_dir={tmp_path / 'ppo'}"]
     start = ["--config", str(ROOT / "configs/tiny_gae_ppo.yaml"), "--checkpoint"]
     assert train([*start, str(run / "model"), *use]) == 0 and taken[0].policy.head == "tokens"
@@ -117,7 +119,7 @@ def test_a_signal_ends_it_between_two_steps_and_it_goes_on(small, checkpoint, tm
     monkeypatch.setattr(warmstart.WarmStart, "reached", lambda trainer: False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warmstart.WarmStart, "train_step", signalled)
-        assert main(arguments(checkpoint, tmp_path)) == 0
+        assert main(arguments(checkpoint, tmp_path)) == STOPPED
     run = tmp_path / "w"
     assert "--resume" in caplog.text and not (run / "model").exists()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["iteration-000001"]
@@ -152,14 +154,14 @@ def test_on_the_real_simulator_it_is_killed_resumed_and_its_model_trained(tmp_pa
     checkpoint = with_l1_head(tmp_path / "l1")
     short = ["env.max_steps=20", "eval.max_steps=20", "eval.states=0-1", "policy.chunk_size=8"]
     program = "import sys; from vla_rl import warmstart; warmstart.WarmStart.check_teacher = lambda trainer: None; sys.exit(warmstart.main())"
-    command = [sys.executable, "-c", program, *arguments(checkpoint, tmp_path), *short]
+    command = [sys.executable, "-c", program, *arguments(checkpoint, tmp_path, *short)]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **options)
     run = tmp_path / "w"
     for line in process.stdout:
         if "iteration 1/2" in line:
             os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=120) == 0 and not (run / "model").exists()
+    assert process.wait(timeout=120) == STOPPED and not (run / "model").exists()
     resumed = subprocess.run([sys.executable, "-c", program, "--resume", str(run)], timeout=300, **options)
     assert resumed.returncode == 0 and (run / "model").is_dir(), resumed.stdout
     start = [sys.executable, "start_gae_ppo_training.py", "--config", "configs/tiny_gae_ppo.yaml", "--no-wandb"]

@@ -12,12 +12,10 @@ arithmetic of the estimate (vla_rl.preflight.estimate).
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from vla_rl.preflight.estimate import Estimate, Pieces, estimate
 from vla_rl.preflight.trial import Trial, trial_settings
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.command_line import TINY_CONFIG, end_of, new_run_settings, parse, settings_parser
+from vla_rl.run.logs import seconds_text
 from vla_rl.run.machine import available_memory
 from vla_rl.run.run_folder import check_run_folder
 from vla_rl.run.settings import Config, ConfigError
@@ -340,18 +339,11 @@ def estimate_lines(config: Config, expected: Estimate, pieces: Pieces, available
     ]
 
 
-def seconds_text(seconds: float) -> str:
-    """ "4.2 s", "3.5 min", "7.1 h"."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def check_and_report(config: Config, resumed: bool = False) -> int:
     """Prints each result and the estimate; 0 if all checks passed, else 1."""
     start, results = time.perf_counter(), []
     encoding = sys.stdout.encoding
-    with Visit(config, resumed) as visit, ending_as_interrupted():
+    with Visit(config, resumed) as visit:
         for result in CHECKS.run(visit):
             results.append(result)
             print("\n".join(lines_of(result, encoding)), flush=True)
@@ -369,22 +361,6 @@ def check_and_report(config: Config, resumed: bool = False) -> int:
     return 0
 
 
-@contextmanager
-def ending_as_interrupted() -> Iterator[None]:
-    """A cluster's SIGTERM and a closed terminal end as Ctrl-C does: what was written is removed."""
-
-    def handle(number, frame) -> None:
-        raise KeyboardInterrupt
-
-    names = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {name: signal.signal(name, handle) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
 def parse_args(argv: list[str] | None):
     return parse(
         settings_parser(
@@ -397,7 +373,7 @@ def parse_args(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: all checks passed; 1: one failed; 2: a mistake in the settings or arguments; 130: interrupted."""
+    """0: all checks passed; 1: one failed; 2: a mistake in the settings or arguments; 75: stopped."""
     args = parse_args(argv)
     return end_of(lambda: check_and_report(new_run_settings(args)))
 

@@ -38,7 +38,7 @@ from vla_rl.reports.curves import (
 from vla_rl.reports.drawing import plot_comparison
 from vla_rl.reports.records import METRICS_FILE, Records, read_metrics
 from vla_rl.reports.report import as_text
-from vla_rl.run.command_line import end_of
+from vla_rl.run.command_line import Parser, end_of
 from vla_rl.run.files import write_whole
 from vla_rl.run.load_settings import config_from_dict, expand, list_settings, read_yaml, way_out
 from vla_rl.run.run_folder import newest_settings, setting
@@ -71,7 +71,7 @@ class NotComparable(ConfigError):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vla_rl.compare",
         description="Several runs or seeds in one figure and one table.",
         allow_abbrev=False,

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,13 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vla_rl.fine_tuning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
 from vla_rl.fine_tuning.recorders import Job, Recorders
-from vla_rl.run.failures import report
+from vla_rl.run.command_line import Parser, end_of
 from vla_rl.run.load_settings import expand
-from vla_rl.run.logs import configure_logging
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.section import parse_indices
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.task_suites import TASK_SUITES, check_states, check_suite, list_suites
@@ -274,7 +272,7 @@ def record_task(
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vla_rl.demonstrations",
         description="Record demonstrations of a scripted expert on LIBERO's pick-and-place tasks, in LIBERO's HDF5 layout.",
         allow_abbrev=False,
@@ -446,7 +444,7 @@ def collect_task(
     episodes = episodes_of(task_id, states, args.seed)
     tried = kept = steps = 0
     disturbance = Disturbance(args.noise, args.drops)
-    with tqdm(total=args.episodes, desc=name, unit="ep", disable=args.no_progress, mininterval=1) as bar:
+    with progress_bar(name, args.episodes, "ep", not args.no_progress) as bar:
         for outcome in record_task(pool, episodes, args.episodes, disturbance, ahead, name):
             tried += 1
             if outcome.success:
@@ -458,21 +456,17 @@ def collect_task(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: written; 1: a simulator failed; 2: a mistake in the arguments; 130: interrupted. A file is there whole or not."""
+    """0: written; 1: a simulator failed; 2: a mistake in the arguments; 75: stopped. A file is there whole or not."""
     args = parse_args(argv)
-    configure_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        collect(args, check_args(args))
-    except KeyboardInterrupt:
-        print("interrupted; no file was written", file=sys.stderr)
-        return 130
-    except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        return report(error)
-    return 0
+
+    def work() -> None:
+        try:
+            states = check_args(args)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        collect(args, states)
+
+    return end_of(work, interrupted="stopped; no unfinished file was written")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ from vla_rl.evaluation.subject import (
 )
 from vla_rl.evaluation.videos import Recording, write_grid, write_replays
 from vla_rl.run.checkpoint import locked
-from vla_rl.run.command_line import end_of, parse
+from vla_rl.run.command_line import Parser, end_of, parse
 from vla_rl.run.failures import one_line
 from vla_rl.run.files import write_whole
 from vla_rl.run.interruption import Stop
@@ -72,13 +72,13 @@ log = logging.getLogger("vla_rl.evaluate")
 
 MODES = ("greedy", "sampled")
 KEPT = (
-    "interrupted; what was played is kept, and the same command goes on (of a run that is still trained: name the checkpoint, "
+    "stopped; what was played is kept, and the same command goes on (of a run that is still trained: name the checkpoint, "
     "--run RUN/checkpoints/iteration-N)"
 )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vla_rl.evaluate",
         description="Success of a run or a checkpoint from LIBERO's fixed initial states.",
         epilog="settings, given as section.key=value, are those of start_gae_ppo_training.py --help; of use here: eval.num_envs, "
@@ -214,10 +214,7 @@ class Evaluation:
     baseline: Baseline | None
     num_envs: int
     protocol: dict[str, Any]
-
-    @cached_property
-    def stop(self) -> Stop:
-        return Stop()
+    stop: Stop
 
     def episodes(self, suite: str, mode: str) -> dict[Key, Episode]:
         config = self.subject.config
@@ -228,7 +225,7 @@ class Evaluation:
         return evaluation_episodes([key.task_id], [key.initial_state])[0]
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
     """Plays what is not played yet; returns and writes the results.
 
     Raises:
@@ -242,12 +239,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     protocol, folder = measured(subject, suites, num_envs), out_folder(args, subject, suites)
     baseline = None if args.baseline is None else read_baseline(Path(expand(args.baseline, "--baseline")), protocol)
     check_continues(folder, protocol)
-    evaluation = Evaluation(subject, suites, folder, args.videos, baseline, num_envs, protocol)
+    evaluation = Evaluation(subject, suites, folder, args.videos, baseline, num_envs, protocol, stop)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be made ({error.strerror}); give another place") from None
-    with evaluation.stop.on_signals(), locked(folder):
+    stop.grace_s = config.run.grace_s
+    with locked(folder):
         return play_and_report(evaluation)
 
 
@@ -264,7 +262,7 @@ def play_and_report(evaluation: Evaluation) -> dict[str, Any]:
     predict_values = None if value_head is None else lambda hidden: value_head(hidden).cpu()
     log.info("%s: %d episodes are there already; results in %s", subject.name, len(journal.rows), folder)
     for suite in evaluation.suites:
-        with ExitStack() as cleanup:
+        with ExitStack() as cleanup, evaluation.stop.at_steps():
             make = SuiteEnvironments(evaluation, suite, policy.processor.image_transform, cleanup)
             policy.processor.pad_to([task_languages(suite)[i] for i in subject.config.env.task_ids])
             for mode in subject.config.eval.modes:
@@ -471,13 +469,13 @@ def write_reports(evaluation: Evaluation, journal: Journal) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: evaluated; 1: failed; 2: a mistake in the arguments; 130: stopped, the same command goes on."""
-    args = parse_args(argv)
+    """0: evaluated; 1: failed; 2: a mistake in the arguments; 75: stopped, the same command goes on."""
+    args, stop = parse_args(argv), Stop()
 
     def work() -> None:
-        evaluate(args)
+        evaluate(args, stop)
 
-    return end_of(work, interrupted=KEPT)
+    return end_of(work, KEPT, stop)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ import torch
 from vla_rl.evaluation.subject import of_checkpoint
 from vla_rl.learning.parts import build_policy
 from vla_rl.model.adapter import lora_of, write_mean
-from vla_rl.model.checkpoint_folder import load_statistics, open_tensors, tensor_shapes, weight_files
+from vla_rl.model.checkpoint_folder import load_statistics, tensor_shapes, weight_files
 from vla_rl.model.find_checkpoint import check_checkpoint
 from vla_rl.model.trained_as import USE, write_trained_as
 from vla_rl.run.checkpoint import find_adapter
-from vla_rl.run.command_line import end_of, parse
-from vla_rl.run.files import folder_written_whole
+from vla_rl.run.command_line import Parser, end_of, parse
+from vla_rl.run.files import folder_written_whole, open_tensors
 from vla_rl.run.load_settings import absolute, config_from_dict, expand, full_path, put_paths, read_yaml
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import Config, ConfigError
@@ -46,7 +46,7 @@ FREE = (
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vla_rl.export",
         description="A run's policy as a model in the official OpenVLA layout, or as LoRA weights in peft's format.",
         epilog="settings, given as section.key=value, are those of start_gae_ppo_training.py --help; of use here, with --checkpoint: "
@@ -197,13 +197,13 @@ def merge(config: Config, adapter: Path, folder: Path, dtype: torch.dtype, from_
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: exported; 1: failed; 2: a mistake in the arguments; 130: interrupted, and nothing is left."""
+    """0: exported; 1: failed; 2: a mistake in the arguments; 75: stopped, and nothing is left."""
     args = parse_args(argv)
 
     def work() -> None:
         export(args)
 
-    return end_of(work, interrupted="interrupted; nothing was written")
+    return end_of(work, interrupted="stopped; nothing was written")
 
 
 if __name__ == "__main__":

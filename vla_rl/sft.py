@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -31,15 +30,17 @@ from vla_rl.model.quantization import check_quantization
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.reports.weights_and_biases import check_wandb
 from vla_rl.run.checkpoint import locked
-from vla_rl.run.command_line import end_of
+from vla_rl.run.command_line import Parser, end_of, parse
+from vla_rl.run.interruption import Stop, Stopped
 from vla_rl.run.load_settings import expand, load_config, settings_help
-from vla_rl.run.logs import warnings_kept
+from vla_rl.run.logs import slow, warnings_kept
 from vla_rl.run.run_folder import (
     changed_settings,
     check_run_folder,
     if_moved,
     make_run_folder,
     resumed_settings,
+    unbegun_settings,
     with_absolute_output_dir,
 )
 from vla_rl.run.settings import ConfigError
@@ -58,7 +59,7 @@ FREE_ON_RESUME = (
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vla_rl.sft",
         description="Fine-tune OpenVLA on demonstrations in LIBERO's HDF5 layout.",
         epilog="settings, given as section.key=value:\n" + settings_help(SftConfig),
@@ -75,7 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--config", metavar="YAML", help="settings file, such as configs/tiny_sft.yaml")
     start.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def read_data(config: SftConfig) -> list[Demonstration]:
@@ -99,8 +100,13 @@ def automatic_name(config: SftConfig) -> str:
     return f"sft_{config.data.name}_seed{config.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
-    """Trains and writes the model; returns its folder, or the run's where it was stopped."""
+def fine_tune(config: SftConfig, checkpoint: Path | None, stop: Stop) -> Path:
+    """Trains and writes the model; returns its folder.
+
+    Raises:
+        Stopped: what was trained is saved.
+    """
+    stop.grace_s = config.run.grace_s
     settings = config.policy
     if config.run.torch_threads is not None:
         torch.set_num_threads(config.run.torch_threads)
@@ -112,7 +118,7 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         base = check_checkpoint(settings.checkpoint, settings.use_proprio)
     check_quantization(settings.quantization, config.run.device)
     check_wandb(config)
-    with where_moved("data.files", checkpoint):
+    with where_moved("data.files", checkpoint), slow("reading the demonstrations"):
         demonstrations = read_data(config)
     training, held_out = split(demonstrations, config.data.validation_fraction)
     steps, side = sum(map(len, training)), demonstrations[0].images.shape[2]
@@ -126,23 +132,24 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
     if checkpointing == "auto":
         checkpointing = "full" if config.run.device == "cuda" else "none"
     torch.manual_seed(config.run.seed)  # of the adapter's initial weights
-    policy = OpenVLAPolicy.from_checkpoint(
-        settings.checkpoint,
-        decoder=settings.decoder,
-        num_images=settings.num_images,
-        use_proprio=settings.use_proprio,
-        lora=settings.lora if config.training.method == "lora" else None,
-        device=config.run.device,
-        dtype=getattr(torch, settings.dtype),
-        chunk_size=settings.chunk_size,
-        center_crop=settings.center_crop,
-        gradient_checkpointing=checkpointing,
-        compiled=compiles(settings.compile, config.run.device),
-        quantization=settings.quantization,
-        head="l1" if config.training.head == "l1" and find_action_head_file(base) is not None else "tokens",
-        unnorm_key=config.data.name,
-        statistics=data_statistics(training),
-    )
+    with slow("loading the policy"):
+        policy = OpenVLAPolicy.from_checkpoint(
+            settings.checkpoint,
+            decoder=settings.decoder,
+            num_images=settings.num_images,
+            use_proprio=settings.use_proprio,
+            lora=settings.lora if config.training.method == "lora" else None,
+            device=config.run.device,
+            dtype=getattr(torch, settings.dtype),
+            chunk_size=settings.chunk_size,
+            center_crop=settings.center_crop,
+            gradient_checkpointing=checkpointing,
+            compiled=compiles(settings.compile, config.run.device),
+            quantization=settings.quantization,
+            head="l1" if config.training.head == "l1" and find_action_head_file(base) is not None else "tokens",
+            unnorm_key=config.data.name,
+            statistics=data_statistics(training),
+        )
     progress = config.logging.progress
     train = make_samples(training, policy.chunk_size, policy.image_size, progress)
     validation = make_samples(held_out, policy.chunk_size, policy.image_size, progress) if held_out else None
@@ -154,12 +161,10 @@ def fine_tune(config: SftConfig, checkpoint: Path | None) -> Path:
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
             log.info("continuing from %s", checkpoint)
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(name) != signal.SIG_IGN:  # nohup
-                signal.signal(name, lambda *_: setattr(trainer, "stop_requested", True))
-        trainer.train()
-        if trainer.stop_requested:
-            return folder
+        with stop.at_steps(ask=trainer.request_stop):
+            trainer.train()
+        if trainer.step < config.training.steps:
+            raise Stopped
         trainer.save_model(folder / "model", side, render)
     seen = f"env.image_size={side}" + (f" env.render={render}" if render else "")
     use = "evaluate it" if config.training.head == "l1" else "train it"
@@ -181,6 +186,9 @@ def settings_from(args: argparse.Namespace) -> tuple[SftConfig, Path | None]:
         return with_absolute_output_dir(
             load_config(expand(args.config, "--config"), args.overrides, kind=SftConfig)
         ), None
+    unbegun = unbegun_settings(args.resume, args.overrides, {}, SftConfig)
+    if unbegun is not None:
+        return unbegun, None
     before, config, checkpoint = resumed_settings(args.resume, args.overrides, {}, SftConfig)
     changed = changed_settings(before, config, FIXED_ON_RESUME, FREE_ON_RESUME)
     if changed:
@@ -189,13 +197,13 @@ def settings_from(args: argparse.Namespace) -> tuple[SftConfig, Path | None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: trained, or stopped and saved; 1: the run failed; 2: a mistake in the settings or the data."""
-    args = parse_args(argv)
+    """0: trained; 1: the run failed; 2: a mistake in the settings or the data; 75: stopped, and saved if it had begun."""
+    args, stop = parse_args(argv), Stop()
 
     def work() -> None:
-        fine_tune(*settings_from(args))
+        fine_tune(*settings_from(args), stop)
 
-    return end_of(work)
+    return end_of(work, stop=stop)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from vla_rl.run.run_folder import (
     make_run_folder,
     resumed_settings,
     tasks_text,
+    unbegun_settings,
     with_absolute_output_dir,
 )
 from vla_rl.run.settings import ConfigError
@@ -75,6 +76,9 @@ def settings_from(args: argparse.Namespace) -> tuple[WarmstartConfig, Path | Non
         return with_absolute_output_dir(config), None
     if args.config is not None:
         raise ConfigError("--resume takes the settings of the run; give --config or --resume, not both")
+    unbegun = unbegun_settings(args.resume, args.overrides, flags, WarmstartConfig)
+    if unbegun is not None:
+        return unbegun, None
     before, config, checkpoint = resumed_settings(args.resume, args.overrides, flags, WarmstartConfig)
     changed = changed_settings(before, config, FIXED_ON_RESUME, FREE_ON_RESUME)
     if changed:
@@ -101,17 +105,21 @@ def check_start(config: WarmstartConfig, resumed: bool) -> None:
     check_policy(config.as_config(), resumed)
 
 
-def warm_start(config: WarmstartConfig, checkpoint: Path | None) -> Path:
-    """Trains and writes the model; returns its folder, or the run's where it was stopped."""
+def warm_start(config: WarmstartConfig, checkpoint: Path | None, stop: Stop) -> Path:
+    """Trains and writes the model; returns its folder.
+
+    Raises:
+        Stopped: what the last whole iteration left is saved.
+    """
+    stop.grace_s = config.run.grace_s
     check_start(config, resumed=checkpoint is not None)
     folder = make_run_folder(config, automatic_name(config)) if checkpoint is None else checkpoint.parent.parent
-    stop = Stop()
     with ExitStack() as cleanup:
         for context in (locked(folder), warnings_kept(folder), closing(MetricsLogger(folder, config))):
             logger = cleanup.enter_context(context)
         log.info("run folder %s", folder)
         try:
-            with stop.on_signals():
+            with stop.at_steps():
                 trainer, student = build(config, logger, cleanup, stop)
                 if checkpoint is not None:
                     trainer.load_checkpoint(checkpoint)
@@ -120,7 +128,7 @@ def warm_start(config: WarmstartConfig, checkpoint: Path | None) -> Path:
                 student.save_model(folder / "model", {"image_size": config.env.image_size, "render": config.env.render})
         except Stopped:
             log.warning("stopped; --resume %s continues from the last iteration that was saved", folder)
-            return folder
+            raise
     if not reached:
         log.warning(
             "the token head is at %.1f%%, the L1 head at %.1f%%: not within training.margin=%g after %d iterations; RL may go on from "
@@ -170,13 +178,13 @@ def build(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: taught, or stopped and saved; 1: the run failed; 2: a mistake in the settings or arguments; 130: interrupted twice."""
-    args = parse_args(argv)
+    """0: taught; 1: the run failed; 2: a mistake in the settings or arguments; 75: stopped, --resume goes on."""
+    args, stop = parse_args(argv), Stop()
 
     def work() -> None:
-        warm_start(*settings_from(args))
+        warm_start(*settings_from(args), stop)
 
-    return end_of(work)
+    return end_of(work, stop=stop)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def no_gpu():
 
 def write_run(folder: Path, *overrides: str, iterations=(1, 3)) -> Path:
     """A run folder with checkpoints of a trained adapter and value head."""
-    config = load_config("configs/tiny_gae_ppo.yaml", [*LORA, "value_head.hidden_sizes=[4]", *overrides])
+    given = {override.partition("=")[0] for override in overrides}
+    small = [o for o in (*LORA, "value_head.hidden_sizes=[4]") if o.partition("=")[0] not in given]
+    config = load_config("configs/tiny_gae_ppo.yaml", [*small, *overrides])
     policy, head = build_policy(config), build_value_head(config, 128)
 
     def write(checkpoint: Path) -> None:
@@ -49,6 +51,7 @@ def write_run(folder: Path, *overrides: str, iterations=(1, 3)) -> Path:
         if head is not None:
             save_tensors(head.state_dict(), checkpoint / "value_head.safetensors")
 
+    folder.mkdir(parents=True, exist_ok=True)
     for iteration in iterations:
         with torch.no_grad():
             for number, parameter in enumerate(policy.trainable_parameters()):

@@ -464,3 +464,50 @@ def test_a_full_disk_is_noticed_before_hdf5_crashes_on_it(tmp_path, monkeypatch)
     assert error.value.errno == errno.ENOSPC and "d.hdf5" in str(error.value)
     assert "16,778,216 bytes free, 16," in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def elsewhere(path, how: str):
+    """The file with an array, a group or all of it in another file, or an array that claims 4 TB."""
+    other = path.with_name("other.hdf5")
+    shutil.copyfile(path, other)
+    with h5py.File(path, "a") as file:
+        demo = file["data/demo_3"]
+        if how == "all":
+            del file["data"]
+            file["data"] = h5py.ExternalLink(other, "data")
+        if how == "a demonstration":
+            del file["data/demo_3"]
+            file["data/demo_3"] = h5py.ExternalLink(other, "data/demo_3")
+        if how == "an array by a link to a link":
+            del demo["actions"]
+            file["other"] = h5py.ExternalLink(other, "data/demo_3/actions")
+            demo["actions"] = h5py.SoftLink("/other")
+        if how == "bytes of any file":
+            del demo["actions"]
+            demo.create_dataset("actions", (5, 7), "u1", external=[("/etc/passwd", 0, 35)])
+        if how == "a virtual array":
+            del demo["obs/ee_states"]
+            layout = h5py.VirtualLayout((5, 6), "f8")
+            layout[:] = h5py.VirtualSource(other, "data/demo_3/obs/ee_states", (5, 6))
+            demo.create_virtual_dataset("obs/ee_states", layout)
+        if how == "4 TB of zeros":
+            del demo["actions"]
+            demo.create_dataset("actions", (2**36, 7), "f8", chunks=(1024, 7), compression="gzip")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("all", "is damaged: 'data' is a link, perhaps into another file"),
+        ("a demonstration", "is damaged: 'demo_3' is a link"),
+        ("an array by a link to a link", "is damaged: 'other' is a link"),
+        ("bytes of any file", "demonstration demo_3 is damaged: actions has its numbers in another file"),
+        ("a virtual array", "demonstration demo_3 is damaged: obs/ee_states has its numbers in another file"),
+        ("4 TB of zeros", "demonstration demo_3 is damaged: actions has shape .* 3848.3 GB, more than"),
+    ],
+)
+def test_a_file_that_leads_into_another_or_claims_more_than_the_memory_is_refused(path, how, words):
+    elsewhere(path, how)
+    with pytest.raises(ConfigError, match=words) as error:
+        read(path)
+    assert "\n" not in str(error.value)

@@ -17,8 +17,7 @@ from vla_rl.model.checkpoint_folder import find_l1_head
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.model.trained_as import read_trained_as
-from vla_rl.run.checkpoint import CheckpointError
-from vla_rl.run.settings import LoraConfig
+from vla_rl.run.settings import ConfigError, LoraConfig
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +96,7 @@ def test_a_checkpoint_brings_both_parts_back_and_one_of_another_kind_is_refused(
         ours, theirs = student.act(obs, greedy=True), again.act(obs, greedy=True)
         assert torch.equal(ours.action_tokens, theirs.action_tokens) and torch.equal(ours.logprobs, theirs.logprobs)
     (tmp_path / "c" / ROWS_FILE).write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match=ROWS_FILE):
+    with pytest.raises(ConfigError, match=ROWS_FILE):
         again.load(tmp_path / "c")
 
 

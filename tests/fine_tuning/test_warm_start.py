@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from tests.fakes import BINS, CHUNK, FakePolicy, make_envs
 from tests.trainers import training_lines
 from vla_rl.evaluation.play import evaluate_policy, evaluation_episodes, success_metrics
-from vla_rl.fine_tuning.warm_start import WarmStart, pushed, token_share
+from vla_rl.fine_tuning.warm_start import DATA_FILE, WarmStart, data_of, pushed, token_share
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.checkpoint import CheckpointError, list_checkpoints
 from vla_rl.run.load_settings import config_from_dict
@@ -286,3 +287,10 @@ def test_a_checkpoint_whose_data_are_gone_is_refused(tmp_path):
     (tmp_path / "data/iteration-000001.pt").unlink()
     with pytest.raises(CheckpointError, match=r"iteration-000001\.pt, which the checkpoint was trained on, is missing"):
         make(tmp_path).load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", "a/b"])
+def test_a_checkpoint_names_no_data_outside_its_run(tmp_path, name):
+    (tmp_path / DATA_FILE).write_text(json.dumps({name: "0" * 64}))
+    with pytest.raises(CheckpointError, match=r"data.json cannot be loaded \(.* is no file of decisions"):
+        data_of(tmp_path)

@@ -1,8 +1,10 @@
 """The job script: what it would start, and that several nodes find each other by it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,12 @@ SRUN = """#!/usr/bin/env bash
 shift  # --kill-on-bad-exit
 for node in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & done
 wait -n && wait -n
+"""
+# torchrun: passes the signal on, waits for its processes, and ends with 1
+STOPPABLE = """#!/usr/bin/env bash
+trap 'sleep 0.3; touch saved; exit 1' TERM
+touch started
+while true; do sleep 0.05; done
 """
 # more names than a pipe holds
 SCONTROL = """#!/usr/bin/env bash
@@ -60,7 +68,7 @@ def submit(folder, **environment):
 def test_what_one_node_would_start(cluster):
     said = submit(cluster, DRY_RUN="1", SLURM_JOB_ID="7", SLURM_GPUS_ON_NODE="4")
     assert "--nnodes 1 --nproc-per-node 4 --max-restarts 3" in said and "--rdzv-endpoint localhost:29500" in said
-    assert said.strip().endswith(f"start_gae_ppo_training.py {' '.join(FLAGS)} run.name=job_7")
+    assert said.strip().endswith(f"start_gae_ppo_training.py {' '.join(FLAGS)} run.name=job_7 --resume auto")
 
 
 def test_two_nodes_meet_at_the_first_one(cluster):
@@ -69,10 +77,24 @@ def test_two_nodes_meet_at_the_first_one(cluster):
     assert "run.name=mine" in said
 
 
-def test_a_requeued_job_continues_its_run(cluster):
-    (cluster / "runs/job_7/checkpoints/iteration-000010").mkdir(parents=True)
+def test_a_requeued_job_starts_the_same_command_at_another_place(cluster):
     said = submit(cluster, DRY_RUN="1", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
-    assert said.strip().endswith("start_gae_ppo_training.py --resume runs/job_7") and "--rdzv-id 7-1" in said
+    assert said.strip().endswith("run.name=job_7 --resume auto") and "--rdzv-id 7-1" in said
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_a_job_whose_time_is_nearly_over_is_saved_and_requeued_and_a_cancelled_one_is_not(cluster, number, requeued):
+    (cluster / "srun").write_text(STOPPABLE)
+    (cluster / "scontrol").write_text('#!/usr/bin/env bash\necho "$*" >asked\n')
+    job = subprocess.Popen(["bash", str(SCRIPT), *FLAGS], cwd=cluster, env=os.environ | {"SLURM_JOB_ID": "7"})
+    deadline = time.monotonic() + 30
+    while not (cluster / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(number)
+    assert job.wait(30) == 1 and (cluster / "saved").exists()
+    asked = cluster / "asked"
+    assert asked.exists() is requeued and (not requeued or asked.read_text() == "requeue 7\n")
 
 
 @pytest.mark.slow
@@ -87,4 +109,4 @@ def test_two_nodes_of_two_processes_are_one_run_of_four(cluster):
         PORT=port,
     )
     for rank in range(4):
-        assert (cluster / f"rank_{rank}").read_text() == f"of 4 {' '.join(FLAGS)} run.name=job_7"
+        assert (cluster / f"rank_{rank}").read_text() == f"of 4 {' '.join(FLAGS)} run.name=job_7 --resume auto"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +12,7 @@ from safetensors.torch import load_file
 from tests.fakes import CHUNK
 from tests.trainers import final_state, make_trainer, training_lines
 from vla_rl.learning.trainer_state import TrainerState
-from vla_rl.run.checkpoint import CheckpointError, find_checkpoint, find_saved
+from vla_rl.run.checkpoint import CheckpointError, find_checkpoint, find_saved, load_trainer_state
 from vla_rl.types import SimulatorDied
 
 
@@ -157,6 +160,83 @@ def test_failing_save_does_not_hide_what_went_wrong(tmp_path, caplog):
     assert saved == ["iteration-000000"]  # before the first iteration; nothing half written stays
 
 
+def test_a_disk_that_is_full_for_a_while_costs_no_training_and_no_line(tmp_path, caplog):
+    """Iterations 1 to 3 of 5 cannot be saved; the run ends as one that never had that, and says so once."""
+    changes = {"run": {"timesteps": 5 * 4 * 8 * CHUNK}, "logging": {"keep_checkpoints": 2}}
+    whole = make_trainer(tmp_path / "whole", **changes)
+    whole.train()
+    trainer = make_trainer(tmp_path / "full", **changes)
+    fsync = os.fsync
+
+    def full(descriptor):
+        if 0 <= trainer.iteration <= 3 and trainer.evaluated_iteration == 0:
+            assert find_checkpoint(tmp_path / "full").name == "iteration-000000"  # as it was
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        assert trainer.train()
+    assert training_lines(tmp_path / "full") == training_lines(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(final_state(trainer), final_state(whole), strict=True))
+    saved = [path.name for path in sorted((tmp_path / "full/checkpoints").iterdir())]
+    assert saved == ["iteration-000004", "iteration-000005"]
+    assert caplog.text.count("checkpoints cannot be written (No space left") == 1
+    assert caplog.text.count("checkpoints are written again") == 1
+
+
+def test_a_run_that_cannot_be_saved_ends_at_its_start_and_at_its_end(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    never = make_trainer(tmp_path / "never")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("os.fsync", full)
+        never.train()
+    assert never.iteration == 0
+    from_one_on = make_trainer(tmp_path / "from_one_on")
+    from_one_on.evaluate_saved()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("os.fsync", full)
+        from_one_on.train()
+    assert from_one_on.iteration == 3 and find_checkpoint(tmp_path / "from_one_on").name == "iteration-000000"
+
+
+def test_a_stop_that_no_step_obeys_is_saved_by_another_thread(tmp_path):
+    trainer = make_trainer(tmp_path, run={"timesteps": 9 * 4 * 8 * CHUNK})
+    saved = []
+    act = trainer.policy.act
+
+    def act_while_saved(*args, **kwargs):
+        if trainer.iteration == 2 and not saved:
+            thread = threading.Thread(target=lambda: saved.append(trainer.save_checkpoint()))
+            thread.start()
+            thread.join()
+            trainer.request_stop()
+        return act(*args, **kwargs)
+
+    trainer.policy.act = act_while_saved
+    assert not trainer.train()
+    assert saved == [tmp_path / "checkpoints/iteration-000002"] and find_checkpoint(tmp_path) == saved[0]
+
+
+def test_settings_that_have_trained_nothing_do_not_change_a_checkpoint(tmp_path):
+    """--resume RUN --timesteps 0 would leave a run without a plan."""
+    trainer = make_trainer(tmp_path)
+    trainer.train_iteration()
+    trainer.save_checkpoint()
+    before = (find_checkpoint(tmp_path) / "config.yaml").read_text()
+    resumed = make_trainer(tmp_path, run={"timesteps": 0}, evaluate=True)
+    resumed.load_checkpoint(find_checkpoint(tmp_path))
+    resumed.train()
+    assert find_checkpoint(tmp_path).name == "iteration-000001"
+    assert (find_checkpoint(tmp_path) / "config.yaml").read_text() == before
+    longer = make_trainer(tmp_path, run={"timesteps": resumed.timesteps + 1})
+    longer.load_checkpoint(find_checkpoint(tmp_path))
+    longer.train()
+    assert f"timesteps: {resumed.timesteps + 1}\n" in (find_checkpoint(tmp_path) / "config.yaml").read_text()
+
+
 def test_checkpoints_and_curves_come_at_their_intervals_and_only_the_newest_are_kept(tmp_path):
     logging_settings = {"checkpoint_interval": 2, "keep_checkpoints": 2, "curves_interval": 3}
     trainer = make_trainer(tmp_path, run={"timesteps": 7 * 4 * 8 * CHUNK}, logging=logging_settings)
@@ -274,3 +354,41 @@ def test_trainer_file_that_lacks_something_is_told_by_name(tmp_path, monkeypatch
     monkeypatch.setattr("vla_rl.learning.trainer_state.load_trainer_state", lambda folder: {"iteration": 0})
     with pytest.raises(CheckpointError, match=r"torn: trainer\.pt lacks actor_optimizer, .*timesteps"):
         make_trainer(tmp_path).load_checkpoint(find_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("iteration", None, "iteration: Input should be a valid integer, got None"),
+        ("timesteps", True, "timesteps: Input should be a valid integer, got True"),
+        ("evaluated_iteration", -2, "evaluated_iteration: Input should be greater than or equal to -1"),
+        ("episodes_played", [0], "episodes_played has 1 entries, expected 4"),
+        ("running_returns", torch.zeros(3), r"running_returns has \[3\] entries, expected 4"),
+        ("running_lengths", torch.zeros(4), "expected floats and whole numbers"),
+        ("sampling_generators", [torch.zeros(1)] * 4, "trainer.pt cannot be loaded"),
+        ("schedule", {"reward_seen": 1}, "schedule.reward_seen: Input should be a valid boolean"),
+        ("actor_optimizer", {}, "an optimizer's state is {}, expected the moments of 1 parameters"),
+        ("signal_watch", 3, "signal_watch: Input should be a valid dictionary"),
+        (
+            "episodes_under_way",
+            [
+                {
+                    "episode": {"task_id": 7, "initial_state": None, "seed": 0, "resets": 1},
+                    "actions": torch.zeros(1, 2, 7),
+                }
+            ]
+            * 4,
+            "an episode of task 7 with 1 actions is none of this run's",
+        ),
+    ],
+)
+def test_a_value_that_no_run_has_is_told_by_name_before_anything_is_set_aside(
+    tmp_path, monkeypatch, name, value, words
+):
+    trainer = make_trainer(tmp_path)
+    folder = trainer.save_checkpoint()
+    values = load_trainer_state(folder) | {name: value}
+    monkeypatch.setattr("vla_rl.learning.trainer_state.load_trainer_state", lambda folder: values)
+    with pytest.raises(CheckpointError, match=f"is torn: trainer.pt cannot be loaded.*{words}|{words}") as error:
+        make_trainer(tmp_path).load_checkpoint(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)

@@ -71,8 +71,23 @@ def test_settings_that_change_nothing_are_accepted(checkpoint):
         ({"n_action_bins": -1}, "n_action_bins=-1, expected a whole number from 2"),
         ({"pad_to_multiple_of": 10**6}, "pad_to_multiple_of=1000000"),
         ({"timm_override_act_layers": ["gelu"]}, "expected timm_override_act_layers of 2"),
-        ({"timm_override_act_layers": ["no_such", None]}, "describes no network that can be built"),
-        ({"timm_model_ids": ["no_such", "vit_so400m_patch14_siglip_224"]}, "describes no network that can be built"),
+        ({"timm_override_act_layers": ["no_such", None]}, "each null, gelu or quick_gelu, got"),
+        (
+            {"timm_model_ids": ["hf-hub:a/b", "vit_so400m_patch14_siglip_224"]},
+            "timm_model_ids has 'hf-hub:a/b', expected vit_l",
+        ),
+        (
+            {"timm_model_ids": ["local-dir:/etc", "vit_so400m_patch14_siglip_224"]},
+            "expected vit_large_patch14_reg4_dinov2",
+        ),
+        (
+            {"timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "resnet18"]},
+            "'resnet18', expected vit_so400m_patch14_siglip_224 or vit_so400m_patch14_siglip_384",
+        ),
+        (
+            {"_tiny_timm_overrides": {"vit_so400m_patch14_siglip_224": {"checkpoint_path": "/etc/passwd"}}},
+            "expected _tiny_timm_overrides of embed_dim, depth, num_heads, mlp_ratio",
+        ),
         ({"image_sizes": ["224", "224"]}, "expected one image size"),
         ({"use_fused_vision_backbone": "false"}, "expected the fused"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not implemented"),
@@ -120,6 +135,7 @@ def replaced(value, at, new):
     return value
 
 
+@pytest.mark.slow  # some of them, and others: tests/test_files_of_strangers.py
 @pytest.mark.parametrize("name", ["config.json", "dataset_statistics.json", "preprocessor_config.json"])
 def test_any_wrong_value_anywhere_is_accepted_or_told_in_one_line(checkpoint, name):
     path, plain = checkpoint / name, replace(read_config(checkpoint), raw={})
@@ -136,3 +152,29 @@ def test_any_wrong_value_anywhere_is_accepted_or_told_in_one_line(checkpoint, na
                 refused += 1
                 assert "\n" not in str(error) and len(str(error)) < 700
     assert refused > 50
+
+
+def test_a_run_or_an_adapter_in_place_of_a_checkpoint_is_recognised(tmp_path):
+    for made, words in [
+        ("run/checkpoints/iteration-000010/adapter/adapter_config.json", {"run": "a run of PPO or GRPO"}),
+        (
+            "run/checkpoints/iteration-000010/manifest.json",
+            {"run/checkpoints/iteration-000010": "a run of PPO or GRPO"},
+        ),
+        ("run/checkpoints/iteration-000010/x", {"run/checkpoints/iteration-000010/adapter": "it is LoRA weights"}),
+        ("sft/model/config.json", {"sft": "it is a run whose fine-tuned model lies in"}),
+        ("other/x", {"other": "give a checkpoint folder in the official OpenVLA layout"}),
+    ]:
+        (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / made).write_text("{}")
+        for folder, said in words.items():
+            with pytest.raises(ConfigError, match=f"no config.json in .*{folder}; .*{said}") as error:
+                read_config(tmp_path / folder)
+            assert "\n" not in str(error.value)
+            assert ("policy.adapter=" in str(error.value)) == folder.startswith("run")
+
+
+def test_json_with_strange_names_of_data_sets_is_told_in_one_line(checkpoint):
+    (checkpoint / "dataset_statistics.json").write_text(json.dumps({"a\nb": {}, "c": {}}))
+    with pytest.raises(ConfigError, match=r"dataset_statistics.json has the name 'a\\nb', expected printable"):
+        read_statistics(checkpoint, "c")

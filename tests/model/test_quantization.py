@@ -28,6 +28,7 @@ from vla_rl.model.quantization import (
 )
 from vla_rl.model.tiny_openvla import ensure_tiny_openvla
 from vla_rl.preflight import needs
+from vla_rl.run.interruption import Stop
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import ConfigError
@@ -79,7 +80,9 @@ def test_missing_bitsandbytes_is_told_before_anything_heavy(missing, monkeypatch
     assert "\n" not in str(error.value)
     overrides = ["data.files=[x.hdf5]", "policy.quantization=nf4", f"run.output_dir={tmp_path}"]
     with pytest.raises(ConfigError, match=message):
-        sft.fine_tune(load_config("configs/tiny_sft.yaml", [*overrides, "training.method=lora"], kind=SftConfig), None)
+        sft.fine_tune(
+            load_config("configs/tiny_sft.yaml", [*overrides, "training.method=lora"], kind=SftConfig), None, Stop()
+        )
     assert list(tmp_path.iterdir()) == []
 
 

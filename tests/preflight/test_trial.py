@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import OpenVLA_PPO
 from OpenVLA_PPO import OpenVLAPPO
 from tests.fakes import FakePolicy, make_envs
 from tests.trainers import settings
+from vla_rl.learning import estimators
 from vla_rl.model.value_head import ValueHead
 from vla_rl.preflight import trial as trials
 from vla_rl.preflight.trial import Trial, digest, plain_advantages, trial_settings
@@ -131,8 +131,8 @@ def test_forwards_of_a_network_are_seen_where_there_is_one_that_is_not_compiled(
 
 
 def test_another_lambda_than_the_one_that_is_set_is_not_gae(tmp_path, monkeypatch):
-    shipped = OpenVLA_PPO.compute_gae
-    monkeypatch.setattr("OpenVLA_PPO.compute_gae", lambda *args: shipped(*args[:-1], 0.5))
+    shipped = estimators.compute_gae
+    monkeypatch.setattr(estimators, "compute_gae", lambda *args: shipped(*args[:-1], 0.5))
     trial = make_trial(tmp_path)
     trial.learn()
     with pytest.raises(ConfigError, match="GAE differs"):

@@ -97,6 +97,25 @@ def test_a_new_run_leaves_existing_lines_alone(logger, tmp_path):
     assert iterations(logger.path) == [1]
 
 
+# a full disk
+
+
+def test_lines_that_the_disk_does_not_take_are_written_later_and_said_once(logger, monkeypatch, caplog):
+    log_iterations(logger, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("vla_rl.run.files.os.fsync", fails(OSError(28, "No space left on device")))
+        log_iterations(logger, 2, 3)
+        with pytest.raises(OSError):
+            logger.write_waiting()
+    log_iterations(logger, 4)
+    assert iterations(logger.path) == [1, 2, 3, 4]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        f"lines of {logger.path} cannot be written (No space left on device): they wait in memory until they can be",
+        f"lines of {logger.path} are written again",
+    ]
+
+
 # pictures
 
 
@@ -188,6 +207,17 @@ def test_pictures_that_cannot_be_drawn_are_warnings_and_leave_nothing_torn(
     for record in (curves, report):
         assert words in record.getMessage() and "\n" not in record.getMessage()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_once_until_it_can(logger, monkeypatch, caplog):
+    log_iterations(logger, 1)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(logger, "plot", fails(OSError(28, "full")))
+            logger.draw_curves()
+            logger.draw_curves()
+        logger.draw_curves()
+    assert caplog.text.count("no curves") == 2
 
 
 def test_a_damaged_line_does_not_end_the_run_at_its_curves(logger, caplog):

@@ -37,6 +37,44 @@ def test_a_damaged_line_in_the_middle_is_refused_by_number(path):
         read_metrics(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"iteration": null, "timesteps": 1}', "iteration is None, expected a whole number from 0"),
+        ('{"iteration": "2", "timesteps": 1}', "iteration is '2', expected a whole number"),
+        ('{"iteration": 1.5}', "iteration is 1.5, expected"),
+        ('{"iteration": -1}', "iteration is -1, expected"),
+        ('{"iteration": true}', "iteration is True, expected"),
+        ('{"iteration": 1, "timesteps": null}', "timesteps is None, expected"),
+        ('{"iteration": 1, "actor/policy_loss": "x"}', "'actor/policy_loss' is 'x', expected a number"),
+        ('{"iteration": 1, "a\\nb": [1]}', r"'a\nb' is [1], expected a number"),
+        ('{"timesteps": 1}', "it is no object with an iteration"),
+        ("[]", "it is no object with an iteration"),
+        ("3", "it is no object with an iteration"),
+    ],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_line_with_what_no_run_writes_is_refused_wherever_it_stands(path, line, words, last):
+    write(path, 1)
+    path.write_text(path.read_text() + line + "\n")
+    if not last:
+        write(path, 3)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        set_aside_later_lines(path, 1)
+    assert words in str(caught.value) and "metrics.jsonl, line 2 is damaged" in str(caught.value)
+    assert "\n" not in str(caught.value) and path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
+
+
+def test_bytes_that_are_no_text_are_a_damaged_line(path):
+    write(path, 1)
+    path.write_bytes(path.read_bytes() + b"\xff\n" + b'{"iteration": 2, "eval/render": "exact"}\n' + b'{"iteration": 3')
+    with pytest.raises(ConfigError, match="line 2 is damaged"):
+        read_metrics(path)
+    path.write_bytes(path.read_bytes().replace(b"\xff\n", b""))
+    assert iterations(path) == [1, 2]
+
+
 def test_what_json_has_no_number_for_is_null_also_where_another_program_wrote_it(path):
     path.write_text('{"iteration": 1, "a": NaN, "b": -Infinity, "c": 1.5}\n')
     assert read_metrics(path) == [{"iteration": 1, "a": None, "b": None, "c": 1.5}]

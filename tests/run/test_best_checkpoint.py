@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vla_rl.run import best_checkpoint
+from vla_rl.run import best_checkpoint, checkpoint
 from vla_rl.run.best_checkpoint import evaluation_of, is_at_least_as_good, keep_best, read_evaluation
 from vla_rl.run.checkpoint import (
     BEST,
@@ -30,6 +30,7 @@ def write(run: Path, iteration: int, keep: int = 2) -> Path:
         (folder / "adapter").mkdir()
         (folder / "adapter" / "weights").write_text(f"weights {iteration}")
 
+    run.mkdir(exist_ok=True)
     return write_checkpoint(run / "checkpoints", f"iteration-{iteration:06d}", "model", fill, keep)
 
 
@@ -143,11 +144,11 @@ def test_whenever_a_run_is_killed_one_whole_best_is_there(tmp_path, moment):
 
     def keep_and_die() -> None:
         folder = write(tmp_path, 2)
-        module = best_checkpoint.shutil if moment == "rmtree" else best_checkpoint.os
-        kept = best_checkpoint.shutil.rmtree
+        module = checkpoint.shutil if moment == "rmtree" else best_checkpoint.os
+        kept = checkpoint.shutil.rmtree
 
         def half_removed(path, *args, **kwargs):
-            if str(path).endswith(".old"):
+            if str(path).endswith(".gone"):
                 next(Path(path).rglob("weights")).unlink()
                 die()
             kept(path, *args, **kwargs)

@@ -21,6 +21,7 @@ from vla_rl.run.checkpoint import (
     load_tensors,
     load_trainer_state,
     locked,
+    newest_sound,
     save_tensors,
     set_aside_later_checkpoints,
     verify,
@@ -36,6 +37,7 @@ def fill(folder: Path, text: str = "weights") -> None:
 
 
 def write(run: Path, iteration: int, keep: int = 3, write_files=fill, fingerprint: str = "model-a") -> Path:
+    run.mkdir(exist_ok=True)
     return write_checkpoint(run / "checkpoints", f"iteration-{iteration:06d}", fingerprint, write_files, keep)
 
 
@@ -92,6 +94,50 @@ def test_one_is_kept_when_one_is_asked_for(tmp_path):
     for iteration in (1, 2):
         write(tmp_path, iteration, keep=1)
     assert names(tmp_path) == ["iteration-000002"]
+
+
+def test_those_of_every_so_many_iterations_stay_for_good(tmp_path):
+    def fill_empty(folder):
+        (folder / "x").write_text("")
+
+    (tmp_path / "checkpoints").mkdir()
+    for iteration in range(0, 12, 2):
+        name = f"iteration-{iteration:06d}"
+        write_checkpoint(tmp_path / "checkpoints", name, "m", fill_empty, keep=2, keep_every=4)
+    assert names(tmp_path) == [f"iteration-{n:06d}" for n in (4, 8, 10)]  # not the first one, before any training
+
+
+def test_a_kill_in_the_middle_of_a_removal_leaves_nothing_that_is_listed(tmp_path, monkeypatch):
+    for iteration in (1, 2):
+        write(tmp_path, iteration)
+
+    def killed(path, **_):
+        if path.exists():
+            next(path.rglob("trainer.pt")).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 3, keep=2)
+    monkeypatch.undo()
+    assert names(tmp_path) == [".iteration-000001.gone", "iteration-000002", "iteration-000003"]
+    for folder in list_checkpoints(tmp_path / "checkpoints"):
+        verify(folder)
+    set_aside_later_checkpoints(find_checkpoint(tmp_path))  # as the next start does
+    assert names(tmp_path) == ["iteration-000002", "iteration-000003"]
+
+
+def test_a_run_folder_that_is_gone_is_not_made_anew(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_checkpoint(tmp_path / "unmounted/run/checkpoints", "iteration-000001", "m", fill, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_sound_one_passes_over_those_that_are_torn(tmp_path, caplog):
+    assert newest_sound(tmp_path) is None
+    sound = write(tmp_path, 1)
+    (write(tmp_path, 2) / "trainer.pt").unlink()
+    assert newest_sound(tmp_path) == sound and "000002 is torn: trainer.pt is missing; the one before" in caplog.text
 
 
 def test_the_newest_are_kept_where_numbers_grow_longer(tmp_path):
@@ -320,9 +366,9 @@ def test_a_checkpoint_error_is_a_users_error():
     assert issubclass(CheckpointError, ConfigError)
 
 
-def refusal(what, *arguments) -> str:
-    """The one line of its CheckpointError."""
-    with pytest.raises(CheckpointError) as caught:
+def refusal(what, *arguments, kind=CheckpointError) -> str:
+    """The one line of its error."""
+    with pytest.raises(kind) as caught:
         what(*arguments)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 600
@@ -424,9 +470,9 @@ def test_safetensors_that_do_not_load_are_told_in_one_line(tmp_path):
     data = path.read_bytes()
     for content in (b"", b"x", data[:-1], data[:20], b"\xff" * 8 + data[8:], data.replace(b"F32", b"X32")):
         path.write_bytes(content)
-        assert "is torn: value_head.safetensors cannot be loaded" in refusal(load_tensors, path)
+        assert "value_head.safetensors is cut off" in refusal(load_tensors, path, kind=ConfigError)
     path.unlink()
-    assert "cannot be loaded" in refusal(load_tensors, path)
+    assert "cannot be read (No such file" in refusal(load_tensors, path, kind=ConfigError)
 
 
 # the lock
@@ -438,6 +484,18 @@ def test_a_second_process_is_refused_while_the_first_works(tmp_path, caplog):
     with locked(tmp_path):
         pass
     assert caplog.records == []
+
+
+def test_a_lock_that_is_no_file_is_told(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    assert "is a folder, link or pipe, expected the empty file of a run" in refusal(
+        locked(tmp_path).__enter__, kind=ConfigError
+    )
+    (tmp_path / ".lock").rmdir()
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / ".lock").symlink_to(tmp_path / "kept")
+    assert "is a folder, link or pipe" in refusal(locked(tmp_path).__enter__, kind=ConfigError)
+    assert (tmp_path / "kept").read_text() == "kept"
 
 
 @pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOLCK", "EINVAL"])

@@ -16,11 +16,43 @@ def test_a_setting_may_stand_anywhere_also_behind_a_list_of_tasks():
     assert (config.env.task_ids, config.run.seed, config.run.timesteps) == ([0, 1], 5, 7)
 
 
-def test_a_flag_wins_over_a_setting_and_wandb_follows_its_flags():
-    argv = ("--config", TINY_CONFIG, "--seed", "8", "run.seed=7")
+def test_a_flag_wins_over_the_file_and_wandb_follows_its_flags():
+    argv = ("--config", TINY_CONFIG, "--seed", "8")
     assert config_of(*argv).run.seed == 8 and not config_of(*argv).logging.wandb
     assert config_of(*argv, "--wandb-project", "P").logging.wandb
     assert not config_of(*argv, "--wandb-project", "P", "--no-wandb").logging.wandb
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--seed", "8", "run.seed=7"), "run.seed is given twice: run.seed=7, and 8 of a flag"),
+        (("--no-wandb", "logging.wandb=true"), "logging.wandb is given twice: logging.wandb=True, and False of a flag"),
+        (("--task-id", "1", "env.task_ids=0"), r"env.task_ids is given twice: env.task_ids=0, and \[1\] of a flag"),
+    ],
+)
+def test_a_flag_against_a_setting_is_refused(argv, words):
+    with pytest.raises(ConfigError, match=words):
+        config_of(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--seed", "1", "--seed=2"), "argument --seed: given twice, with 1 and 2; give it once"),
+        (("--task-ids", "0", "1", "--task-ids", "1"), "argument --task-ids: given twice, with [0, 1] and [1]"),
+        (("--config", "a", "run.seed=1", "--config", "b"), "argument --config: given twice, with a and b"),
+    ],
+)
+def test_a_flag_that_is_given_twice_with_different_values_is_refused(capsys, argv, words):
+    with pytest.raises(SystemExit) as ended:
+        config_of(*argv)
+    assert ended.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_given_twice_with_the_same_value_is_fine():
+    argv = ("--config", TINY_CONFIG, "--seed", "8", "--seed", "8", "run.seed=8", "--no-wandb", "--no-wandb")
+    assert config_of(*argv).run.seed == 8
 
 
 def test_settings_files_are_found_beside_the_programs_from_any_folder(tmp_path, monkeypatch):

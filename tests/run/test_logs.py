@@ -1,14 +1,16 @@
 """The log of a command line shows what we say, and of libraries only what they warn of."""
 
+import io
 import logging
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
-from vla_rl.run.logs import OURS, warnings_kept
+from vla_rl.run.logs import OURS, MinuteLines, progress_bar, slow, warnings_kept
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +89,70 @@ def test_a_run_keeps_its_warnings_a_line_each_also_when_it_goes_on(tmp_path):
     log.warning("after the run")
     lines = (tmp_path / "warnings.log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == [f"WARNING vla_rl.test: number {n} of two" for n in (1, 2)]
+
+
+def test_warnings_wait_for_a_disk_that_is_full(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log = logging.getLogger("vla_rl.test")
+    with warnings_kept(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr("vla_rl.run.files.os.fsync", full)
+            log.warning("one")
+        log.warning("two")
+    assert [line.split()[-1] for line in (tmp_path / "warnings.log").read_text().splitlines()] == ["one", "two"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_takes_long_in_a_start_has_a_line(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("vla_rl.run.logs.SLOW_S", 0.05)
+    with slow("short"):
+        pass
+    with slow("reading"):
+        time.sleep(0.1)
+    assert [record.getMessage() for record in caplog.records] == ["reading ...", "reading: 0 s"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_at_a_terminal_there_is_a_bar_and_elsewhere_or_unwanted_nothing_within_a_minute(monkeypatch, capfd):
+    for shown in (True, False):
+        with progress_bar("rollout", 3, "dec", shown) as bar:
+            bar.update(3)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with progress_bar("rollout", 3, "dec", shown=False) as bar:
+        bar.update(3)
+    assert terminal.getvalue() == ""
+    with progress_bar("rollout", 3, "dec", shown=True) as bar:
+        bar.update(3)
+    assert "rollout: 100%" in terminal.getvalue()
+
+
+def test_elsewhere_there_is_a_line_a_minute_with_the_time_left_whatever_goes_on(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    now = [1000.0]
+    monkeypatch.setattr(MinuteLines, "said_at", 1000.0)
+    with MinuteLines("rollout", 100, "dec", clock=lambda: now[0]) as bar:
+        for now[0] in (1030, 1061, 1080, 1120):
+            bar.update(10)
+            bar.set_postfix_str("eps=3")
+    with MinuteLines("sft", 100, "step", initial=90, clock=lambda: now[0]) as bar:
+        for now[0] in (1122, 1150, 1190):
+            bar.update(2)
+    with MinuteLines("images", None, "step", clock=lambda: 1300) as bar:
+        bar.update(5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "rollout: 20 of 100 dec, 4.1 min left, eps=3",  # 61 s for 20
+        "sft: 92 of 100 step, 8.0 s left",  # 2 s for 2
+        "sft: 96 of 100 step, 46.7 s left",  # 70 s for 6
+        "images: 5 step",
+    ]
 
 
 def test_a_run_without_a_warning_leaves_no_file(tmp_path):

@@ -8,11 +8,11 @@ import torch
 
 from vla_rl.run.progress import (
     FinishedEpisode,
+    Pace,
     accumulate,
     episodes_text,
     evaluation_text,
     peak_memory_gib,
-    progress_bar,
     rollout_metrics,
     summary_line,
     to_numbers,
@@ -28,6 +28,7 @@ def test_rollout_metrics_by_hand():
     metrics = rollout_metrics(EPISODES, env_steps=4096)
     assert metrics == {
         "rollout/episodes": 3,
+        "rollout/episodes_dropped": 0,
         "rollout/success_rate": pytest.approx(1 / 3),
         "rollout/return": pytest.approx(1 / 3),
         "rollout/length": 180,  # (100 + 220 + 220) / 3
@@ -130,10 +131,15 @@ def test_peak_memory_is_the_kernels_high_water_mark_in_gib():
     assert shown == pytest.approx(kib / 1024 / 1024, rel=0.05)
 
 
-def test_a_hidden_bar_writes_nothing_and_a_shown_one_does(capfd):
-    with progress_bar("rollout", 3, "dec", shown=False) as bar:
-        bar.update()
-    assert capfd.readouterr() == ("", "")
-    with progress_bar("rollout", 3, "dec", shown=True) as bar:
-        bar.update(3)
-    assert "rollout: 100%" in capfd.readouterr().err
+def test_the_pace_of_a_run_tells_how_long_it_will_still_take(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("vla_rl.run.progress.time.monotonic", lambda: now[0])
+    pace = Pace()
+    assert pace.left_s(10, 100) is None
+    pace.begin(10)  # of a run that was resumed there
+    assert pace.left_s(10, 100) is None
+    now[0] = 120.0
+    assert pace.left_s(20, 100) == 160  # 10 steps took 20 s, 80 are left
+    assert pace.left_s(110, 100) == 0
+    line = summary_line(1, 20, 100, rollout_metrics([], 64) | TIMES, left_s=160)
+    assert "GiB | 2.7 min left" in line and "left" not in summary_line(1, 20, 100, rollout_metrics([], 64) | TIMES)

@@ -1,12 +1,14 @@
 """A new run never shares a folder, and an old one goes on wherever it, its base model and its data are now."""
 
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from vla_rl.run.checkpoint import write_manifest
+from vla_rl.run.checkpoint import locked, write_manifest
 from vla_rl.run.load_settings import load_config, save_config
 from vla_rl.run.run_folder import (
     changed_settings,
@@ -15,6 +17,7 @@ from vla_rl.run.run_folder import (
     make_run_folder,
     newest_settings,
     resumed_settings,
+    run_of_settings,
     with_absolute_output_dir,
 )
 from vla_rl.run.settings import Config, ConfigError
@@ -40,6 +43,8 @@ def test_a_name_that_was_given_is_taken_once(tmp_path):
     config = config_of(tmp_path, name="mine")
     check_run_folder(config)
     assert make_run_folder(config, "other") == tmp_path / "mine"
+    assert make_run_folder(config, "other") == tmp_path / "mine"  # nothing is in it yet
+    (tmp_path / "mine/checkpoints/iteration-000001").mkdir(parents=True)
     for refused in (check_run_folder, lambda c: make_run_folder(c, "other")):
         with pytest.raises(
             ConfigError, match=r"run folder .*/mine exists; choose another run\.name, or continue it with"
@@ -81,6 +86,7 @@ def make_run(folder: Path, kind=Config, **sections) -> Path:
     checkpoint = folder / "checkpoints" / "iteration-000001"
     checkpoint.mkdir(parents=True)
     save_config(kind.model_validate(sections), checkpoint / "config.yaml")
+    save_config(kind.model_validate(sections), folder / "config.yaml")
     write_manifest(checkpoint, "a model")
     return folder
 
@@ -172,6 +178,78 @@ def test_a_checkpoint_outside_a_run_is_refused_for_it_has_no_folder_to_go_on_in(
     alone = (run / "checkpoints/iteration-000001").rename(tmp_path / "iteration-000001")
     with pytest.raises(ConfigError, match="not in the folder checkpoints of a run"):
         resumed_settings(str(alone), [], {}, Config)
+
+
+def test_a_checkpoint_copied_out_of_its_run_makes_no_run_of_another_folder(tmp_path):
+    run = make_run(tmp_path / "a")
+    shutil.copytree(run / "checkpoints", tmp_path / "home/checkpoints")
+    with pytest.raises(ConfigError, match=r"home is no run's folder .*; copy the run whole, or begin a new one with"):
+        resumed_settings(str(tmp_path / "home"), [], {}, Config)
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["checkpoints"]
+
+
+# ---------------------------------------------------------------------------------------------------------- resume auto
+
+
+def made(root: Path, name: str, age_s: int, **sections) -> Path:
+    """A run whose checkpoint is so old."""
+    run = make_run(root / name, run={"output_dir": str(root), **sections.pop("run", {})}, **sections)
+    os.utime(run / "checkpoints/iteration-000001", (1e9 - age_s,) * 2)
+    return run
+
+
+def test_auto_takes_the_newest_run_of_the_settings_and_the_settings_as_they_are_given(tmp_path):
+    made(tmp_path, "older", 20)
+    newer = made(tmp_path, "newer", 10, run={"timesteps": 5}, logging={"progress": False})
+    made(tmp_path, "another_rate", 0, actor={"learning_rate": 1e-3})
+    make_run(tmp_path / "fine_tuning", SftConfig, data={"files": ["d"], "name": "n"})
+    (tmp_path / "no_run").mkdir()
+    config, checkpoint = run_of_settings(config_of(tmp_path, timesteps=9))
+    assert checkpoint == newer / "checkpoints/iteration-000001"
+    assert (config.run.name, config.run.output_dir, config.run.timesteps) == ("newer", str(tmp_path), 9)
+    assert config.logging.progress
+
+
+def test_auto_starts_a_new_run_where_there_is_none_of_the_settings(tmp_path):
+    made(tmp_path, "another_seed", 0, run={"seed": 1})
+    config = config_of(tmp_path)
+    assert run_of_settings(config) == (config, None)
+    assert run_of_settings(config_of(tmp_path / "nowhere"))[1] is None
+    named = config_of(tmp_path, name="mine")
+    assert run_of_settings(named) == (named, None)
+
+
+def test_auto_passes_over_what_is_torn(tmp_path, caplog):
+    older, newer = made(tmp_path, "older", 20), made(tmp_path, "newer", 10)
+    (newer / "checkpoints/iteration-000001/config.yaml").write_text(
+        (newer / "checkpoints/iteration-000001/config.yaml").read_text() + "\n"
+    )
+    (newer / "metrics.jsonl").touch()
+    assert run_of_settings(config_of(tmp_path))[1] == older / "checkpoints/iteration-000001"
+    assert "is torn" in caplog.text
+    with pytest.raises(ConfigError, match="newer has no sound checkpoint"):
+        run_of_settings(config_of(tmp_path, name="newer"))
+
+
+def test_auto_begins_a_run_anew_that_was_killed_before_its_first_checkpoint(tmp_path):
+    folder = make_run_folder(config_of(tmp_path), "killed")
+    config, checkpoint = run_of_settings(config_of(tmp_path))
+    assert (config.run.name, checkpoint) == ("killed", None) and make_run_folder(config, "x") == folder
+
+
+def test_auto_with_a_name_looks_at_that_run_alone_and_tells_what_differs(tmp_path):
+    mine = made(tmp_path, "mine", 20, run={"name": "mine"})
+    made(tmp_path, "newer", 10)
+    assert run_of_settings(config_of(tmp_path, name="mine"))[1] == mine / "checkpoints/iteration-000001"
+    with pytest.raises(
+        ConfigError, match=r"run.name=mine has other settings: run.seed \(0 -> 3\); choose another name"
+    ):
+        run_of_settings(config_of(tmp_path, name="mine", seed=3))
+
+
+def test_auto_starts_no_second_run_beside_one_that_goes_on(tmp_path):
+    with locked(made(tmp_path, "a", 0)), pytest.raises(ConfigError, match="another process is working on"):
+        run_of_settings(config_of(tmp_path))
 
 
 def test_what_was_moved_is_told_with_the_setting_to_give():

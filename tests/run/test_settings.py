@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pydantic
 import pytest
+from pydantic import TypeAdapter
 
-from vla_rl.run.load_settings import load_config
+from vla_rl.run.load_settings import list_settings, load_config
 from vla_rl.run.settings import Config, ConfigError
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.run.warmstart_settings import WarmstartConfig
@@ -264,3 +265,40 @@ def test_vanilla_discounts_as_much_a_simulator_step_as_a_chunk_s_decision_does()
         assert per_step**chunk.policy.chunk_size == pytest.approx(expected, abs=1e-3)
     steps = [c.rollout.num_envs * c.rollout.n_steps * c.policy.chunk_size for c in (chunk, step)]
     assert steps == [8192, 8192]
+
+
+@pytest.mark.parametrize("kind", [Config, SftConfig, WarmstartConfig])
+def test_every_number_has_an_upper_bound(kind):
+    bounded = {"le", "lt", "maximum", "exclusiveMaximum", "enum", "const"}
+    for name, field in list_settings(kind).items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            continue
+        schema = TypeAdapter(field.rebuild_annotation()).json_schema()
+        for part in schema.get("anyOf", [schema]):
+            part = part.get("items", part)
+            if part.get("type") in ("integer", "number") and not name.endswith("max_grad_norm"):  # .inf means never
+                assert bounded & part.keys(), (name, part)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "run.timesteps=1e30",
+            "rollout.num_envs=10000000",
+            "policy.lora.rank=1000000",
+            "value_head.hidden_sizes=[1000000]",
+        ),
+        *("actor.learning_rate=1e10", "env.image_size=100000", "eval.num_envs=100000", "env.task_ids=[99999999999]"),
+    ],
+)
+def test_a_number_that_no_machine_could_bear_is_refused(override):
+    with pytest.raises(ConfigError, match=r"input should be less than|got") as error:
+        load_config(overrides=[override])
+    assert override.partition("=")[0] in str(error.value)
+
+
+def test_checkpoints_that_are_kept_for_good_are_of_those_that_are_written():
+    assert Config(logging={"keep_every": 20}).logging.keep_every == 20
+    with pytest.raises(ValueError, match=r"keep_every=15 is not a multiple of checkpoint_interval=10.*; use 20"):
+        Config(logging={"keep_every": 15})

@@ -23,6 +23,7 @@ from vla_rl.simulation.building import (
 
 def test_the_bar_counts_what_is_told_and_the_log_names_it(monkeypatch, capsys, caplog):
     monkeypatch.setattr(building, "QUIET_S", -1)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     bar = BuildingBar(shown=True)
     bar.update()
     assert bar.bar is None and capsys.readouterr().err == ""  # nothing is built, nothing is shown

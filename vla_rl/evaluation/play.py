@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
-from tqdm import tqdm
 
 from vla_rl.evaluation.videos import Recording, write_replays
 from vla_rl.learning.episodes import EpisodeQueue, reset_finished, step_arguments
 from vla_rl.reports.statistics import wilson_interval
 from vla_rl.run.distributed import ONE, Ranks
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.settings import Config
 from vla_rl.types import Episode, Observation, Policy, SimulatorDied
 
@@ -119,7 +119,7 @@ def play_queue(
     values: list[list[float]] = [[] for _ in range(envs.num_envs)]
     results: dict[int, EpisodeResult] = {}
     description = "evaluate greedy" if greedy else f"evaluate T={temperature:g}"
-    bar = tqdm(total=len(queue.episodes), desc=description, unit="ep", disable=not progress, mininterval=1)
+    bar = progress_bar(description, len(queue.episodes), "ep", progress)
 
     obs, _ = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
     with bar:

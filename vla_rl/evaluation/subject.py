@@ -173,8 +173,10 @@ def of_checkpoint(checkpoint: str, adapter: str | None, overrides: Sequence[str]
     if folder is not None:
         for name, value in lora_of(folder, model).items():
             set_key(values, f"policy.lora.{name}", value)
-        flags["policy.adapter"] = str(folder)
-    config = config_from_dict(merge(values, list(overrides), flags), "the command line")
+    merge(values, list(overrides), flags)
+    if folder is not None:
+        set_key(values, "policy.adapter", str(folder))
+    config = config_from_dict(values, "the command line")
     if not trained and checkpoint != "tiny-openvla-random":
         policy = config.policy
         log.warning(

@@ -25,6 +25,7 @@ import fcntl
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -43,7 +44,9 @@ from vla_rl.fine_tuning.demonstration_units import (
     check_gripper,
     check_image,
     check_ranges,
+    no_ops,
 )
+from vla_rl.run.machine import available_memory
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM
 
@@ -58,7 +61,7 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"  # HDF5 file format specification, superbl
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs, docs/spec.md
 MAX_FOLDERS = 3  # that a message names
 MAX_SHOWN = 80  # characters of a value in a message
-NO_OP_NORM = 1e-4  # openvla c8f03f4, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
+MAX_ARRAY_BYTES = 4e9  # 20,000 steps of 256 x 256 pixels; LIBERO's longest demonstration has 500 of 128 x 128
 
 
 @dataclass(frozen=True)
@@ -256,8 +259,11 @@ def read_demonstrations(
     """
     with open_file(path, "r") as file:
         try:
+            refuse_links(file)
             data = file.get("data")
             names = sorted(data, key=demo_number) if isinstance(data, h5py.Group) else []
+            if names:
+                refuse_links(data)
         except DAMAGES as error:
             raise ConfigError(f"{path} is damaged: {one_line(error)}; make or download it anew") from error
         if not names:
@@ -295,9 +301,7 @@ def demo_number(name: str) -> tuple[int, str]:
 def read_demonstration(
     path: Path, data: h5py.Group, name: str, num_images: int, filter_no_ops: bool, instructions: Mapping[str, str]
 ) -> Demonstration:
-    demo = data[name]
-    if not isinstance(demo, h5py.Group):
-        raise ValueError("it is an array, expected a group")
+    demo = demo_of(data, name)
     actions = read_array(demo, "actions", None, (ACTION_DIM,))
     steps = len(actions)
     if steps == 0:
@@ -351,7 +355,7 @@ def check_file(path: Path, data: h5py.Group, names: Sequence[str]) -> None:
     actions, fingers = [], []  # of each demonstration
     for name in names:
         try:
-            action = read_array(data[name], "actions", None, (ACTION_DIM,)).astype(np.float64)
+            action = read_array(demo_of(data, name), "actions", None, (ACTION_DIM,)).astype(np.float64)
             finger = read_array(data[name], "obs/gripper_states", len(action), (2,)).astype(np.float64)
         except DAMAGES:
             continue
@@ -395,13 +399,36 @@ def read_array(demo: h5py.Group, name: str, steps: int | None, shape: tuple[int 
     if not fits or (steps is not None and sides[0] != steps):
         want = ["T" if steps is None else steps, *("*" if side is None else side for side in shape)]
         raise ValueError(f"{name} has shape {list(sides)}, expected [{', '.join(map(str, want))}]")
-    try:
-        array = stored[()]
-    except MemoryError:
-        raise ValueError(f"{name} has shape {list(sides)}, more than there is memory for") from None
+    if stored.external or stored.is_virtual:
+        raise ValueError(f"{name} has its numbers in another file")
+    size, free = math.prod(sides) * stored.dtype.itemsize, available_memory()
+    if size > min(free / 2, MAX_ARRAY_BYTES):  # of floats, a copy is made of it
+        raise ValueError(
+            f"{name} has shape {list(sides)}, {size / 1e9:.1f} GB, more than a demonstration's array has or than fits into "
+            f"{free / 1e9:.1f} GB of free memory"
+        )
+    array = stored[()]
     if not np.isfinite(array).all():
         raise ValueError(f"{name} has a NaN or infinity")
     return array
+
+
+def refuse_links(group: h5py.Group) -> None:
+    """Raises ValueError where a name is a link: HDF5 would open any file that one leads to."""
+    for name in group:
+        if group.id.links.get_info(name.encode("utf-8", "surrogateescape")).type != h5py.h5l.TYPE_HARD:
+            raise ValueError(f"{shown(name)} is a link, perhaps into another file; expected the data themselves")
+
+
+def demo_of(data: h5py.Group, name: str) -> h5py.Group:
+    """A demonstration's group, which leads nowhere else."""
+    demo = data[name]
+    if not isinstance(demo, h5py.Group):
+        raise ValueError("it is an array, expected a group")
+    refuse_links(demo)
+    if isinstance(demo.get("obs"), h5py.Group):
+        refuse_links(demo["obs"])
+    return demo
 
 
 def read_text(owner: h5py.Group, name: str) -> str:
@@ -467,22 +494,3 @@ def text_of_problem(problem_info: str) -> str:
             f"attribute problem_info is {shown(problem_info)}, expected JSON with the text language_instruction"
         )
     return text
-
-
-def no_ops(actions: np.ndarray) -> np.ndarray:
-    """bool [T]: steps that leave the arm and the gripper as they are.
-
-    |a[:6]| < 1e-4, and the gripper is commanded as in the last step that counts (openvla c8f03f4,
-    regenerate_libero_dataset.py, is_noop).
-
-    Args:
-        actions: [T, 7].
-    """
-    still = np.linalg.norm(actions[:, :-1], axis=1) < NO_OP_NORM
-    result = np.zeros(len(actions), dtype=bool)
-    gripper = None  # of the last step that was kept
-    for t, action in enumerate(actions):
-        result[t] = still[t] and (gripper is None or action[-1] == gripper)
-        if not result[t]:
-            gripper = action[-1]
-    return result

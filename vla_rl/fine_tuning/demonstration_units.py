@@ -17,6 +17,7 @@ FARTHEST_M = 10.0  # no arm on a table reaches it; in centimetres or millimetres
 FULL_TURN = 2 * np.pi * (1 + 1e-3)  # robosuite's quat2axisangle gives angles up to 2 pi
 FINGER_M = 0.1  # a joint of LIBERO's hand (Panda) reaches 0.04
 SHUT_M = 0.06  # between its fingers, which stand at 0.08 when they are open
+NO_OP_NORM = 1e-4  # openvla c8f03f4, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
 GRIPPER_WAY_OUT = (
     "expected -1 (opens) and 1 (closes), and 0 and 1 are used both ways elsewhere; write 1 - 2 g where 1 opens, as in OpenVLA's "
     "units, 2 g - 1 where 1 closes"
@@ -98,3 +99,22 @@ def listed(values: np.ndarray) -> str:
     unique = np.unique(values)
     low, high = (f"{value:.9g}" for value in (unique[0], unique[-1]))
     return low if len(unique) == 1 else f"{low} {'and' if len(unique) == 2 else 'to'} {high}"
+
+
+def no_ops(actions: np.ndarray) -> np.ndarray:
+    """bool [T]: steps that leave the arm and the gripper as they are.
+
+    |a[:6]| < 1e-4, and the gripper is commanded as in the last step that counts (openvla c8f03f4,
+    regenerate_libero_dataset.py, is_noop).
+
+    Args:
+        actions: [T, 7].
+    """
+    still = np.linalg.norm(actions[:, :-1], axis=1) < NO_OP_NORM
+    result = np.zeros(len(actions), dtype=bool)
+    gripper = None  # of the last step that was kept
+    for t, action in enumerate(actions):
+        result[t] = still[t] and (gripper is None or action[-1] == gripper)
+        if not result[t]:
+            gripper = action[-1]
+    return result

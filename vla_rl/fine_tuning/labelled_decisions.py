@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.run.checkpoint import CheckpointError, loading, save_torch, sha256
-from vla_rl.run.files import written_whole
+from vla_rl.run.files import load_torch, written_whole
 from vla_rl.types import PolicyInputs
 
 
@@ -51,7 +51,7 @@ class LabelledDecisions:
     def load(path: Path) -> LabelledDecisions:
         """Raises CheckpointError where it cannot be read."""
         with loading(path):
-            values = torch.load(path, weights_only=True)
+            values = load_torch(path)
             inputs = PolicyInputs(values["images"], values["proprio"], tuple(values["instructions"]))
             return LabelledDecisions(inputs, values["tokens"])
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vla_rl.fine_tuning.demonstration_file import Demonstration
 from vla_rl.model.image_transform import preprocess
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.settings import ConfigError
 
 GRIPPER_MASK = [True] * 6 + [False]  # the gripper is 0 or 1 and stays as it is
@@ -63,9 +63,11 @@ def make_samples(demonstrations: Sequence[Demonstration], chunk_size: int, size:
     rows, cameras = sum(map(len, demonstrations)), demonstrations[0].images.shape[1]
     resized = np.empty((rows, cameras, size, size, 3), np.uint8)
     images = (image for d in demonstrations for image in d.images)  # [K, H, W, 3]
-    for row, image in enumerate(tqdm(images, "images", rows, unit="step", disable=not progress, mininterval=1)):
-        for camera in range(cameras):
-            resized[row, camera] = preprocess(image[camera], center_crop=False, size=size)
+    with progress_bar("images", rows, "step", progress) as bar:
+        for row, image in enumerate(images):
+            for camera in range(cameras):
+                resized[row, camera] = preprocess(image[camera], center_crop=False, size=size)
+            bar.update()
     return Samples(
         images=resized,
         proprio=np.concatenate([d.proprio for d in demonstrations]),

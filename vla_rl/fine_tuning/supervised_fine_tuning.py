@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from vla_rl.fine_tuning.augmentation import augment
 from vla_rl.fine_tuning.samples import GRIPPER_MASK, Samples, batch_rows
@@ -38,12 +37,16 @@ from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.checkpoint import (
     cpu_copy,
     load_trainer_state,
+    loading,
     save_torch,
     set_aside_later_checkpoints,
     verify,
+    whole_number,
     write_checkpoint,
 )
+from vla_rl.run.files import Outage
 from vla_rl.run.load_settings import save_config
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.progress import peak_memory_gib
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.types import NonFiniteError, PolicyInputs
@@ -139,6 +142,7 @@ class SupervisedFineTuning:
         self.fingerprint = f"sft {kind}, policy {shape}, base {base}, data {train.digest}"
         self.step = 0  # finished optimizer steps
         self.stop_requested = False
+        self.outage = Outage("checkpoints", "the training goes on, and the next one is tried in its turn")
         self.spread = torch.tensor(GRIPPER_MASK * policy.chunk_size, device=policy.device)  # [A]
 
     def train(self) -> None:
@@ -146,14 +150,7 @@ class SupervisedFineTuning:
         training, logging_settings = self.config.training, self.config.logging
         losses: list[float] = []
         start, first = time.perf_counter(), self.step
-        bar = tqdm(
-            total=training.steps,
-            initial=self.step,
-            desc="sft",
-            unit="step",
-            disable=not logging_settings.progress,
-            mininterval=1,
-        )
+        bar = progress_bar("sft", training.steps, "step", logging_settings.progress, initial=self.step)
         with bar:
             while self.step < training.steps and not self.stop_requested:
                 metrics = self.train_step()
@@ -175,11 +172,15 @@ class SupervisedFineTuning:
                 if measured:
                     log.info(summary(self.step, training.steps, metrics))
                 if self.step % training.checkpoint_interval == 0 and self.step < training.steps:
-                    self.save_checkpoint()
+                    self.outage.survive(self.save_checkpoint)
         self.save_checkpoint()
         self.logger.draw_curves()
         if self.stop_requested:
             log.warning("stopped at step %d, saved; --resume continues", self.step)
+
+    def request_stop(self) -> None:
+        """Ends the training at the next step, saved."""
+        self.stop_requested = True
 
     def train_step(self) -> dict[str, float]:
         training = self.config.training
@@ -274,6 +275,7 @@ class SupervisedFineTuning:
             save_torch(state, folder / "trainer.pt")
             save_config(self.config, folder / "config.yaml")
 
+        self.logger.write_waiting()
         root = self.logger.folder / "checkpoints"
         return write_checkpoint(
             root, f"iteration-{self.step:06d}", self.fingerprint, write_files, self.config.training.keep_checkpoints
@@ -282,11 +284,13 @@ class SupervisedFineTuning:
     def load_checkpoint(self, folder: Path) -> None:
         verify(folder, self.fingerprint)
         state = load_trainer_state(folder)
-        self.step = state["step"]
-        with torch.no_grad():
+        with loading(folder / "trainer.pt"), torch.no_grad():
+            self.step = whole_number(state, "step")
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+                if value.shape != parameter.shape:
+                    raise ValueError(f"a parameter is {list(value.shape)}, expected {list(parameter.shape)}")
                 parameter.copy_(value)
-        load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
+            load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
         set_aside_later_checkpoints(folder)
         self.logger.continue_from(self.step)
 

@@ -49,9 +49,12 @@ from vla_rl.run.checkpoint import (
     save_torch,
     set_aside_later_checkpoints,
     verify,
+    whole_number,
     write_checkpoint,
 )
+from vla_rl.run.files import Outage, read_json
 from vla_rl.run.load_settings import save_config
+from vla_rl.run.logs import progress_bar
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.warmstart_settings import WarmstartConfig
 from vla_rl.types import NonFiniteError, Observation
@@ -103,6 +106,7 @@ class WarmStart:
         self.optimizer = adamw(self.parameters, config.optimizer)
         self.sampler = EpisodeSampler(config.env.task_ids, config.env.initial_states, config.run.seed)
         self.store = DecisionStore(logger.folder / "data", config.collection.keep)
+        self.outage = Outage("checkpoints", "the training goes on, and the next one is tried in its turn")
         self.iteration = 0  # finished iterations
         self.step = 0  # finished optimizer steps
         self.evaluated_iteration = -1
@@ -114,8 +118,10 @@ class WarmStart:
         while True:
             if self.evaluation_due():
                 self.evaluate()
-                self.save_checkpoint()
+                self.outage.survive(self.save_checkpoint)
             if self.reached() or self.iteration >= self.config.training.iterations:
+                if self.outage.failing:
+                    self.save_checkpoint()
                 return self.reached()
             self.train_iteration()
 
@@ -170,7 +176,7 @@ class WarmStart:
         }
         self.logger.log({"iteration": self.iteration, "step": self.step, **metrics})
         log.info(summary(self.iteration, self.config.training.iterations, metrics))
-        self.save_checkpoint()  # before an evaluation in which the run may be killed
+        self.outage.survive(self.save_checkpoint)  # before an evaluation in which the run may be killed
 
     # -------------------------------------------------------------------------------------------------------- collection
 
@@ -189,7 +195,7 @@ class WarmStart:
         self.envs.on_wait = self.stop
         dropped = 0
         obs, _ = reset_finished(self.envs, np.ones(self.envs.num_envs, dtype=bool), queue)
-        bar = progress.progress_bar("collect", settings.episodes, "ep", self.config.logging.progress)
+        bar = progress_bar("collect", settings.episodes, "ep", self.config.logging.progress)
         with bar:
             while queue.playing:
                 self.stop()
@@ -250,7 +256,7 @@ class WarmStart:
         """steps_per_iteration optimizer steps on the decisions that are kept; means over them."""
         training = self.config.training
         losses, norms = [], []
-        bar = progress.progress_bar("learn", training.steps_per_iteration, "step", self.config.logging.progress)
+        bar = progress_bar("learn", training.steps_per_iteration, "step", self.config.logging.progress)
         with bar:
             for step in range(training.steps_per_iteration):
                 self.stop()
@@ -308,6 +314,7 @@ class WarmStart:
             (folder / DATA_FILE).write_text(json.dumps(self.store.digests, indent=1))
             save_config(self.config, folder / "config.yaml")
 
+        self.logger.write_waiting()
         root, keep = self.logger.folder / "checkpoints", self.config.training.keep_checkpoints
         path = write_checkpoint(root, f"iteration-{self.iteration:06d}", self.fingerprint, write_files, keep)
         self.store.remove_unneeded(name for folder in list_checkpoints(root) for name in data_of(folder))
@@ -319,10 +326,11 @@ class WarmStart:
         state = load_trainer_state(folder)
         self.store.restore(data_of(folder))
         self.student.load(folder)
-        load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
-        self.iteration, self.step = state["iteration"], state["step"]
-        self.evaluated_iteration, self.success = state["evaluated_iteration"], dict(state["success"])
-        self.l1_metrics = dict(state["l1_metrics"])
+        with loading(folder / "trainer.pt"):
+            load_optimizer(self.optimizer, state["optimizer"], self.config.optimizer)
+            self.iteration, self.step = whole_number(state, "iteration"), whole_number(state, "step")
+            self.evaluated_iteration = whole_number(state, "evaluated_iteration", least=-1)
+            self.success, self.l1_metrics = dict(state["success"]), dict(state["l1_metrics"])
         later = [other for other in list_checkpoints(folder.parent) if checkpoint_number(other) > self.iteration]
         self.store.set_aside(name for other in later for name in data_of(other))
         set_aside_later_checkpoints(folder)
@@ -336,7 +344,11 @@ def data_of(checkpoint: Path) -> dict[str, str]:
         CheckpointError: it does not tell.
     """
     with loading(checkpoint / DATA_FILE):
-        return dict(json.loads((checkpoint / DATA_FILE).read_text()))
+        names = read_json(checkpoint / DATA_FILE)
+        for name, digest in names.items():
+            if Path(name).name != name or name == ".." or not isinstance(digest, str):  # a path would lead elsewhere
+                raise ValueError(f"{name!r:.60} is no file of decisions with its SHA-256")
+        return names
 
 
 def summary(iteration: int, iterations: int, metrics: dict[str, Any]) -> str:

@@ -94,6 +94,7 @@ class FiniteGuard:
         """
         for name, value in {"a reward": rewards, "an observation": torch.from_numpy(proprio)}.items():
             finite = torch.isfinite(value).reshape(len(envs), -1).all(dim=1)
+            finite |= torch.from_numpy(self.trainer.envs.dropped[envs])  # which have done nothing
             if finite.all():
                 continue
             row = finite.tolist().index(False)

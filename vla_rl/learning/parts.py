@@ -21,6 +21,7 @@ from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.checkpoint import find_adapter, loading
 from vla_rl.run.distributed import ONE, Ranks, share_of
+from vla_rl.run.logs import slow
 from vla_rl.run.settings import Config
 from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import make_vector_env
@@ -48,9 +49,10 @@ def build_trainer(
     """
     sharded = config.distributed.shard and ranks.size > 1
     own = config.policy.model_copy(update={"adapter": None})
-    policy = build_policy(config.model_copy(update={"policy": own}) if resumed else config, sharded=sharded)
-    if sharded:
-        shard(policy, ranks, torch.device(config.run.device))
+    with slow("loading the policy"):
+        policy = build_policy(config.model_copy(update={"policy": own}) if resumed else config, sharded=sharded)
+        if sharded:
+            shard(policy, ranks, torch.device(config.run.device))
     value_head = build_value_head(config, policy.hidden_size)
     logger.instructions = dict(zip(config.env.task_ids, instructions_of(config), strict=True))
     log_sizes(policy, value_head)
@@ -58,9 +60,10 @@ def build_trainer(
     num_evaluations = len(config.env.task_ids) * len(config.eval.states)
     kind = {"image_transform": policy.processor.image_transform}
     overlap = config.rollout.overlap
-    envs = cleanup.enter_context(closing(make_vector_env(own, own.rollout.num_envs, overlap=overlap, **kind)))
     num_eval_envs = min(own.eval.num_envs, num_evaluations)
-    eval_envs = cleanup.enter_context(closing(make_vector_env(own, num_eval_envs, evaluation=True, **kind)))
+    with slow("starting the simulators' processes"):
+        envs = cleanup.enter_context(closing(make_vector_env(own, own.rollout.num_envs, overlap=overlap, **kind)))
+        eval_envs = cleanup.enter_context(closing(make_vector_env(own, num_eval_envs, evaluation=True, **kind)))
     trainer = make(config, policy, value_head, envs, eval_envs, logger, ranks)
     policy.processor.tokenize(tuple(instructions_of(config)))  # so that it knows all lengths of prompts
     log.info(

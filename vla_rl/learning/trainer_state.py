@@ -6,16 +6,19 @@ the CPU bit for bit. Not here: files written whole or not at all (vla_rl.run.che
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from vla_rl.learning.episodes import EpisodeStreams, RunningEpisodes
 from vla_rl.learning.no_signal import SignalWatch
-from vla_rl.learning.optimizer import load_optimizer
+from vla_rl.learning.optimizer import is_floats, load_optimizer
 from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
@@ -34,7 +37,7 @@ from vla_rl.run.checkpoint import (
 from vla_rl.run.distributed import Ranks
 from vla_rl.run.load_settings import save_config
 from vla_rl.run.settings import Config
-from vla_rl.types import Observation, Policy
+from vla_rl.types import ACTION_DIM, Episode, Observation, Policy
 
 # of what a checkpoint holds; 2: a sampling generator for each environment; 3: the actor's schedule
 STATE_VERSION = 3
@@ -57,6 +60,91 @@ STATE = {  # of trainer.pt
         "schedule",
     ),
 }
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Values of these types and no others."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+class EpisodeValues(Strict):
+    """vla_rl.types.Episode."""
+
+    task_id: Count
+    initial_state: Count | None
+    seed: Count
+    resets: Annotated[int, Field(ge=1, le=100)] = 1  # each draws a scene anew
+
+
+class UnderWay(Strict):
+    episode: EpisodeValues
+    actions: Tensor
+
+
+class Schedule(Strict):
+    reward_seen: bool
+    settings_learning_rate: Finite
+    learning_rate: Finite
+
+
+class Watch(Strict):
+    episodes: Count
+    rewarded: bool
+    warned: bool
+
+
+class Values(Strict):
+    """trainer.pt but for what is of torch, which knows its own: generators, optimizers."""
+
+    iteration: Count
+    timesteps: Count
+    groups_played: Count
+    evaluated_iteration: Annotated[int, Field(ge=-1, lt=2**53)]
+    episodes_played: list[Count]
+    running_returns: Tensor
+    running_lengths: Tensor
+    episodes_under_way: list[UnderWay]
+    sampling_generators: list[Tensor]
+    order_generator: Tensor
+    schedule: Schedule
+    signal_watch: Watch | None = None
+
+
+def check_values(values: dict[str, Any], config: Config) -> None:
+    """Raises ValueError or TypeError where trainer.pt has not what `take` puts into it in a run of these settings."""
+    num_envs, max_steps = config.rollout.num_envs, config.max_episode_steps()
+    try:
+        found = Values.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r:.60}") from None
+    lengths = {
+        "episodes_played": len(found.episodes_played),
+        "sampling_generators": len(found.sampling_generators),
+        **{name: list(getattr(found, name).shape) for name in ("running_returns", "running_lengths")},
+        "episodes_under_way": len(found.episodes_under_way) or num_envs,
+    }
+    for name, length in lengths.items():
+        if length not in (num_envs, [num_envs]):
+            raise ValueError(f"{name} has {length} entries, expected {num_envs}")
+    if not is_floats(found.running_returns) or found.running_lengths.is_floating_point():
+        raise ValueError("running_returns and running_lengths: expected floats and whole numbers")
+    for state in values["episodes_under_way"]:
+        Episode(**state["episode"])  # TypeError of a name that it has not
+    for under_way in found.episodes_under_way:
+        actions, episode = under_way.actions, under_way.episode
+        if episode.task_id not in config.env.task_ids or len(actions) > max_steps:
+            raise ValueError(f"an episode of task {episode.task_id} with {len(actions)} actions is none of this run's")
+        if actions.dtype != torch.float32 or actions.dim() != 2 or actions.shape[1] != ACTION_DIM:
+            raise ValueError(f"actions are {actions.dtype} {list(actions.shape)}, expected float32 [*, {ACTION_DIM}]")
+        if not bool((actions.abs() <= 1e3).all()):  # false of NaN, too
+            raise ValueError("actions of an episode under way are no actions: expected -1 to 1")
 
 
 class Trainer(Protocol):
@@ -101,6 +189,8 @@ class TrainerState:
             f"value head {head}",
             f"{trainer.config.rollout.num_envs} environments",
         ]
+        self.saving = threading.Lock()  # a stop that nothing else obeys is saved by a thread (vla_rl.run.interruption)
+        self.loaded: tuple[int, bytes] | None = None  # iteration and config.yaml of the checkpoint that was loaded
         self.fingerprint = ", ".join([*parts, trainer.config.algorithm.estimator, f"state {STATE_VERSION}"])
         self.take()
 
@@ -157,7 +247,11 @@ class TrainerState:
         self.values["evaluated_iteration"] = self.trainer.evaluated_iteration
 
     def save(self) -> Path:
-        """Writes the state, on rank 0; returns the checkpoint's folder."""
+        """Writes the state, on rank 0, and the metrics that wait before it; returns the checkpoint's folder.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
         trainer, values = self.trainer, self.values
         root, name = trainer.logger.folder / "checkpoints", f"iteration-{values['iteration']:06d}"
         if not trainer.ranks.first:
@@ -169,9 +263,17 @@ class TrainerState:
             save_torch(rest, folder / "trainer.pt")
             if values["value_head"] is not None:
                 save_tensors(values["value_head"], folder / "value_head.safetensors")
-            save_config(trainer.config, folder / "config.yaml")
+            if (
+                self.loaded is not None and self.loaded[0] == values["iteration"]
+            ):  # settings that have trained nothing yet
+                (folder / "config.yaml").write_bytes(self.loaded[1])
+            else:
+                save_config(trainer.config, folder / "config.yaml")
 
-        return write_checkpoint(root, name, self.fingerprint, write_files, trainer.config.logging.keep_checkpoints)
+        with self.saving:
+            trainer.logger.write_waiting()
+            kept = trainer.config.logging.keep_checkpoints, trainer.config.logging.keep_every
+            return write_checkpoint(root, name, self.fingerprint, write_files, *kept)
 
     def load(self, folder: Path) -> None:
         """Puts the trainer into the state of a checkpoint: the simulators replay their episodes.
@@ -186,12 +288,17 @@ class TrainerState:
         values = load_trainer_state(folder)
         if missing := sorted(STATE - values.keys()):
             raise CheckpointError(f"checkpoint {folder} is torn: trainer.pt lacks {', '.join(missing)}")
+        with loading(folder / "trainer.pt"):
+            check_values(values, trainer.config)
         if trainer.value_head is not None:
-            trainer.value_head.load_state_dict(load_tensors(folder / "value_head.safetensors"))
-            load_optimizer(trainer.critic_optimizer, values["critic_optimizer"], trainer.config.critic)
+            with loading(folder / "value_head.safetensors"):
+                trainer.value_head.load_state_dict(load_tensors(folder / "value_head.safetensors"))
+            with loading(folder / "trainer.pt"):
+                load_optimizer(trainer.critic_optimizer, values["critic_optimizer"], trainer.config.critic)
         with loading(folder / "adapter"):
             trainer.policy.load_adapter(folder / "adapter")
-        load_optimizer(trainer.actor_optimizer, values["actor_optimizer"], trainer.config.actor)
+        with loading(folder / "trainer.pt"):
+            load_optimizer(trainer.actor_optimizer, values["actor_optimizer"], trainer.config.actor)
         trainer.schedule.load(values["schedule"])
         trainer.signal_watch.load(values.get("signal_watch"))
         trainer.iteration, trainer.timesteps = values["iteration"], values["timesteps"]
@@ -200,13 +307,15 @@ class TrainerState:
         trainer.streams.played = list(values["episodes_played"][own])
         trainer.running.returns = values["running_returns"].numpy()[own].copy()
         trainer.running.lengths = values["running_lengths"].numpy()[own].copy()
-        for generator, state in zip(trainer.streams.generators, values["sampling_generators"][own], strict=True):
-            generator.set_state(state)
-        trainer.order_generator.set_state(values["order_generator"])
+        with loading(folder / "trainer.pt"):  # a generator knows itself what a state of it is
+            for generator, state in zip(trainer.streams.generators, values["sampling_generators"][own], strict=True):
+                generator.set_state(state)
+            trainer.order_generator.set_state(values["order_generator"])
         under_way = values["episodes_under_way"][own]
         episodes = [{"episode": e["episode"], "actions": e["actions"].numpy()} for e in under_way]
         if episodes:
             trainer.obs = Observation.from_vector_env(trainer.envs.restore_episodes(episodes))
+        self.loaded = trainer.iteration, (folder / "config.yaml").read_bytes()
         self.take()
         evaluated = trainer.evaluated_iteration == trainer.iteration
         trainer.ranks.by_first(lambda: set_aside_later_checkpoints(folder))

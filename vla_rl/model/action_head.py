@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from vla_rl.model.action_tokenizer import ActionTokenizer, to_environment, unnormalize
 from vla_rl.model.checkpoint_folder import TRAINED_AS, find_action_head_file, read_tensor_file
-from vla_rl.model.prismatic_config import read_config, read_json
+from vla_rl.model.prismatic_config import read_config
 from vla_rl.model.sampling import check_finite
 from vla_rl.model.trained_as import l1_head_of, write_trained_as
 from vla_rl.run.checkpoint import save_torch
-from vla_rl.run.files import written_whole
+from vla_rl.run.files import read_json, written_whole
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM, PolicyInputs, PolicyOutput
 

@@ -22,13 +22,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from vla_rl.model.checkpoint_folder import open_tensors
 from vla_rl.model.lora_linear import add_adapters
 from vla_rl.model.prismatic import Prismatic
-from vla_rl.model.prismatic_config import read_config, read_json
+from vla_rl.model.prismatic_config import read_config
 from vla_rl.model.quantization import dense_parameters, packed_layer, sample_of
 from vla_rl.run.checkpoint import ADAPTER_FILES, save_tensors
-from vla_rl.run.files import write_whole
+from vla_rl.run.files import all_tensors, open_tensors, read_json, write_whole
 from vla_rl.run.settings import ConfigError, LoraConfig
 
 log = logging.getLogger(__name__)
@@ -42,6 +41,7 @@ HARMLESS = {
 }
 # how the adapter's weights began; others than the plain ones change the base weights too
 STARTS = {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+MAX_RANK, MAX_ALPHA = 65_536, 1e6  # far above any that was trained
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
@@ -102,7 +102,7 @@ class Adapter:
         ours = self.tensors()
         with open_tensors(folder / "adapter_model.safetensors") as file:
             made_for = (file.metadata() or {}).get(BASE_DIGEST, base_digest)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is not a dict
+            tensors = all_tensors(folder / "adapter_model.safetensors", file)
         wrong = {n for n in ours.keys() | tensors.keys() if n not in ours or n not in tensors}
         wrong |= {n for n in ours.keys() & tensors.keys() if ours[n].shape != tensors[n].shape}
         if wrong:
@@ -122,9 +122,10 @@ class Adapter:
     def check_settings(self, folder: Path) -> None:
         """Whatever of adapter_config.json changes what an adapter computes must be as here."""
         saved = read_json(folder / "adapter_config.json")
-        if (saved.get("r"), saved.get("lora_alpha")) != (self.lora.rank, self.lora.alpha):
+        rank, alpha = rank_and_alpha(folder, saved)
+        if (rank, alpha) != (self.lora.rank, self.lora.alpha):
             raise ConfigError(
-                f"the adapter in {folder} has rank {saved.get('r')!r:.40} and alpha {saved.get('lora_alpha')!r:.40}, the settings have "
+                f"the adapter in {folder} has rank {rank} and alpha {alpha}, the settings have "
                 f"rank {self.lora.rank} and alpha {self.lora.alpha}; set policy.lora to the adapter's"
             )
         refuse_other_maths(folder, saved)
@@ -206,13 +207,13 @@ def refuse_other_maths(folder: Path, saved: Mapping[str, Any]) -> None:
     passed_over = {"lora_alpha"} | HARMLESS | (STARTS if plain_start else set())
     # absent, null, false and empty all say: not used
     changed = [
-        f"{name}={value!s:.80}"
+        f"{name}={value!s:.80}".encode("unicode_escape").decode()
         for name, value in saved.items()
         if name not in passed_over and (value or ours.get(name)) and value != ours.get(name)
     ]
     if changed:
         raise ConfigError(
-            f"the adapter in {folder} was made with {', '.join(changed)}, by which it computes something else than "
+            f"the adapter in {folder} was made with {', '.join(changed[:5])}, by which it computes something else than "
             "alpha / rank B A x, all that is implemented; merge it into its base with peft and give that as the checkpoint"
         )
 
@@ -266,15 +267,27 @@ def read_adapter(folder: Path) -> SavedAdapter:
     settings = read_json(folder / ADAPTER_FILES[0])
     refuse_other_maths(folder, settings)
     with open_tensors(folder / ADAPTER_FILES[1]) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is not a dict
+        tensors = all_tensors(folder / ADAPTER_FILES[1], file)
         base = (file.metadata() or {}).get(BASE_DIGEST)
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    rank, _ = rank_and_alpha(folder, settings)
     ranks = {t.shape[0 if ".lora_A." in name else 1] if t.dim() == 2 else None for name, t in tensors.items()}
-    if ranks != {rank} or not isinstance(alpha, int | float):
+    if ranks != {rank}:
         raise ConfigError(
-            f"the adapter in {folder} is torn: rank {rank!r:.40} and alpha {alpha!r:.40}, its tensors have {ranks!s:.40}"
+            f"the adapter in {folder} is torn: {ADAPTER_FILES[0]} has rank {rank}, its tensors have {ranks!s:.40}"
         )
     return SavedAdapter(folder, settings, tensors, base)
+
+
+def rank_and_alpha(folder: Path, settings: Mapping[str, Any]) -> tuple[int, float]:
+    """Of adapter_config.json; raises ConfigError where they are none."""
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    known = type(rank) is int and 1 <= rank <= MAX_RANK and type(alpha) in (int, float) and 0 < alpha <= MAX_ALPHA
+    if not known:
+        raise ConfigError(
+            f"the adapter in {folder} is torn: expected r from 1 to {MAX_RANK} and lora_alpha up to {MAX_ALPHA:g} in "
+            f"{ADAPTER_FILES[0]}, got {rank!r:.40} and {alpha!r:.40}"
+        )
+    return rank, alpha
 
 
 def write_mean(folders: Sequence[Path], out: Path) -> int:
@@ -317,7 +330,8 @@ def lora_of(folder: Path, model: Path) -> dict[str, Any]:
     config = read_json(folder / ADAPTER_FILES[0])
     with open_tensors(folder / ADAPTER_FILES[1]) as file:
         names = list(file.keys())
-    lora = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "target_modules": "all-linear"}
+    rank, alpha = rank_and_alpha(folder, config)
+    lora = {"rank": rank, "alpha": alpha, "target_modules": "all-linear"}
     if any("vision_backbone" in name for name in names):
         return lora | {"last_layers": None}
     layers = {int(m[1]) for name in names if (m := re.search(r"language_model\..*layers\.(\d+)\.", name))}

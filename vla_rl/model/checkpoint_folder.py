@@ -25,13 +25,21 @@ from typing import Any
 import huggingface_hub
 import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vla_rl.model.prismatic_config import is_list, read_config, read_json, refuse_lfs_pointer
+from vla_rl.model.prismatic_config import is_list, read_config
 from vla_rl.run.checkpoint import save_tensors, save_torch
 from vla_rl.run.failures import one_line
-from vla_rl.run.files import write_whole
+from vla_rl.run.files import (
+    FLOATS,
+    all_tensors,
+    load_torch,
+    open_tensors,
+    read_json,
+    refuse_lfs_pointer,
+    refuse_names,
+    write_whole,
+)
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM, PROPRIO_DIM
 
@@ -44,7 +52,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TRAINED_AS = "trained_as.json"
 PLAIN_HEAD = "action_head.safetensors"
 LISTING_TIMEOUT_S = 10.0  # as the hub client waits for one file's entity tag
-FLOATS = ("F64", "F32", "F16", "BF16")  # other safetensors types are quantized: their values alone mean nothing
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
@@ -164,7 +171,13 @@ def load_statistics(folder: Path) -> dict[str, dict]:
         raise ConfigError(
             f"no action statistics in {folder}: expected dataset_statistics.json or norm_stats in config.json"
         )
+    refuse_names(statistics, statistics_file(folder))
     return statistics
+
+
+def statistics_file(folder: Path) -> Path:
+    path = folder / "dataset_statistics.json"
+    return path if path.exists() else folder / "config.json"
 
 
 def read_statistics(folder: Path, unnorm_key: str | None, use_proprio: bool = False) -> tuple[str, dict]:
@@ -178,10 +191,10 @@ def read_statistics(folder: Path, unnorm_key: str | None, use_proprio: bool = Fa
         unnorm_key = next(iter(statistics))
     for key in (unnorm_key, f"{unnorm_key}_no_noops", str(unnorm_key).removesuffix("_no_noops")):
         if key in statistics:
-            check_statistics(statistics[key], f"the statistics of {key} in {folder}", use_proprio)
+            check_statistics(statistics[key], f"the statistics of {key} in {statistics_file(folder)}", use_proprio)
             return key, statistics[key]
     raise ConfigError(
-        f"unnorm_key={unnorm_key}: the statistics of {folder} have {', '.join(sorted(statistics))}; "
+        f"unnorm_key={unnorm_key}: the statistics of {statistics_file(folder)} have {', '.join(sorted(statistics)[:30])}; "
         "give a checkpoint that was fine-tuned on this task suite, or set policy.unnorm_key to one of these"
     )
 
@@ -277,15 +290,6 @@ def is_file_name(value: Any) -> bool:
     return isinstance(value, str) and value.endswith(".safetensors") and re.fullmatch(r"[\w.-]+", value) is not None
 
 
-def open_tensors(path: Path, device: str = "cpu") -> safe_open:
-    """Raises ConfigError where the file is a pointer, cut off or no safetensors."""
-    refuse_lfs_pointer(path)
-    try:
-        return safe_open(path, framework="pt", device=device)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is cut off or no safetensors file ({one_line(error)}); download it again") from None
-
-
 def tensor_shapes(folder: Path, use_proprio: bool) -> Iterator[tuple[str, list[int]]]:
     """What `read_tensors` gives, without the values.
 
@@ -332,15 +336,16 @@ def read_tensor_file(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         with open_tensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return all_tensors(path, file)
     refuse_lfs_pointer(path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_torch(path)
     except Exception as error:  # pickle's, zip's and torch's own: each means that it is not what it should be
         raise ConfigError(f"{path} is cut off or no file of tensors ({one_line(error)}); download it again") from None
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not named or not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors.values()):
         raise ConfigError(f"{path}: expected tensors by name; download it again")
+    refuse_names(tensors, path)
     return tensors
 
 

@@ -5,15 +5,13 @@ Not here: whether the weights fit it (vla_rl.model.prismatic), the other files o
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_rl.run.failures import one_line
+from vla_rl.run.files import read_json
 from vla_rl.run.settings import ConfigError
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 # Llama-2 7B, which the official config class fills in where a checkpoint's text_config leaves a value out
 # (transformers LlamaConfig). rms_norm_eps is 1e-6 there, not Llama-2's own 1e-5.
 LLAMA_DEFAULTS = {
@@ -45,6 +43,13 @@ LLAMA_FIXED = {
     **dict.fromkeys(["attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"]),
 }
 ROPE_FIXED = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+# timm's names: DINOv2, then SigLIP (openvla@c8f03f4 prismatic/extern/hf/configuration_prismatic.py, dinosiglip). timm takes others
+# from the network ("hf-hub:...") or opens files that keywords name, so no other comes near it
+BACKBONES = (
+    {"vit_large_patch14_reg4_dinov2.lvd142m"},
+    {"vit_so400m_patch14_siglip_224", "vit_so400m_patch14_siglip_384"},
+)
+ACT_LAYERS = (None, "gelu", "quick_gelu")  # of the official overrides, and timm's own
 # of a layer, a vocabulary, an image: none is near, and a network larger than this would not end building
 MAX_SIZE = 2**20
 TINY_VIT = ("embed_dim", "depth", "num_heads", "mlp_ratio")  # what the tiny checkpoints change of timm's models
@@ -71,7 +76,7 @@ def read_config(folder: Path) -> PrismaticConfig:
     """
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise ConfigError(f"no config.json in {folder}; give a checkpoint folder in the official OpenVLA layout")
+        raise ConfigError(f"no config.json in {folder}; {what_it_may_be(Path(folder))}")
     raw = read_json(path)
     if raw.get("model_type") != "openvla":
         raise ConfigError(f"{path}: expected model_type 'openvla', got {raw.get('model_type')!r:.80}")
@@ -80,6 +85,9 @@ def read_config(folder: Path) -> PrismaticConfig:
     timm_ids = raw.get("timm_model_ids")
     if raw.get("use_fused_vision_backbone") is not True or not is_list(timm_ids, str, 2):
         raise ConfigError(f"{path}: expected the fused DINOv2 + SigLIP backbone, got {timm_ids!r:.80}")
+    for timm_id, known in zip(timm_ids, BACKBONES, strict=True):
+        if timm_id not in known:
+            raise ConfigError(f"{path}: timm_model_ids has {timm_id!r:.80}, expected {' or '.join(sorted(known))}")
     sizes = raw.get("image_sizes", [224, 224])
     if not is_list(sizes, int, 2) or sizes[0] != sizes[1] or not 1 <= sizes[0] <= MAX_SIZE:
         raise ConfigError(f"{path}: expected one image size for both backbones, got {sizes!r:.80}")
@@ -101,11 +109,26 @@ def read_config(folder: Path) -> PrismaticConfig:
     )
 
 
+def what_it_may_be(folder: Path) -> str:
+    """The way out of a folder that is no checkpoint: a run of ours, or LoRA weights, are taken for one."""
+    if (folder / "model" / "config.json").exists():
+        return f"it is a run whose fine-tuned model lies in {folder / 'model'}: give that"
+    name = "it is LoRA weights" if (folder / "adapter_config.json").exists() else None
+    if (folder / "checkpoints").is_dir() or ((folder / "adapter").is_dir() and (folder / "manifest.json").exists()):
+        name = "it is a run of PPO or GRPO or one of its checkpoints"
+    if name is None:
+        return "give a checkpoint folder in the official OpenVLA layout"
+    return (
+        f"{name}, which is no model without its base: go on with --resume (a run), begin from it with policy.adapter={folder} beside "
+        f"its base's --checkpoint, evaluate it with --run or --adapter, or make a model of it: python -m vla_rl.export {folder} OUT"
+    )
+
+
 def read_timm_kwargs(raw: dict, timm_ids: list[str], path: Path) -> tuple[dict, ...]:
     act_layers = raw.get("timm_override_act_layers") or [None, None]
-    if not is_list(act_layers, str | None, 2):
+    if not is_list(act_layers, str | None, 2) or not set(act_layers) <= set(ACT_LAYERS):
         raise ConfigError(
-            f"{path}: expected timm_override_act_layers of 2 names or nulls, got {act_layers!r:.80}; download it again"
+            f"{path}: expected timm_override_act_layers of 2, each null, gelu or quick_gelu, got {act_layers!r:.80}; download it again"
         )
     overrides = raw.get("_tiny_timm_overrides", {})
     vits = [overrides.get(timm_id, {}) for timm_id in timm_ids] if isinstance(overrides, dict) else [None]
@@ -186,26 +209,3 @@ def is_list(value: Any, kind: Any, length: int) -> bool:
     if not isinstance(value, list) or len(value) != length:
         return False
     return all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ConfigError where the file cannot be read or is no JSON object."""
-    refuse_lfs_pointer(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({one_line(error)}); download it again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(value).__name__}; download it again")
-    return value
-
-
-def refuse_lfs_pointer(path: Path) -> None:
-    """The first look into each file of a checkpoint: raises ConfigError where it cannot be opened or is a pointer."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); it must be a file that you may read") from None
-    if start == LFS_POINTER:
-        raise ConfigError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")

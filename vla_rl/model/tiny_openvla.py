@@ -22,6 +22,8 @@ from torch import Tensor
 from vla_rl.model.checkpoint_folder import save_checkpoint
 from vla_rl.model.prismatic import Prismatic
 from vla_rl.model.prismatic_config import read_config
+from vla_rl.run.files import read_json
+from vla_rl.run.settings import ConfigError
 from vla_rl.run.task_suites import BASE_SUITES
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -86,8 +88,10 @@ def ensure_tiny_openvla(folder: Path = FOLDER) -> Path:
 
 
 def is_current(folder: Path) -> bool:
-    path = folder / "config.json"
-    return path.is_file() and json.loads(path.read_text()).get("_tiny_recipe") == RECIPE
+    try:
+        return read_json(folder / "config.json").get("_tiny_recipe") == RECIPE
+    except ConfigError:  # none, or torn: it is made anew
+        return False
 
 
 def move(source: Path, target: Path) -> None:

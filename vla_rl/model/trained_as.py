@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.model.checkpoint_folder import TRAINED_AS, find_l1_head, find_proprio_file
-from vla_rl.model.prismatic_config import read_json
+from vla_rl.run.files import read_json
 from vla_rl.run.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,9 @@ def read_trained_as(folder: Path) -> dict[str, Any] | None:
     for name, value in trained.items():
         if name not in KINDS or (value is not None and type(value) is not KINDS[name]):
             known = ", ".join(f"{key} ({kind.__name__})" for key, kind in KINDS.items())
-            raise ConfigError(f"{path}: {name}={value!r:.80}, expected some of {known}; correct the file or remove it")
+            raise ConfigError(
+                f"{path}: {name if name.isidentifier() else repr(name):.40}={value!r:.80}, expected some of {known}; correct the file or remove it"
+            )
     return trained
 
 

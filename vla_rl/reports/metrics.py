@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from vla_rl.reports.records import METRICS_FILE, is_later, read_metrics, set_asi
 from vla_rl.reports.task_table import task_rows
 from vla_rl.reports.tensorboard import TensorBoard
 from vla_rl.reports.weights_and_biases import WeightsAndBiases, wandb_mode
-from vla_rl.run.failures import warn_of_failure
+from vla_rl.run.failures import one_line, warn_of_failure
+from vla_rl.run.files import Lines, Outage
 from vla_rl.run.settings import Config
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.run.warmstart_settings import WarmstartConfig
@@ -29,7 +29,8 @@ REDRAW_S = 60  # seconds; pictures of a long run take 2
 
 
 class MetricsLogger:
-    """Writes each iteration's metrics as soon as they are known; a killed run loses at most the line being written.
+    """Writes each iteration's metrics as soon as they are known; a killed run loses at most the line being written. Lines that the
+    disk does not take wait in memory, and a picture that cannot be drawn is drawn the next time.
 
     Args:
         folder: the run's folder, which exists.
@@ -52,6 +53,9 @@ class MetricsLogger:
         self.instructions: dict[int, str] = {}
         self.clock = clock
         self.drawn_at = clock()
+        self.lines = Lines(self.path)
+        self.outage = Outage(f"lines of {self.path}", "they wait in memory until they can be")
+        self.undrawn: set[str] = set()  # pictures that failed the last time, of which was told
         self.others: list[WeightsAndBiases | TensorBoard] = []
         if wandb_mode(config) != "disabled":
             self.others.append(WeightsAndBiases(folder, config))
@@ -89,13 +93,19 @@ class MetricsLogger:
 
     def write_line(self, metrics: dict[str, Any]) -> None:
         record = {key: finite_or_none(value) for key, value in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.lines.append(json.dumps(record))
+        self.outage.survive(self.lines.write)
         for other in self.others:
             said = f"{other.name} did not take iteration {record['iteration']}"
             warn_of_failure(said, other.log, record)
+
+    def write_waiting(self) -> None:
+        """Before a checkpoint, which must not be later than the lines.
+
+        Raises:
+            OSError: the disk still does not take them.
+        """
+        self.lines.write()
 
     def log_evaluation(self, metrics: dict[str, Any], videos: Sequence[Path] = ()) -> None:
         """The line of an evaluation; wandb and TensorBoard also get its videos and a table of its tasks."""
@@ -111,7 +121,7 @@ class MetricsLogger:
 
         No failure of a picture ends a run: what cannot be drawn is a warning.
         """
-        warn_of_failure(f"no curves {self.folder / 'curves.png'}", self.plot)
+        self.draw("curves", "curves.png", self.plot)
         self.write_report()
         self.drawn_at = self.clock()
 
@@ -126,9 +136,18 @@ class MetricsLogger:
         """report.html, as draw_curves does."""
         from vla_rl.reports.report import write_report
 
-        warn_of_failure(
-            f"no report {self.folder / 'report.html'}", write_report, self.folder, self.config, self.instructions
-        )
+        self.draw("report", "report.html", lambda: write_report(self.folder, self.config, self.instructions))
+
+    def draw(self, what: str, name: str, action: Callable[[], None]) -> None:
+        """No failure of a picture ends a run; that it cannot be drawn is said once, until it can."""
+        try:
+            action()
+        except Exception as error:
+            if name not in self.undrawn:
+                log.warning("no %s %s: %s", what, self.folder / name, one_line(error))
+            self.undrawn.add(name)
+        else:
+            self.undrawn.discard(name)
 
     def close(self) -> None:
         """Ends what was begun; the report tells of an end that was not planned, too."""
@@ -150,6 +169,8 @@ class SilentLogger:
     def continue_from(self, iteration: int, evaluated: bool = True) -> None: ...
 
     def log(self, metrics: dict[str, Any]) -> None: ...
+
+    def write_waiting(self) -> None: ...
 
     def log_evaluation(self, metrics: dict[str, Any], videos: Sequence[Path] = ()) -> None: ...
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from vla_rl.run.files import write_whole
+from vla_rl.run.files import read_bytes, write_whole
 from vla_rl.run.settings import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
+MAX_BYTES = 500_000_000  # 250,000 iterations of 2 kB
+TEXTS = re.compile(r"system/.*|.*/render")  # metrics that may be words
+WAY_OUT = "mend or remove the line, or move the file away"
 
 Records = list[dict[str, Any]]  # its lines
 
@@ -19,20 +23,37 @@ def read_metrics(path: Path) -> Records:
     which other programs may write, are null, as ours are.
 
     Raises:
-        ConfigError: a line that is not the last one is damaged.
+        ConfigError: a line that is not the last one is damaged, or one has what no run writes; or the file is larger than any.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    lines = read_bytes(path, MAX_BYTES, WAY_OUT).removesuffix(b"\n").split(b"\n")
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines if lines != [b""] else [], start=1):
         try:
             record = json.loads(line, parse_constant=lambda _: None)
-            records.append({"iteration": record["iteration"], **record})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError):
             if number < len(lines):
-                raise ConfigError(
-                    f"{path}, line {number} is damaged: {line[:80]!r}; mend or remove the line, or move the file away"
-                ) from error
+                raise ConfigError(f"{path}, line {number} is damaged: {line[:80]!r}; {WAY_OUT}") from None
+            continue
+        if problem := problem_of(record):
+            raise ConfigError(f"{path}, line {number} is damaged: {problem}; {WAY_OUT}")
+        records.append({"iteration": record["iteration"], **record})
     return records
+
+
+def problem_of(record: Any) -> str | None:
+    """What keeps a line from being one of ours: an object of numbers, with its iteration, and the names of renderers."""
+    if not isinstance(record, dict) or "iteration" not in record:
+        return "it is no object with an iteration"
+    for name in ("iteration", "timesteps", "step"):
+        value = record.get(name, 0)
+        if type(value) is not int or not 0 <= value < 2**63:
+            return f"{name} is {value!r:.60}, expected a whole number from 0"
+    for name, value in record.items():
+        if not (value is None or isinstance(value, int | float) or (isinstance(value, str) and TEXTS.fullmatch(name))):
+            return f"{name!r:.60} is {value!r:.60}, expected a number"
+    return None
 
 
 def is_later(record: dict[str, Any], iteration: int, evaluated: bool) -> bool:

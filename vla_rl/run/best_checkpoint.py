@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vla_rl.run.checkpoint import BEST, list_checkpoints, sync
+from vla_rl.run.checkpoint import BEST, list_checkpoints, remove_checkpoint, remove_left_overs, sync
 from vla_rl.run.files import write_whole
 from vla_rl.run.settings import EvalConfig
 
@@ -62,8 +62,7 @@ def keep_best(folder: Path, evaluation: dict[str, Any]) -> Path:
         evaluation: see evaluation_of.
     """
     root = folder.parent
-    for left_over in [*root.glob(f".{BEST}*.tmp"), *root.glob(f".{BEST}*.old")]:  # of a run that was killed
-        shutil.rmtree(left_over)
+    remove_left_overs(root)
     before = list_checkpoints(root, BEST)
     if before and not is_at_least_as_good(evaluation, read_evaluation(before[-1])):
         return before[-1]
@@ -83,9 +82,7 @@ def keep_best(folder: Path, evaluation: dict[str, Any]) -> Path:
         sync(root)
     for old in before:
         if old != best:
-            gone = old.with_name(f".{old.name}.old")
-            os.replace(old, gone)  # first: half of a checkpoint must not look like one
-            shutil.rmtree(gone)
+            remove_checkpoint(old)
     log.info("best evaluation so far, %s of %.1f %%: kept in %s", evaluation["metric"], 100 * evaluation["value"], best)
     return best
 

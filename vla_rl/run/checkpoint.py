@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.run.failures import one_line
+from vla_rl.run.files import all_tensors, load_torch, open_tensors, read_json
 from vla_rl.run.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -45,19 +46,31 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message says which file, why, and what can be."""
 
 
-def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Callable[[Path], None], keep: int) -> Path:
+def write_checkpoint(
+    root: Path,
+    name: str,
+    fingerprint: str,
+    write_files: Callable[[Path], None],
+    keep: int,
+    keep_every: int | None = None,
+) -> Path:
     """Writes root/name atomically and removes the oldest ones beyond `keep`.
 
     Args:
+        root: in the run's folder, which is there: one that is gone for a while must not be made anew in another place.
         fingerprint: of the model; a checkpoint is refused for another one.
         write_files: fills the folder that it is given.
+        keep_every: those whose number is a multiple of it are not removed.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it cannot be written; those before it are as they were.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
+    remove_left_overs(root)
     unfinished = root / f".{name}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
         write_files(unfinished)
@@ -67,16 +80,33 @@ def write_checkpoint(root: Path, name: str, fingerprint: str, write_files: Calla
         raise
     final = root / name
     replaced = root / f".{name}.old"
-    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed right here
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # the same iteration again: a run that ends right after a periodic checkpoint
         os.replace(final, replaced)
     os.replace(unfinished, final)
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     for old in list_checkpoints(root)[:-keep]:
-        if old != final:  # later ones are there only if nobody has set them aside
-            shutil.rmtree(old)
+        wanted = keep_every is not None and checkpoint_number(old) % keep_every == 0 and checkpoint_number(old) > 0
+        if old != final and not wanted:  # later ones are there only if nobody has set them aside
+            remove_checkpoint(old)
     return final
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Under a hidden name, since half of a checkpoint must not be listed; what a kill leaves is removed by the next start."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_left_overs(root: Path) -> None:
+    """What a run that was killed while it wrote or removed a checkpoint has left. A checkpoint that was about to be replaced, and
+    was not, stays: `find_checkpoint` gives it its name again."""
+    for path in root.glob(".*iteration-*"):
+        match = re.fullmatch(rf"\.((?:{BEST})?iteration-[0-9]+)\.(tmp|old|gone)", path.name)
+        if match and (match[2] != "old" or match[1].startswith(BEST) or (root / match[1]).exists()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_manifest(folder: Path, fingerprint: str) -> None:
@@ -102,6 +132,7 @@ def set_aside_later_checkpoints(folder: Path) -> None:
     number = checkpoint_number(folder)
     if number is None:
         raise CheckpointError(f"{folder} is not named as a checkpoint is, iteration-NUMBER; rename it")
+    remove_left_overs(folder.parent)
     for later in [*reversed(list_checkpoints(folder.parent, BEST)), *reversed(list_checkpoints(folder.parent))]:
         if checkpoint_number(later) > number:
             names = (f"superseded-{f'{n}-' if n else ''}{later.name}" for n in itertools.count())
@@ -137,14 +168,34 @@ def find_checkpoint(run: Path) -> Path:
             raise CheckpointError(f"{run} is not named as a checkpoint is, iteration-NUMBER; rename it")
         verify(run)
         return run
-    for replaced in (run / "checkpoints").glob(".iteration-*.old"):  # killed between the two renames
+    restore_replaced(run)
+    found = list_checkpoints(run / "checkpoints")
+    if not found:
+        raise CheckpointError(
+            f"{run} has no checkpoint in {run / 'checkpoints'}; the run ended before its first one: remove or rename it, and start anew"
+        )
+    return newest_verified(found, "resume from the one before: --resume ")
+
+
+def restore_replaced(run: Path) -> None:
+    """Of a run that was killed between the two renames of a checkpoint that it wrote again."""
+    for replaced in (run / "checkpoints").glob(".iteration-*.old"):
         final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
         if checkpoint_number(final) is not None and not final.exists():
             os.replace(replaced, final)
-    found = list_checkpoints(run / "checkpoints")
-    if not found:
-        raise CheckpointError(f"{run} has no checkpoint in {run / 'checkpoints'}; the run ended before its first one")
-    return newest_verified(found, "resume from the one before: --resume ")
+
+
+def newest_sound(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; those that are not are passed over with a warning."""
+    restore_replaced(run)
+    for folder in reversed(list_checkpoints(run / "checkpoints")):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            log.warning("%s; the one before is taken", error)
+        else:
+            return folder
+    return None
 
 
 def newest_verified(found: list[Path], way_out: str) -> Path:
@@ -251,12 +302,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: it is not there or is anything else.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
         match manifest:
             case {"fingerprint": str(), "files": {**files}} if files:
                 pass
             case _:
                 raise ValueError("it has no fingerprint or lists no files")
+        if not manifest["fingerprint"].isprintable():
+            raise ValueError("its fingerprint is no text of one line")
         for name, entry in files.items():
             match entry:
                 case {"bytes": int(), "sha256": str()} if is_within(name):
@@ -282,9 +335,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Two processes must not write into one run. The lock goes with the process, however that ends.
 
     Raises:
-        ConfigError: another process has the lock.
+        ConfigError: another process has the lock, or .lock is no file.
     """
-    with (folder / ".lock").open("w") as file:
+    lock = folder / ".lock"
+    if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
+        raise ConfigError(f"{lock} is a folder, link or pipe, expected the empty file of a run; remove it")
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -317,20 +373,28 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
         CheckpointError: it cannot be loaded, whatever its checksum says.
     """
     with loading(folder / "trainer.pt"):
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        state = load_torch(folder / "trainer.pt")
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not a dict")
     return state
+
+
+def whole_number(state: dict[str, Any], name: str, least: int = 0) -> int:
+    """A counter of trainer.pt; raises ValueError where it is none."""
+    value = state.get(name)
+    if type(value) is not int or not least <= value < 2**53:
+        raise ValueError(f"{name} is {value!r:.60}, expected a whole number from {least}")
+    return value
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: it cannot be loaded, whatever its checksum says.
+        ConfigError: it cannot be loaded, whatever its checksum says.
     """
-    with loading(path):
-        return safetensors.torch.load_file(path)
+    with loading(path), open_tensors(path) as file:
+        return all_tensors(path, file)
 
 
 @contextmanager

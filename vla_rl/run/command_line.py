@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.run.failures import report
+from vla_rl.run.interruption import STOPPED, Stop, Stopped
 from vla_rl.run.load_settings import expand, load_config, settings_help
-from vla_rl.run.logs import configure_logging, who
+from vla_rl.run.logs import configure_logging
+from vla_rl.run.machine import launched, who
 from vla_rl.run.run_folder import with_absolute_output_dir
 from vla_rl.run.section import Section
 from vla_rl.run.settings import Config, ConfigError
@@ -36,6 +38,27 @@ FLAGS = {
 }
 
 
+class Once(argparse.Action):
+    """Stores a flag's value, as argparse does; another one for the same flag is a mistake, of which argparse would take the last."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = vars(namespace).setdefault("flags_given", {})
+        if option is not None and str(given.setdefault(self.dest, values)) != str(values):  # nan is not nan
+            raise argparse.ArgumentError(self, f"given twice, with {given[self.dest]} and {values}; give it once")
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the commands' flags."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        for name in (None, "store"):  # as which add_argument knows what a flag does
+            self.register("action", name, Once)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=110)
@@ -43,13 +66,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def settings_parser(
     prog: str, description: str, kind: type[Section] = Config, default_config: str = DEFAULT_CONFIG
-) -> argparse.ArgumentParser:
+) -> Parser:
     """A parser with the flags of the settings, to which a command adds its own.
 
     Args:
         kind: of the settings; only Config has timesteps.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=description,
         epilog="settings, given as section.key=value; the defaults hold where the settings file says nothing:\n"
@@ -75,7 +98,7 @@ def settings_parser(
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """section.key=value may stand anywhere, also after --task-ids, which would take it for a task."""
     argv = sys.argv[1:] if argv is None else argv
     overrides = [arg for arg in argv if re.match(r"[a-z_]+\.[a-z0-9_.]+=", arg)]
@@ -84,22 +107,28 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return args
 
 
-def end_of(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+def end_of(work: Callable[[], int | None], interrupted: str = "stopped", stop: Stop | None = None) -> int:
     """Does a command's work and tells how it ended: 0, or what the work returns; 1: it failed; 2: a mistake in the settings or
-    arguments; 130: interrupted. One line says why; what may be a bug of ours goes on, with its stack.
+    arguments; 75: stopped by a signal (but 0 under torchrun, which takes any other status of a process for a failure and starts
+    all of them anew; its own status is 1 where it got the signal); 130: interrupted otherwise. One line says why; what may be a
+    bug of ours goes on, with its stack.
 
     Args:
-        interrupted: what to say of a KeyboardInterrupt.
+        interrupted: what to say of a stop.
+        stop: what signals ask, for work that ends at its steps.
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     configure_logging()
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), (stop or Stop()).on_signals():
             return work() or 0
     except ConfigError as error:
         print(f"{who()}error: {error}", file=sys.stderr)
         return 2
+    except Stopped:
+        print(f"{who()}{interrupted}", file=sys.stderr)
+        return 0 if launched() else STOPPED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vla_rl.run.logs import who
+from vla_rl.run.machine import who
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line of a log and at most 300 characters; its kind if it says nothing."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    said = " ".join(str(error).split()) or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in said)[:300]
 
 
 def warn_of_failure(said: str, action: Callable[..., None], *arguments: Any) -> None:

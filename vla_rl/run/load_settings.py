@@ -7,24 +7,27 @@ line a setting, with the way out ("did you mean"), prints them all for --help, a
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import reprlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vla_rl.run.section import Section
+from vla_rl.run.section import Section, parse_indices
 from vla_rl.run.settings import Config, ConfigError, RunFolderConfig
 from vla_rl.run.sft_settings import SftConfig
 from vla_rl.run.warmstart_settings import WarmstartConfig
 
 ConfigKind = TypeVar("ConfigKind", Config, SftConfig, WarmstartConfig)
 
-MAX_FILE_BYTES = 1_000_000  # ours have 3,000
+MAX_FILE_BYTES = 100_000  # ours have 3,000
+MAX_VALUES = 10_000  # of a file, its aliases written out; ours have 150
 PATHS = ("policy.checkpoint", "policy.adapter", "run.output_dir", "data.files")
 NO_PATHS = ("tiny-openvla", "tiny-openvla-random")  # names of policy.checkpoint, also beside a folder of that name
 STR, INT, FLOAT, NULL, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "null", "merge"))
@@ -39,7 +42,7 @@ def load_config(
     flags: dict[str, Any] | None = None,
     kind: type[ConfigKind] = Config,
 ) -> ConfigKind:
-    """The checked settings of a YAML file, then of `section.key=value` overrides, then of command-line flags.
+    """The checked settings of a YAML file, over which `section.key=value` overrides and command-line flags are put.
 
     Args:
         path: YAML file; None takes every default.
@@ -48,16 +51,24 @@ def load_config(
         kind: Config, SftConfig or WarmstartConfig.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a setting is unknown, of the wrong type, out of range, or does not
-            go with another one.
+        ConfigError: the file is missing or not YAML, a setting is unknown, of the wrong type, out of range, given twice, or
+            does not go with another one.
     """
     values = read_yaml(path) if path is not None else {}
-    put_paths(values, full_path)
+    try:
+        put_paths(values, full_path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return config_from_dict(merge(values, overrides, flags), str(path or "the command line"), kind)
 
 
 def merge(values: dict[str, Any], overrides: list[str] = (), flags: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Nested settings with overrides, then flags, put over them; see load_config."""
+    """Nested settings with overrides and flags put over them; see load_config.
+
+    Raises:
+        ConfigError: an override is none, or another one or a flag gives the same setting another value.
+    """
+    given: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         key, shown = key.strip(), SHORT.repr(override)
@@ -69,11 +80,34 @@ def merge(values: dict[str, Any], overrides: list[str] = (), flags: dict[str, An
             raise ConfigError(f"{shown}: the value is not YAML ({error})") from None
         if value is None and text.strip().lower() not in ("null", "~"):
             raise ConfigError(f"{shown} has no value; write {key}=null for none, or quote what follows the =")
-        set_key(values, key, change_paths(key, value, full_path))
+        put_once(values, key, change_paths(key, value, full_path), given, shown)
     for key, value in (flags or {}).items():
         if value is not None:
-            set_key(values, key, change_paths(key, value, full_path))
+            put_once(
+                values,
+                key,
+                change_paths(key, value, full_path),
+                given,
+                f"{SHORT.repr(value)} of a flag or the command itself",
+            )
     return values
+
+
+def put_once(values: dict[str, Any], key: str, value: Any, given: dict[str, Any], shown: str) -> None:
+    """set_key, unless the same setting, or the section that it is in, was given otherwise before."""
+    for other, before in given.items():
+        same = other == key and written(before) == written(value)
+        if not same and f"{key}.".startswith(f"{other}.") | f"{other}.".startswith(f"{key}."):
+            raise ConfigError(f"{key} is given twice: {other}={SHORT.repr(before)}, and {shown}; give it once")
+    given[key] = value
+    set_key(values, key, value)
+
+
+def written(value: Any) -> Any:
+    """0-2 and [0, 1, 2] are the same tasks or states."""
+    with suppress(ValueError):
+        return parse_indices(value)
+    return value
 
 
 def config_from_dict(values: dict[str, Any], source: str, kind: type[ConfigKind] = Config) -> ConfigKind:
@@ -160,7 +194,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             near = sorted(map(str, path.parent.glob("*.yaml"))) or sorted(map(str, Path("configs").glob("*.yaml")))
             raise ConfigError(f"no settings file {path}" + (f"; there are {', '.join(near)}" if near else ""))
         if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-            kind = "has more than a megabyte" if path.is_file() else "is a device or pipe"
+            kind = f"has more than {MAX_FILE_BYTES:,} bytes" if path.is_file() else "is a device or pipe"
             raise ConfigError(f"{path} {kind}; give a YAML file such as those in configs/")
         values = parse_yaml(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -189,6 +223,10 @@ def parse_yaml(text: str, name: str = "") -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
+        if written_out(node, {}) > MAX_VALUES:
+            raise ValueError(
+                f"it has more than {MAX_VALUES:,} values, its aliases written out; no settings have so many"
+            )
         keep_text(name, node)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -199,6 +237,21 @@ def parse_yaml(text: str, name: str = "") -> Any:
         raise ValueError(" ".join(str(error).split())[:300]) from None
     except RecursionError:
         raise ValueError("it is nested too deeply; no setting is") from None
+
+
+def written_out(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """How many values a node has once its aliases are written out; infinity of one that is in itself.
+
+    Args:
+        sizes: of the nodes that were met before, by id.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # for an alias to it within it
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+        sizes[id(node)] = 1 + sum(written_out(inner, sizes) for pair in pairs for inner in pair)
+    return sizes[id(node)]
 
 
 class SettingsLoader(yaml.SafeLoader):

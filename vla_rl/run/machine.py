@@ -32,6 +32,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0)) if launched() else 0
 
 
+def who() -> str:
+    """ "rank 3: " in a process beside the first one of a run."""
+    return f"rank {rank()}: " if rank() else ""
+
+
 def cores() -> int:
     """CPU cores that this process of the run can take."""
     return max(1, len(os.sched_getaffinity(0)) // processes_here())

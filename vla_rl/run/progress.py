@@ -1,15 +1,17 @@
-"""What a person sees while a run goes on: two bars and one line an iteration."""
+"""What a person sees while a run goes on: one line an iteration, and what the bars of it say."""
 
 from __future__ import annotations
 
 import resource
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from vla_rl.run.logs import seconds_text
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,20 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: KiB
 
 
-def progress_bar(name: str, total: int | None, unit: str, shown: bool) -> tqdm:
-    return tqdm(total=total, desc=name, unit=unit, disable=not shown, mininterval=0.5)
+class Pace:
+    """How long a run will still take, if it goes on as it went since `begin`."""
+
+    def __init__(self):
+        self.begun: tuple[float, int] | None = None
+
+    def begin(self, timesteps: int) -> None:
+        self.begun = time.monotonic(), timesteps
+
+    def left_s(self, timesteps: int, total: int) -> float | None:
+        """Seconds; None before anything was done."""
+        if self.begun is None or timesteps <= self.begun[1]:
+            return None
+        return (time.monotonic() - self.begun[0]) / (timesteps - self.begun[1]) * max(0, total - timesteps)
 
 
 def episodes_text(episodes: list[FinishedEpisode]) -> str:
@@ -109,8 +123,14 @@ def update_text(metrics: dict[str, float]) -> str:
     return ", ".join(f"{label}={metrics[name]:.3g}" for label, name in names.items() if name in metrics)
 
 
-def summary_line(iteration: int, timesteps: int, total: int, metrics: dict[str, Any]) -> str:
-    """One line a tired person can read."""
+def summary_line(
+    iteration: int, timesteps: int, total: int, metrics: dict[str, Any], left_s: float | None = None
+) -> str:
+    """One line a tired person can read.
+
+    Args:
+        left_s: seconds that the run will still take; None: not known.
+    """
 
     def number(name: str, form: str) -> str:
         value = metrics.get(name)
@@ -118,6 +138,7 @@ def summary_line(iteration: int, timesteps: int, total: int, metrics: dict[str, 
 
     why = "no reward yet" if metrics.get("actor/waits_for_reward") else "critic warm-up"
     critic_only = f" | {why}: no actor step" if metrics.get("actor/optimizer_steps") == 0 else ""
+    left = f" | {seconds_text(left_s)} left" if left_s else ""
     return (
         f"iteration {iteration} | {timesteps}/{total} steps | success {number('rollout/success_rate', '.1%')} of "
         f"{metrics['rollout/episodes']} | return {number('rollout/return', '.2f')} | "
@@ -125,7 +146,7 @@ def summary_line(iteration: int, timesteps: int, total: int, metrics: dict[str, 
         f"entropy {number('actor/entropy', '.2f')} | pi {number('actor/policy_loss', '.3g')} | "
         f"v {number('critic/value_loss', '.3g')} | ev {number('critic/explained_variance', '.2f')} | "
         f"rollout {metrics['time/rollout_s']:.1f} s, update {metrics['time/update_s']:.1f} s | "
-        f"{metrics['system/peak_memory_gib']:.1f} GiB{critic_only}"
+        f"{metrics['system/peak_memory_gib']:.1f} GiB{left}{critic_only}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a section of settings is made of: its strictness, and the values that are written in more than one way.
+"""What sections of settings are made of: strictness, values written in several ways, and what each command's begin with.
 
 Not here: the sections (vla_rl.run.settings, sft_settings, warmstart_settings).
 """
@@ -6,7 +6,7 @@ Not here: the sections (vla_rl.run.settings, sft_settings, warmstart_settings).
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -29,7 +29,7 @@ def parse_indices(value: Any) -> Any:
     return indices
 
 
-Indices = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(parse_indices)]
+Indices = Annotated[list[Annotated[int, Field(ge=0, lt=1000)]], BeforeValidator(parse_indices)]
 StateIndex = Annotated[int, Field(ge=0, lt=NUM_FIXED_STATES)]
 States = Annotated[list[StateIndex], Field(min_length=1), BeforeValidator(parse_indices)]
 ActionDims = Annotated[list[Annotated[int, Field(ge=0, lt=7)]], Field(min_length=1), BeforeValidator(parse_indices)]
@@ -65,3 +65,31 @@ class Section(BaseModel):
             word = str(value).lower()
             raise ValueError(f"expected another value than {word} (YAML reads yes, no, on and off so; quote the word)")
         return value
+
+
+class RunFolderConfig(Section):
+    """Where and how a run goes on, whatever it trains."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
+    device: Literal["cpu", "cuda"] = Field("cuda", description="where the policy runs")
+    torch_threads: int | None = Field(
+        None, ge=1, le=4096, description="CPU threads of torch; null leaves torch's own choice"
+    )
+    output_dir: str = Field("runs", description="each run makes its own folder in this one")
+    grace_s: float = Field(
+        30.0, ge=1, le=86400, description="seconds from a signal that asks for an end until it is over, saved or not"
+    )
+    name: RunName = Field(None, description="of the run's folder; null makes one of what is trained, seed and time")
+
+
+class ProgressConfig(Section):
+    """What any run shows and sends."""
+
+    progress: bool = Field(True, description="tqdm bars")
+    tensorboard: bool = Field(False, description="write TensorBoard files to the run folder")
+    wandb: bool = Field(False, description="log to Weights & Biases")
+    wandb_project: str = Field("openvla-ppo", description="project")
+    wandb_entity: str | None = Field(None, description="user or team; null takes your default")
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online", description="offline writes to the run folder; no network"
+    )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vla_rl.run.section import ActionDims, Indices, RunName, Section, States
+from vla_rl.run.section import ActionDims, Indices, ProgressConfig, RunFolderConfig, Section, States
 from vla_rl.run.task_suites import TASK_SUITES, base_suite, check_states, check_suite
 
 
@@ -17,33 +17,30 @@ class ConfigError(ValueError):
     """A user's mistake in the settings; the message names the setting, what was expected, what came, the way out."""
 
 
-class RunFolderConfig(Section):
-    """Where and how a run goes on, whatever it trains."""
-
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
-    device: Literal["cpu", "cuda"] = Field("cuda", description="where the policy runs")
-    torch_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice")
-    output_dir: str = Field("runs", description="each run makes its own folder in this one")
-    name: RunName = Field(None, description="of the run's folder; null makes one of what is trained, seed and time")
-
-
 class RunConfig(RunFolderConfig):
     """One training run."""
 
-    timesteps: int = Field(100_000, ge=0, description="simulator steps to train for, all environments together (20 Hz)")
-    stop_without_signal: int | None = Field(None, ge=1, description="ends after that many episodes without a reward")
+    timesteps: int = Field(
+        100_000, ge=0, le=10**12, description="simulator steps to train for, all environments together (20 Hz)"
+    )
+    stop_without_signal: int | None = Field(
+        None, ge=1, le=10**9, description="ends after that many episodes without a reward"
+    )
 
 
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021), the only weights of the policy that are trained. Dropout is always 0."""
 
-    rank: int = Field(32, ge=1, description="rank r of each adapter")
-    alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    rank: int = Field(32, ge=1, le=8192, description="rank r of each adapter")
+    alpha: float = Field(16.0, gt=0, le=1e6, description="the adapter's output is scaled by alpha / rank")
     target_modules: Literal["all-linear", "language-model"] = Field(
         "all-linear", description="all linear layers except the LM head, or those of the language model only"
     )
     last_layers: int | None = Field(
-        None, ge=1, description="of the language model, only this many last layers (language-model); null adapts all"
+        None,
+        ge=1,
+        le=1024,
+        description="of the language model, only this many last layers (language-model); null adapts all",
     )
 
     @model_validator(mode="after")
@@ -71,7 +68,7 @@ class PolicyConfig(Section):
         "tokens",
         description="tokens: action tokens, which RL trains; l1: OpenVLA-OFT's L1 head, to evaluate (to RL: vla_rl.warmstart)",
     )
-    chunk_size: int = Field(8, ge=1, description="actions a decision; 1 for the autoregressive decoder")
+    chunk_size: int = Field(8, ge=1, le=1000, description="actions a decision; 1 for the autoregressive decoder")
     num_images: Literal[1, 2] = Field(1, description="1: agent view; 2: agent view and wrist camera")
     use_proprio: bool = Field(False, description="feed end-effector position, orientation and gripper (8 numbers)")
     center_crop: bool = Field(True, description="crop 90 % of the image's area, as after training with augmentation")
@@ -114,7 +111,9 @@ class PolicyConfig(Section):
 class ValueHeadConfig(Section):
     """V(s): a float32 MLP on the hidden state of the last prompt token."""
 
-    hidden_sizes: list[Annotated[int, Field(ge=1)]] = Field([1024], description="widths of the hidden layers")
+    hidden_sizes: list[Annotated[int, Field(ge=1, le=2**16)]] = Field(
+        [1024], max_length=64, description="widths of the hidden layers"
+    )
 
 
 class EnvConfig(Section):
@@ -130,14 +129,19 @@ class EnvConfig(Section):
         "random", description="training episodes start from fresh random placements, or from these fixed states (0-49)"
     )
     max_steps: int | None = Field(
-        None, ge=1, description="simulator steps until a training episode is cut; null takes the suite's own limit"
+        None,
+        ge=1,
+        le=10**6,
+        description="simulator steps until a training episode is cut; null takes the suite's own limit",
     )
-    settle_steps: int = Field(10, ge=0, description="steps with a resting arm before an episode; not counted")
+    settle_steps: int = Field(
+        10, ge=0, le=10_000, description="steps with a resting arm before an episode; not counted"
+    )
     reward: Literal["sparse", "dense"] = Field(
         "sparse",
         description="sparse: 1 on success; dense: and potential-based shaping from the goal's placements (gae)",
     )
-    image_size: int = Field(256, ge=16, description="rendered image side in pixels, before preprocessing")
+    image_size: int = Field(256, ge=16, le=4096, description="rendered image side in pixels, before preprocessing")
     render: Literal["exact", "fast"] = Field(
         "exact",
         description="exact: stock LIBERO's images; fast: no reflections and no multi-sampling, for CPU rendering",
@@ -145,45 +149,55 @@ class EnvConfig(Section):
     num_workers: int | None = Field(
         None,
         ge=1,
+        le=4096,
         description="processes that share the environments; null takes one a CPU core, with rollout.overlap at most one "
         "for two environments",
     )
     simulators_per_worker: int | None = Field(
         None,
         ge=1,
+        le=1000,
         description="tasks that a worker keeps in memory (0.6 GB each); null: all that a third of the memory has room for, and at "
         "least one an environment; fewer rebuild simulators at each turn, seconds each",
     )
     step_timeout_s: float | None = Field(
         None,
         gt=0,
+        le=86400,
         description="a worker that takes longer for a step (of one environment) or a picture hangs, and is replaced; null: 20 times the "
         "slowest of its first 20 steps, but at least 60",
     )
-    build_timeout_s: float = Field(300, gt=0, description="likewise for its start, the build of a simulator or a reset")
+    build_timeout_s: float = Field(
+        300.0, gt=0, le=86400, description="likewise for its start, the build of a simulator or a reset"
+    )
     worker_replacements: int = Field(
         5,
         ge=0,
+        le=10**6,
         description="of one worker in a row, with no episode of it that ended between them; then the run is saved and stops",
     )
     model_cache_gb: float = Field(
-        3.0, ge=0, description="disk for compiled models in ~/.cache/vla_rl (0.25 GB a task); 0 for none"
+        3.0, ge=0, le=1e5, description="disk for compiled models in ~/.cache/vla_rl (0.25 GB a task); 0 for none"
     )
 
 
 class RolloutConfig(Section):
     """Data of one iteration."""
 
-    num_envs: int = Field(8, ge=1, description="environments")
-    n_steps: int = Field(64, ge=1, description="decisions per environment and iteration (gae)")
-    group_size: int = Field(8, ge=2, description="episodes that share task and initial state (grpo)")
-    n_episodes: int | None = Field(None, ge=1, description="episodes per iteration (grpo); null takes num_envs")
+    num_envs: int = Field(8, ge=1, le=2**16, description="environments")
+    n_steps: int = Field(64, ge=1, le=10**6, description="decisions per environment and iteration (gae)")
+    group_size: int = Field(8, ge=2, le=2**16, description="episodes that share task and initial state (grpo)")
+    n_episodes: int | None = Field(
+        None, ge=1, le=10**6, description="episodes per iteration (grpo); null takes num_envs"
+    )
     overlap: bool = Field(
         False,
         description="the policy decides for one half of the environments while the other half steps; best with num_envs a "
         "multiple of 2 x env.num_workers",
     )
-    temperature: float = Field(1.0, gt=0, description="of the sampling; log-probabilities are of the same distribution")
+    temperature: float = Field(
+        1.0, gt=0, le=1000, description="of the sampling; log-probabilities are of the same distribution"
+    )
 
 
 class AlgorithmConfig(Section):
@@ -203,7 +217,9 @@ class AlgorithmConfig(Section):
     normalize_advantages: bool = Field(True, description="zero mean and unit variance over the rollout (gae)")
     drop_uniform_groups: bool = Field(True, description="leave out groups whose returns are all equal (grpo; DAPO)")
     clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - this")
-    clip_ratio_high: float = Field(0.28, gt=0, description="the ratio is clipped at 1 + this (clip-higher, DAPO)")
+    clip_ratio_high: float = Field(
+        0.28, gt=0, le=1e6, description="the ratio is clipped at 1 + this (clip-higher, DAPO)"
+    )
     logprob_level: Literal["token", "action", "chunk"] = Field(
         "token", description="what one ratio is of: one token, one 7-token action, or the whole chunk"
     )
@@ -212,10 +228,10 @@ class AlgorithmConfig(Section):
         description="dimensions of the action (0-2 translation, 3-5 rotation, 6 gripper) whose tokens the ratio is of; the "
         "others are sampled too, but what they are is not learned from",
     )
-    value_coef: float = Field(0.5, ge=0, description="weight of the value loss")
-    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    value_coef: float = Field(0.5, ge=0, le=1e6, description="weight of the value loss")
+    entropy_coef: float = Field(0.0, ge=0, le=1e6, description="weight of the entropy bonus")
     kl_coef: float = Field(
-        0.0, ge=0, description="weight of KL(policy || base model); above 0 costs one more forward a row"
+        0.0, ge=0, le=1e6, description="weight of KL(policy || base model); above 0 costs one more forward a row"
     )
     recompute_logprobs: bool = Field(
         False,
@@ -223,21 +239,23 @@ class AlgorithmConfig(Section):
         "with the autoregressive decoder; false: the rollout's log-probabilities",
     )
     target_kl: float | None = Field(
-        None, gt=0, description="an update stops before a step whose approx_kl is above; null never"
+        None, gt=0, le=1e6, description="an update stops before a step whose approx_kl is above; null never"
     )
-    n_epochs: int = Field(1, ge=1, description="passes over the rollout")
-    minibatch_size: int = Field(64, ge=1, description="decisions per optimizer step")
-    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    n_epochs: int = Field(1, ge=1, le=10_000, description="passes over the rollout")
+    minibatch_size: int = Field(64, ge=1, le=10**7, description="decisions per optimizer step")
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=10**7)] = Field(
         "auto",
         description="decisions per forward; gradients add up to the minibatch's; auto: what fits the GPU, measured at the start, "
         "and on the CPU a minibatch of at most 64",
     )
-    critic_warmup_iterations: int = Field(0, ge=0, description="first iterations that train only the value head (gae)")
+    critic_warmup_iterations: int = Field(
+        0, ge=0, le=10**9, description="first iterations that train only the value head (gae)"
+    )
     wait_for_reward: bool = Field(
         True, description="until the run's first reward other than 0, too, only the value head is trained (gae)"
     )
     critic_epochs: int = Field(
-        0, ge=0, description="further passes of the value head alone, on cached hidden states (gae)"
+        0, ge=0, le=10_000, description="further passes of the value head alone, on cached hidden states (gae)"
     )
     freeze_vla_for_critic: bool = Field(False, description="true: the value loss does not reach the policy's weights")
 
@@ -245,11 +263,11 @@ class AlgorithmConfig(Section):
 class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
-    learning_rate: float = Field(gt=0, description="step size")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    learning_rate: float = Field(gt=0, le=100, description="step size")
+    weight_decay: float = Field(0.0, ge=0, le=1e6, description="decoupled weight decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's running mean")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the squared gradient's running mean")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the squared gradient's mean")
+    eps: float = Field(1e-8, gt=0, le=1, description="added to the root of the squared gradient's mean")
     max_grad_norm: float = Field(
         1.0, gt=0, allow_inf_nan=True, description="gradients are scaled down to this global norm; .inf never"
     )
@@ -258,15 +276,15 @@ class OptimizerConfig(Section):
 class ActorConfig(OptimizerConfig):
     """AdamW of the LoRA weights."""
 
-    learning_rate: float = Field(1e-5, gt=0, description="step size")
+    learning_rate: float = Field(1e-5, gt=0, le=100, description="step size")
     schedule: Literal["constant", "linear", "kl"] = Field(
         "constant",
         description="of the step size; linear: to 0 at run.timesteps; kl: / 1.5 before the step of a minibatch whose KL "
         "is above twice kl_target, x 1.5 where it is below half of it",
     )
-    kl_target: float = Field(0.01, gt=0, description="nats a token that an update moves the policy by (kl)")
-    min_learning_rate: float = Field(1e-7, gt=0, description="the step size is never smaller (kl)")
-    max_learning_rate: float = Field(1e-2, gt=0, description="the step size is never larger (kl)")
+    kl_target: float = Field(0.01, gt=0, le=1e6, description="nats a token that an update moves the policy by (kl)")
+    min_learning_rate: float = Field(1e-7, gt=0, le=100, description="the step size is never smaller (kl)")
+    max_learning_rate: float = Field(1e-2, gt=0, le=100, description="the step size is never larger (kl)")
 
     @model_validator(mode="before")
     @classmethod
@@ -296,23 +314,25 @@ class ActorConfig(OptimizerConfig):
 class CriticConfig(OptimizerConfig):
     """AdamW of the value head; its step size is constant."""
 
-    learning_rate: float = Field(3e-4, gt=0, description="step size")
+    learning_rate: float = Field(3e-4, gt=0, le=100, description="step size")
 
 
 class EvalConfig(Section):
     """Success from the benchmark's fixed initial states, at the start, every interval and at the end."""
 
-    interval: int = Field(10, ge=0, description="iterations between evaluations; 0 evaluates at start and end only")
+    interval: int = Field(
+        10, ge=0, le=10**9, description="iterations between evaluations; 0 evaluates at start and end only"
+    )
     states: States = Field("0-49", description="fixed initial states of each task")
     modes: list[Literal["greedy", "sampled"]] = Field(
         ["greedy", "sampled"], min_length=1, description="greedy: most likely tokens; sampled: from the policy"
     )
     temperature: float | None = Field(
-        1.0, gt=0, description="of the sampled mode, 1 as VLA-RL reports; null takes rollout.temperature"
+        1.0, gt=0, le=1000, description="of the sampled mode, 1 as VLA-RL reports; null takes rollout.temperature"
     )
-    num_envs: int = Field(8, ge=1, description="evaluation environments, fed from one queue")
+    num_envs: int = Field(8, ge=1, le=2**16, description="evaluation environments, fed from one queue")
     max_steps: int | None = Field(
-        None, ge=1, description="as env.max_steps; null takes the suite's, which is what others report on"
+        None, ge=1, le=10**6, description="as env.max_steps; null takes the suite's, which is what others report on"
     )
     render: Literal["exact", "fast"] = Field(
         "exact",
@@ -321,28 +341,32 @@ class EvalConfig(Section):
     video: bool = Field(True, description="write an MP4 of one success and one failure")
 
 
-class ProgressConfig(Section):
-    """What any run shows and sends."""
-
-    progress: bool = Field(True, description="tqdm bars")
-    tensorboard: bool = Field(False, description="write TensorBoard files to the run folder")
-    wandb: bool = Field(False, description="log to Weights & Biases")
-    wandb_project: str = Field("openvla-ppo", description="project")
-    wandb_entity: str | None = Field(None, description="user or team; null takes your default")
-    wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="offline writes to the run folder; no network"
-    )
-
-
 class LoggingConfig(ProgressConfig):
     """What a run leaves behind."""
 
-    checkpoint_interval: int = Field(10, ge=1, description="iterations between checkpoints, which evaluations have too")
-    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    checkpoint_interval: int = Field(
+        10, ge=1, le=10**9, description="iterations between checkpoints, which evaluations have too"
+    )
+    keep_checkpoints: int = Field(3, ge=1, le=10**6, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="and those of every so many iterations, a multiple of checkpoint_interval, for good",
+    )
     keep_best: bool = Field(True, description="and that of the best evaluation, greedy or else sampled")
     curves_interval: int = Field(
-        10, ge=1, description="iterations between redrawings of curves and report, which each minute has, too"
+        10, ge=1, le=10**9, description="iterations between redrawings of curves and report, which each minute has, too"
     )
+
+    @model_validator(mode="after")
+    def check_kept(self) -> LoggingConfig:
+        if self.keep_every is not None and self.keep_every % self.checkpoint_interval:
+            raise ValueError(
+                f"keep_every={self.keep_every} is not a multiple of checkpoint_interval={self.checkpoint_interval}, at which "
+                f"checkpoints are written; use {-(-self.keep_every // self.checkpoint_interval) * self.checkpoint_interval}"
+            )
+        return self
 
 
 class DistributedConfig(Section):

@@ -42,41 +42,51 @@ class SupervisedConfig(Section):
         "which is trained in full, from the checkpoint's if it has one (to evaluate; for RL: vla_rl.warmstart)",
     )
     method: Literal["lora", "full"] = Field("lora", description="train policy.lora on frozen weights, or every weight")
-    steps: int = Field(50_000, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="samples of an optimizer step")
-    micro_batch_size: int = Field(16, ge=1, description="samples of a forward; gradients add up to the batch's")
-    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly to its full size")
+    steps: int = Field(50_000, ge=1, le=10**9, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, le=10**7, description="samples of an optimizer step")
+    micro_batch_size: int = Field(
+        16, ge=1, le=10**7, description="samples of a forward; gradients add up to the batch's"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, le=10**9, description="steps in which the learning rate rises linearly to its full size"
+    )
     final_learning_rate_fraction: float = Field(
         1.0, ge=0, le=1, description="of the learning rate, at the last step; it falls as a cosine (1: constant)"
     )
     label_sigma: float = Field(
         0.0,
         ge=0,
+        le=1e6,
         description="standard deviation in bins of the Gaussian that a label is spread over, but for the gripper's; 0: one token",
     )
     value_coef: float = Field(
         0.0,
         ge=0,
+        le=1e6,
         description="weight of an auxiliary loss: the last prompt token's hidden state tells, by a linear map that is thrown away, "
         "value_discount ** steps to success; a critic that reads it has more to go by",
     )
     value_discount: float = Field(0.98, gt=0, lt=1, description="per simulator step, of the auxiliary loss")
-    evaluation_interval: int = Field(1000, ge=1, description="steps between measurements on the held-out episodes")
-    evaluation_samples: int = Field(1024, ge=1, description="held-out samples that are measured, evenly spaced")
-    checkpoint_interval: int = Field(1000, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(1, ge=1, description="newest checkpoints that are kept")
+    evaluation_interval: int = Field(
+        1000, ge=1, le=10**9, description="steps between measurements on the held-out episodes"
+    )
+    evaluation_samples: int = Field(
+        1024, ge=1, le=10**9, description="held-out samples that are measured, evenly spaced"
+    )
+    checkpoint_interval: int = Field(1000, ge=1, le=10**9, description="steps between checkpoints")
+    keep_checkpoints: int = Field(1, ge=1, le=10**6, description="newest checkpoints that are kept")
 
 
 class SftOptimizerConfig(OptimizerConfig):
     """AdamW of what is trained."""
 
-    learning_rate: float = Field(5e-4, gt=0, description="step size")  # openvla vla-scripts/finetune.py
+    learning_rate: float = Field(5e-4, gt=0, le=100, description="step size")  # openvla vla-scripts/finetune.py
 
 
 class SftLoggingConfig(ProgressConfig):
     """What a run leaves behind."""
 
-    interval: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
+    interval: int = Field(50, ge=1, le=10**9, description="steps between lines of metrics.jsonl")
     wandb_project: str = Field("openvla-sft", description="project")
 
 

