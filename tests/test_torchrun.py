@@ -114,7 +114,9 @@ def test_without_restarts_a_killed_process_ends_the_job(alone, tmp_path):
     begun = time.monotonic()
     os.kill(rank_of(process, 1), signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and time.monotonic() - begun < 60 and "another process of this run has ended" in said
+    assert process.returncode == 1 and time.monotonic() - begun < 60
+    # torchrun names it, and asks the other one to end, unless that has noticed before
+    assert re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9", said) and "saved in" in said
     verify(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
 
 
