@@ -128,6 +128,7 @@ def test_compiled_and_eager_are_compared_by_their_speed():
     assert "2.50 times as fast as eager" in update
 
 
+@pytest.mark.slow
 def test_all_sections_run_at_the_small_shapes(tmp_path, capsys):
     files = ["--json", str(tmp_path / "figures.json"), "--trace", str(tmp_path / "trace.json")]
     assert gpu_7b.main([*TINY, *files]) == 0
