@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes import last_of_each
 from tests.test_end_to_end import SETTINGS
 from tests.trainers import training_lines
 from vla_rl.run.command_line import ROOT
@@ -50,7 +51,8 @@ def test_training_survives_every_fault_in_every_phase(tmp_path, kind):
         settings[0],
         "--config",
         config,
-        *settings[1:],
+        settings[1],
+        *last_of_each(*settings[2:]),
         f"run.output_dir={tmp_path}",
         "run.name=r",
         "--timesteps",

@@ -71,7 +71,18 @@ def command(name: str, seed: int) -> str:
     run = f"{name}_seed{seed}"
     if any((REPOSITORY / "runs" / run / "checkpoints").glob("iteration-*[0-9]")):
         return f"start_gae_ppo_training.py --resume runs/{run} --no-wandb"
-    return f"start_gae_ppo_training.py {COMMON} {RUNS[name][1]} --seed {seed} run.name={run}"
+    parts = f"{COMMON} {RUNS[name][1]}".split()
+    settings = {
+        part.partition("=")[0]: part for part in parts if "=" in part
+    }  # those of the run in place of the common ones
+    return " ".join(
+        [
+            "start_gae_ppo_training.py",
+            *(p for p in parts if "=" not in p),
+            *settings.values(),
+            f"--seed {seed} run.name={run}",
+        ]
+    )
 
 
 class Cores:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.fakes import last_of_each
 from vla_rl.check import CHECKS, Visit
 from vla_rl.preflight.checklist import lines_of
 from vla_rl.preflight.estimate import Estimate, Pieces
@@ -46,7 +47,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [*SMALL, *args.overrides, f"run.output_dir={folder}", "run.name=run"]
+        overrides = [*last_of_each(*SMALL, *args.overrides), f"run.output_dir={folder}", "run.name=run"]
         config = load_config(find_config(args.config), overrides)
         timesteps = args.iterations * config.rollout.n_steps * config.rollout.num_envs * config.policy.chunk_size
         if config.algorithm.estimator == "grpo":

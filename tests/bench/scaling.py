@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from OpenVLA_PPO import OpenVLAPPO
+from tests.fakes import last_of_each
 from vla_rl.learning.parts import build_trainer
 from vla_rl.reports.metrics import SilentLogger
 from vla_rl.reports.records import read_metrics
@@ -57,7 +58,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if args.gather_mb is not None:
         return gather(args.gather_mb)
-    overrides = [*SMALL, *args.overrides]
+    overrides = last_of_each(*SMALL, *args.overrides)
     config = load_config(find_config(args.config), overrides)
     decisions = config.rollout.n_steps * config.rollout.num_envs
     overrides.append(f"run.timesteps={args.iterations * decisions * config.policy.chunk_size * 9 // 10}")

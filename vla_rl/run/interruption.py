@@ -78,8 +78,6 @@ class Stop:
             yield
         except (SimulatorDied, ProcessLost) as error:
             if self.asked:
-                if isinstance(error, ProcessLost):  # torchrun asks those that are left when one of them has died
-                    log.warning("%s", error)
                 raise Stopped from error
             raise
         finally:
