@@ -294,7 +294,6 @@ class OpenVLAPPO:
         """One forward of the policy for the environments that play, and the values of what they see."""
         self.check_stop()
         seen, generators = self.obs.rows(playing), [source.generator_of(i) for i in playing]
-        check_finite("an observation after a reset", seen.proprio)  # those after a step have been checked
         with self.finite.acting(seen):
             output = self.policy.act(seen, temperature=self.config.rollout.temperature, generator=generators)
             hidden = self.hidden_of(output)  # [N, D]

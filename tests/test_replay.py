@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,7 +117,14 @@ def step_dump(trainer, episode, actions, chunk):
         "name": "a reward is not finite",
         "kind": "step",
     }
-    values |= {"episode": episode, "actions": actions, "chunk": chunk, "steps": min(2, len(actions))}
+    values |= {
+        "adapter": [],
+        "value_head": None,
+        "episode": episode,
+        "actions": actions,
+        "chunk": chunk,
+        "steps": min(2, len(actions)),
+    }
     path = trainer.logger.folder / "step.pt"
     torch.save(values, path)
     return str(path)
@@ -147,7 +156,9 @@ def test_a_step_of_the_simulator_is_done_again(trainer, capsys):
 def test_what_is_no_dump_is_refused_in_one_line(trainer, tmp_path, capsys):
     torch.save([1], tmp_path / "list.pt")
     (tmp_path / "torn.pt").write_bytes(b"PK123")
-    for name in ("list.pt", "torn.pt", "absent.pt"):
+    torch.save({"version": 1, "kind": "update", "name": "x", "settings": {}}, tmp_path / "lacking.pt")
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(Path))  # plain, as torch.load takes it where it may
+    for name in ("list.pt", "torn.pt", "absent.pt", "lacking.pt", "code.pt"):
         assert main([str(tmp_path / name)]) == 2
         said = capsys.readouterr().err
         assert str(tmp_path / name) in said and len(said.splitlines()) == 1

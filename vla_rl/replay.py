@@ -28,6 +28,7 @@ from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.reports.metrics import SilentLogger
 from vla_rl.run.command_line import end_of, parse
 from vla_rl.run.failures import one_line
+from vla_rl.run.files import load_torch
 from vla_rl.run.load_settings import config_from_dict, merge
 from vla_rl.run.settings import Config, ConfigError
 from vla_rl.simulation.vector_env import make_vector_env
@@ -66,12 +67,13 @@ def read_dump(path: Path) -> dict[str, Any]:
         ConfigError: it is not a dump of this version.
     """
     try:
-        dump = torch.load(path, map_location="cpu", weights_only=True)
+        dump = load_torch(path)
     except Exception as error:  # of pickle, zip files and torch: there is no common kind
         raise ConfigError(
             f"{path} cannot be read as a dump ({one_line(error)}); expected RUN/nonfinite_iteration_N.pt"
         ) from None
-    if not isinstance(dump, dict) or dump.get("version") != DUMP_VERSION or dump.get("kind") not in KINDS:
+    kind = dump.get("kind") if isinstance(dump, dict) and dump.get("version") == DUMP_VERSION else None
+    if kind not in KINDS or not {"name", "settings", "adapter", "value_head", *KINDS[kind].split(", ")} <= dump.keys():
         raise ConfigError(f"{path} is no dump of this version ({DUMP_VERSION}); replay it with the code that wrote it")
     return dump
 

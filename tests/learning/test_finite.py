@@ -183,6 +183,22 @@ def test_what_an_environment_gives_is_blamed_on_it(tmp_path, change, name, overl
     assert dump["chunk"].shape == (CHUNK, 7) and torch.equal(dump["actions"][-CHUNK:], dump["chunk"])
 
 
+def test_an_observation_after_a_reset_is_blamed_on_the_environment(tmp_path):
+    trainer = make_trainer(tmp_path)
+    real = trainer.envs.reset
+
+    def reset(**kwargs):
+        obs, info = real(**kwargs)
+        return obs | {"proprio": with_nan(obs["proprio"])}, info
+
+    trainer.envs.reset = reset
+    text, dump = said(trainer)
+    assert (
+        "an observation after a reset is not finite in iteration 1: the environment gave it. No learning rate" in text
+    )
+    assert dump is None
+
+
 def test_an_episode_that_is_over_is_named_without_a_dump(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=CHUNK)
     spoil_step(trainer, nan_reward)

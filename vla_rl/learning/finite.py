@@ -18,9 +18,10 @@ from torch import Tensor
 
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.learning.trainer_state import Trainer
-from vla_rl.run.checkpoint import list_checkpoints, save_torch
+from vla_rl.run.checkpoint import checkpoint_number, list_checkpoints, save_torch
 from vla_rl.types import NonFiniteError, Observation, PolicyInputs
 
+OF_ENVIRONMENT = "No learning rate changes that: mend the environment, then resume."
 DUMP_VERSION = 1
 # what a dump is of, and what else is in it
 KINDS = {
@@ -46,7 +47,10 @@ class FiniteGuard:
 
     @contextmanager
     def acting(self, observation: Observation) -> Iterator[None]:
-        """Around a decision. The observation was finite when it came, so that what is not is of the weights."""
+        """Around a decision. The observation is finite, also after a reset, so that what is not is of the weights."""
+        if not np.isfinite(observation.proprio).all():
+            error = NonFiniteError("an observation after a reset is not finite")
+            raise self.explained(error, "the environment gave it", OF_ENVIRONMENT, None, {})
         try:
             yield
         except NonFiniteError as error:
@@ -106,8 +110,7 @@ class FiniteGuard:
                 source += f" in task {episode['task_id']} ({start}) after {len(actions)} actions"
                 kind, chunk = "step", torch.from_numpy(chunks[row])
                 evidence = {"episode": episode, "actions": actions, "chunk": chunk, "steps": int(steps[row])}
-            way_out = "No learning rate changes that: mend the environment, then resume."
-            raise self.explained(NonFiniteError(f"{name} is not finite"), source, way_out, kind, evidence)
+            raise self.explained(NonFiniteError(f"{name} is not finite"), source, OF_ENVIRONMENT, kind, evidence)
 
     @contextmanager
     def updating(self, minibatch: Minibatch, train_actor: bool, steps: Tensor) -> Iterator[None]:
@@ -154,11 +157,8 @@ class FiniteGuard:
                 "Begin with another policy.checkpoint, policy.adapter or policy.dtype.",
             )
         else:
-            before = [
-                folder
-                for folder in list_checkpoints(trainer.logger.folder / "checkpoints")
-                if int(folder.name.rpartition("-")[2]) < trainer.iteration
-            ]
+            saved = list_checkpoints(trainer.logger.folder / "checkpoints")
+            before = [folder for folder in saved if checkpoint_number(folder) < trainer.iteration]
             source = f"the weights after iteration {trainer.iteration} give it"
             sound = f"--resume {before[-1]}" if before else "No checkpoint is older than these weights: start again"
             way_out = f"{sound}, with a lower actor.learning_rate or critic.learning_rate."
@@ -221,6 +221,10 @@ def is_finite(value: Any) -> bool:
 
 
 def as_values(rows: Minibatch | PolicyInputs) -> dict[str, Any]:
-    """Fields by name, as torch.load(weights_only=True) reads them."""
+    """Fields by name, as vla_rl.run.files.load_torch reads them."""
     values = {field.name: getattr(rows, field.name) for field in fields(rows)}
-    return {name: as_values(value) if isinstance(value, PolicyInputs) else list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # fmt: skip
+    if "inputs" in values:
+        values["inputs"] = as_values(values["inputs"])
+    if "instructions" in values:
+        values["instructions"] = list(values["instructions"])
+    return values
