@@ -308,6 +308,13 @@ def started(monkeypatch) -> list[Path]:
     return folders
 
 
+def test_the_grace_time_is_that_of_the_settings(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr("start_gae_ppo_training.build_and_train", lambda *args: given.append(args[-1].grace_s))
+    argv = ["--config", "configs/tiny_gae_ppo.yaml", "--no-wandb", f"run.output_dir={tmp_path}", "run.grace_s=7"]
+    assert main(argv) == 0 and given == [7]
+
+
 @pytest.mark.parametrize(
     ("breaks", "argv", "words"),
     [

@@ -238,6 +238,7 @@ def test_wrong_numbers_are_refused():
 def test_settings_reach_the_environments():
     values = {"task_suite": "libero_goal", "task_ids": [3, 1], "image_size": 72, "settle_steps": 4, "render": "fast"}
     values |= {"max_steps": 77, "num_workers": 2, "simulators_per_worker": 3, "model_cache_gb": 1.5}
+    values |= {"step_timeout_s": 7, "build_timeout_s": 70, "worker_replacements": 2}
     config = config_from_dict(
         {
             "env": values,
@@ -249,6 +250,7 @@ def test_settings_reach_the_environments():
     for evaluation, render, max_steps in ((False, "fast", 77), (True, "exact", 300)):
         envs = make_vector_env(config, 5, evaluation=evaluation)
         assert envs.num_workers == len(envs.processes) == 2
+        assert envs.workers.patience == Patience(step_s=7, build_s=70, replacements=2)
         worker = envs.workers.makers[1]()
         assert list(worker.envs) == [4, 2]  # the end of the round 0 3 1 4 2
         assert (worker.simulators.limit, worker.simulators.cache_gb) == (2, 1.5)  # no more than there are tasks
