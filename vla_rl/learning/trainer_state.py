@@ -41,27 +41,6 @@ from vla_rl.types import ACTION_DIM, Episode, Observation, Policy
 
 # of what a checkpoint holds; 2: a sampling generator for each environment; 3: the actor's schedule
 STATE_VERSION = 3
-STATE = {  # of trainer.pt
-    *(
-        "iteration",
-        "timesteps",
-        "groups_played",
-        "evaluated_iteration",
-        "episodes_played",
-        "running_returns",
-        "running_lengths",
-    ),
-    *(
-        "episodes_under_way",
-        "sampling_generators",
-        "order_generator",
-        "actor_optimizer",
-        "critic_optimizer",
-        "schedule",
-    ),
-}
-
-
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -113,6 +92,10 @@ class Values(Strict):
     order_generator: Tensor
     schedule: Schedule
     signal_watch: Watch | None = None
+
+
+# of trainer.pt, but for what earlier ones have not
+STATE = Values.model_fields.keys() - {"signal_watch"} | {"actor_optimizer", "critic_optimizer"}
 
 
 def check_values(values: dict[str, Any], config: Config) -> None:
