@@ -57,6 +57,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         f"start_gae_ppo_training.py --config configs/tiny_gae_ppo.yaml --checkpoint {WARM} --no-wandb --timesteps 40000 run.name=l1_ppo "
         "eval.interval=0 run.torch_threads=1 logging.progress=false",
     ),
+    "evaluate_ppo": (
+        "runs/l1_eval_ppo/results.json",
+        f"-m vla_rl.evaluate --run runs/l1_ppo {SUITE} --states 0-49 --modes greedy sampled --out runs/l1_eval_ppo "
+        "--baseline runs/l1_eval_warm/results.json",
+    ),
 }
 
 
