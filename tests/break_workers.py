@@ -25,7 +25,7 @@ METHODS = {"reset": "_start_in", "step": "_execute"}  # of LiberoEnv
 
 def broken_worker(*arguments) -> None:
     folder, _, faults = os.environ[VARIABLE].partition("|")
-    for number, fault in enumerate(faults.split(",")):
+    for number, fault in enumerate(filter(None, faults.split(","))):
         try:
             (Path(folder) / f"{number} {fault}".replace(":", " ")).touch(exist_ok=False)
         except FileExistsError:

@@ -126,6 +126,17 @@ def test_saved_weights_that_give_it_are_not_what_to_go_on_with(tmp_path, first):
     assert list_checkpoints(tmp_path / "checkpoints") == before
 
 
+def test_weights_that_give_it_are_not_saved(tmp_path):
+    trainer = make_trainer(tmp_path, logging={"checkpoint_interval": 9})
+    trainer.train_iteration()
+    trainer.save_checkpoint()
+    trainer.train_iteration()  # not its turn
+    trainer.evaluated_iteration = trainer.iteration
+    spoil(trainer, "act", lambda output: replace(output, logprobs=with_nan(output.logprobs)))
+    said(trainer)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["iteration-000001"]
+
+
 def test_a_weight_that_a_step_made_infinite_is_not_saved(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train_iteration()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.fakes import CHUNK
 from tests.trainers import final_state, make_trainer, training_lines
 from vla_rl.learning.trainer_state import TrainerState
-from vla_rl.run.checkpoint import CheckpointError, find_checkpoint, find_saved, load_trainer_state
+from vla_rl.run.checkpoint import CheckpointError, find_checkpoint, find_saved, list_checkpoints, load_trainer_state
 from vla_rl.types import SimulatorDied
 
 
@@ -183,6 +183,23 @@ def test_a_disk_that_is_full_for_a_while_costs_no_training_and_no_line(tmp_path,
     assert saved == ["iteration-000004", "iteration-000005"]
     assert caplog.text.count("checkpoints cannot be written (No space left") == 1
     assert caplog.text.count("checkpoints are written again") == 1
+
+
+def test_a_checkpoint_is_never_later_than_the_metrics_before_it(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, logging={"checkpoint_interval": 9})
+    write = trainer.logger.lines.write
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    trainer.logger.lines.write = full
+    trainer.train_iteration()
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint()
+    assert not list_checkpoints(tmp_path / "checkpoints")
+    trainer.logger.lines.write = write
+    trainer.save_checkpoint()
+    assert [line["iteration"] for line in training_lines(tmp_path)] == [1]
 
 
 def test_a_run_that_cannot_be_saved_ends_at_its_start_and_at_its_end(tmp_path, monkeypatch):
