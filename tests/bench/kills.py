@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tests.fakes import CHUNK
+from tests.fakes import CHUNK, last_of_each
+from tests.test_end_to_end import SETTINGS, command
 from tests.trainers import make_trainer, training_lines
 from vla_rl.run.checkpoint import list_checkpoints, newest_sound, sha256, verify
 
@@ -69,17 +70,19 @@ class SmallRun:
         self.process.join()
 
 
+def simulator_command(folder: Path, seed: int) -> list[str]:
+    settings = last_of_each(*SETTINGS, f"run.seed={seed}", "eval.interval=2", "logging.keep_checkpoints=2")
+    words = ["--timesteps", str(12 * ITERATIONS), f"run.name={folder.name}", "--resume", "auto"]
+    return command(folder.parent, "--config", "configs/tiny_gae_ppo.yaml", *settings, *words)
+
+
 class SimulatorRun:
     """The same command each time: it finds what it has begun."""
 
     def __init__(self, folder: Path, seed: int):
-        from tests.test_end_to_end import SETTINGS, command
-
-        words = ["--config", "configs/tiny_gae_ppo.yaml", *SETTINGS, f"run.seed={seed}", "logging.keep_checkpoints=2"]
-        words += ["--timesteps", str(12 * ITERATIONS), f"run.name={folder.name}", "--resume", "auto", "eval.interval=2"]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         output = {"stdout": self.log, "stderr": subprocess.STDOUT}
-        self.process = subprocess.Popen(command(folder.parent, *words), start_new_session=True, **output)
+        self.process = subprocess.Popen(simulator_command(folder, seed), start_new_session=True, **output)
 
     def ended(self, timeout_s: float | None) -> bool:
         try:
