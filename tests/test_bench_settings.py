@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from start_gae_ppo_training import parse_args, settings_from
-from tests.bench import check, kills, scaling
+from tests.bench import check, kills, scaling, soak
 from tests.fakes import last_of_each
 from vla_rl.run.command_line import TINY_CONFIG, find_config
 from vla_rl.run.load_settings import load_config
@@ -23,6 +23,11 @@ def test_the_small_settings_are_those_of_a_run(bench):
 def test_the_command_that_is_killed_is_taken(tmp_path):
     config, _ = settings_from(parse_args(kills.simulator_command(tmp_path / "killed_3", 3)[2:]))
     assert (config.run.name, config.run.seed, config.logging.keep_checkpoints) == ("killed_3", 3, 2)
+
+
+def test_the_command_that_is_soaked_is_taken(tmp_path):
+    config, _ = settings_from(parse_args(soak.soak_command(tmp_path, 1000)[2:]))
+    assert (config.run.name, config.run.timesteps, config.env.step_timeout_s) == ("soak", 1000, 15)
 
 
 def test_the_commands_of_the_experiments_are_taken(monkeypatch):

@@ -26,11 +26,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from safetensors.torch import load_file
 
 from tests.fakes import CHUNK, last_of_each
 from tests.test_end_to_end import SETTINGS, command
 from tests.trainers import make_trainer, training_lines
-from vla_rl.run.checkpoint import list_checkpoints, newest_sound, sha256, verify
+from vla_rl.run.checkpoint import list_checkpoints, newest_sound, verify
 
 ITERATIONS = 6
 
@@ -114,6 +115,11 @@ def moment(folder: Path) -> str:
     return "elsewhere" if found else "before the first checkpoint"
 
 
+def tensors(path: Path) -> dict[str, bytes]:
+    """Not the file, whose metadata safetensors writes in any order."""
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
 def result(folder: Path) -> dict[str, object]:
     """What must be equal."""
     newest = list_checkpoints(folder / "checkpoints")[-1]
@@ -124,7 +130,7 @@ def result(folder: Path) -> dict[str, object]:
         "metrics.jsonl": training_lines(folder),
         "checkpoints": names,
         "left over": hidden,
-        **{path.name: sha256(path) for path in weights},
+        **{path.name: tensors(path) for path in weights},
     }
 
 
