@@ -4,7 +4,9 @@
 #   ./start_gae_ppo_training.sh [flags of start_gae_ppo_training.py]
 #   ./start_gae_ppo_training.sh --gpus 4 [flags]      one process for each of 4 GPUs of this machine (docs/scaling.md)
 #   ./start_gae_ppo_training.sh --setup-only
+#   ./start_gae_ppo_training.sh --unlocked [flags]    requirements.txt in the place of requirements.lock: for another build of torch
 #
+# Installs what requirements.lock names, each file by its hash: with uv where it is present, else with pip.
 # A later run starts at once: .venv/setup.stamp tells what was installed. The next run repairs an interrupted setup.
 set -Eeuo pipefail
 unset PYTHONPATH PYTHONHOME # ROS sets them, and its packages would shadow those of .venv
@@ -17,13 +19,16 @@ unfinished=$venv/setup.unfinished # there while packages are being installed
 needed_gb=12                      # .venv takes 8 GB; pip holds up to 3 GB of downloads meanwhile
 step="start"
 python=""
-installer=pip # or uv, where it has to provide what pip needs
+installer=pip # or uv
+locked=true
 
 main() {
+    if command -v uv >/dev/null; then installer=uv; fi
     local setup_only=false several=false gpus arguments=() start=("$venv/bin/python")
     while (($#)); do
         case $1 in
         --setup-only) setup_only=true ;;
+        --unlocked) locked=false ;;
         --gpus=*) several=true gpus=${1#*=} ;;
         --gpus)
             several=true gpus=${2-}
@@ -54,7 +59,7 @@ is_installed() {
 }
 
 wanted_stamp() (
-    cd -- "$root" && sha256sum requirements-libero.txt requirements.txt && "$venv/bin/python" -V 2>/dev/null
+    cd -- "$root" && sha256sum requirements.lock requirements-libero.txt requirements.txt && "$venv/bin/python" -V 2>/dev/null
 )
 
 setup() {
@@ -92,12 +97,9 @@ find_python() {
         fi
         found+="$name: $("$name" -V 2>/dev/null || echo "not here"); "
     done
-    if command -v uv >/dev/null; then
+    if [[ $installer == uv ]]; then
         say "Python 3.11 from uv (30 MB to download, seconds)"
-        if uv python install 3.11 >>"$log" 2>&1 && python=$(uv python find --system 3.11 2>>"$log"); then
-            installer=uv
-            return
-        fi
+        if uv python install 3.11 >>"$log" 2>&1 && python=$(uv python find --system 3.11 2>>"$log"); then return; fi
         found+="uv: cannot provide it ($(tail -n 1 -- "$log")); "
     fi
     die "Python 3.11 is needed, exactly: MuJoCo 2.3.7, whose physics LIBERO's tasks need, has no builds for later ones." \
@@ -162,26 +164,27 @@ apt_install() { # what is missing, packages...
 install_packages() {
     if [[ ! -f $stamp ]]; then check_disk; fi
     local started=$SECONDS
-    if [[ -f $unfinished ]] || ! find_installer; then make_venv; fi
+    if [[ -f $unfinished ]] || ! is_usable; then make_venv; fi
     touch "$unfinished"
     rm -f -- "$stamp"
-    say "step 2 of 3: LIBERO tasks and models (0.4 GB to download, about 1 minute)"
-    install --no-deps --require-hashes -r "$root/requirements-libero.txt"
-    say "step 3 of 3: PyTorch, MuJoCo and the rest (3 GB to download, 3 to 10 minutes)"
-    install -r "$root/requirements.txt"
+    say "step 2 of 2: PyTorch, MuJoCo, LIBERO and the rest (3.4 GB to download; half a minute with uv, 3 to 10 with pip)"
+    if [[ $locked == true ]]; then
+        install --require-hashes -r "$root/requirements.lock"
+    else
+        install --no-deps --require-hashes -r "$root/requirements-libero.txt"
+        install -r "$root/requirements.txt"
+    fi
     rm -f -- "$unfinished"
     wanted_stamp >"$stamp.new"
     mv -- "$stamp.new" "$stamp"
     say "done in $((SECONDS - started)) s"
 }
 
-find_installer() { # of the environment that is there; one that uv made has no pip
-    if [[ $("$venv/bin/python" -I -m pip --version 2>/dev/null) == *"python 3.11"* ]]; then
-        installer=pip
-    elif command -v uv >/dev/null && [[ $("$venv/bin/python" -V 2>/dev/null) == "Python 3.11."* ]]; then
-        installer=uv
+is_usable() { # the environment that is there, for the installer
+    if [[ $installer == uv ]]; then
+        [[ $("$venv/bin/python" -V 2>/dev/null) == "Python 3.11."* ]]
     else
-        return 1
+        [[ $("$venv/bin/python" -I -m pip --version 2>/dev/null) == *"python 3.11"* ]]
     fi
 }
 
@@ -195,19 +198,16 @@ check_disk() {
 }
 
 make_venv() {
-    say "step 1 of 3: Python environment in $venv (seconds)"
+    say "step 1 of 2: Python environment in $venv (seconds)"
     if [[ $installer == pip ]] && ! "$python" -I -c "import ensurepip, venv" 2>>"$log"; then
-        if command -v uv >/dev/null; then
-            installer=uv
-        else
-            apt_install "Python's venv module" python3.11-venv
-            say "step 1 of 3: Python environment in $venv (seconds)"
-        fi
+        apt_install "Python's venv module" python3.11-venv
+        say "step 1 of 2: Python environment in $venv (seconds)"
     fi
     find "$venv" -mindepth 1 -maxdepth 1 ! -name "setup.*" -exec rm -rf -- {} + # what an interrupted setup left
     touch "$unfinished"
     if [[ $installer == uv ]]; then
-        uv venv --allow-existing --python "$python" "$venv" >>"$log" 2>&1
+        use_pips_indexes # --seed: with pip, for the optional packages
+        uv venv --allow-existing --seed --index-strategy unsafe-best-match --python "$python" "$venv" >>"$log" 2>&1
     else
         "$python" -I -m venv "$venv" >>"$log" 2>&1
     fi
@@ -225,10 +225,19 @@ install() { # downloads go to the disk that was checked: /tmp is often small
     rm -rf -- "$venv/setup.tmp"
 }
 
-# uv reads other variables. UV_TORCH_BACKEND=auto is its own: the build of torch that fits the driver.
+# uv reads neither pip's variables nor its files. UV_TORCH_BACKEND=auto is its own: the build of torch that fits the driver.
 use_pips_indexes() {
-    if [[ ${PIP_INDEX_URL:-} ]]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}; fi
-    if [[ ${PIP_EXTRA_INDEX_URL:-} ]]; then export UV_INDEX=${UV_INDEX:-$PIP_EXTRA_INDEX_URL}; fi
+    local name value index="" extra=""
+    while IFS="=" read -r name value; do # global.index-url='https://...', :env:.extra-index-url='...'
+        value=${value#\'}
+        case $name in
+        *.extra-index-url) extra=${value%\'} ;;
+        *.index-url) index=${value%\'} ;;
+        esac
+    done < <("$python" -I -m pip config list 2>/dev/null)
+    index=${PIP_INDEX_URL:-$index} extra=${PIP_EXTRA_INDEX_URL:-$extra}
+    if [[ $index ]]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}; fi
+    if [[ $extra ]]; then export UV_INDEX=${UV_INDEX:-$extra}; fi
     export UV_CACHE_DIR=${UV_CACHE_DIR:-$venv/setup.tmp} # on the same disk its files become those of .venv, uncopied
 }
 

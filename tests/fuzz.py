@@ -1,4 +1,7 @@
-"""Broken files of every kind, drawn from a seed: what a stranger's JSON, YAML, safetensors, torch or HDF5 file may be like."""
+"""Broken files of every kind: what a stranger's JSON, YAML, safetensors, torch or HDF5 file may be like.
+
+The random numbers are those that hypothesis gives.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ requirements file that FAIL_AT names.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ TOOLS = [
     "readlink",
 ]
 TOOLS += ["rm", "sha256sum", "sleep", "tail", "touch"]
+REQUIREMENTS = ("requirements.lock", "requirements.txt", "requirements-libero.txt")
 EGL_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"
 
 PYTHON = """#!/usr/bin/env bash
@@ -43,6 +45,7 @@ case "$1 $2" in
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >>"$CALLS" ;;
 "-m pip")
     if [[ $3 == --version ]]; then echo "pip 24.0 (python 3.11)"; exit; fi
+    if [[ $3 == config ]]; then echo -e "${PIP_CONFIG:-}"; exit; fi
     requirements=$(basename "${!#}")
     options=("${@:7:$#-8}")
     echo "pip ${options[*]}${options:+ }$requirements" >>"$CALLS"
@@ -53,7 +56,7 @@ case "$1 $2" in
 *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
 """
-# the interpreter that uv provides has no pip in its environments
+# an environment that uv makes without --seed has no pip
 UV_PYTHON = PYTHON.replace('"-m pip")', '"-m pip") echo "No module named pip" >&2; exit 1 ;;\n"-m never")')
 UV = """#!/usr/bin/env bash
 last=${!#}
@@ -91,7 +94,7 @@ class Machine:
         self.stamp = self.venv / "setup.stamp"
         self.repo.mkdir()
         self.bin.mkdir()
-        for name in ("start_gae_ppo_training.sh", "requirements.txt", "requirements-libero.txt"):
+        for name in ("start_gae_ppo_training.sh", *REQUIREMENTS):
             shutil.copy(ROOT / name, self.repo)
         for name in TOOLS:
             (self.bin / name).symlink_to(shutil.which(name))
@@ -139,7 +142,7 @@ class Machine:
         return self.calls.read_text().splitlines() if self.calls.exists() else []
 
 
-SETUP = ["venv", "pip --no-deps --require-hashes requirements-libero.txt", "pip requirements.txt"]
+SETUP = ["venv", "pip --require-hashes requirements.lock"]
 
 
 @pytest.fixture
@@ -152,7 +155,7 @@ def test_first_run_sets_up_and_then_hands_all_flags_to_the_training(machine):
     assert result.returncode == 0, result.stderr
     assert machine.logged() == SETUP
     assert result.stdout == f"training in {machine.repo} with: <--config> <a b.yaml> <--task-id> <3>\n"
-    for word in ("step 1 of 3", "step 2 of 3", "LIBERO", "minute", "GB", "step 3 of 3", "done in"):
+    for word in ("step 1 of 2", "step 2 of 2", "LIBERO", "minute", "GB", "step 2 of 2: PyTorch", "done in"):
         assert word in result.stderr
 
 
@@ -174,7 +177,19 @@ def test_setup_only_does_not_start_the_training(machine):
     assert machine.run("--setup-only").stdout == ""
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-libero.txt"])
+def test_unlocked_takes_other_builds_of_what_requirements_txt_names(machine):
+    result = machine.run("--unlocked", "--x")
+    assert result.stdout.endswith("with: <--x>\n")
+    assert machine.logged() == [
+        "venv",
+        "pip --no-deps --require-hashes requirements-libero.txt",
+        "pip requirements.txt",
+    ]
+    machine.calls.unlink()
+    assert machine.run("--x").returncode == 0 and machine.logged() == []  # it stays as it is
+
+
+@pytest.mark.parametrize("name", REQUIREMENTS)
 def test_changed_requirements_are_installed_into_the_same_environment(machine, name):
     machine.run("--setup-only")
     machine.calls.unlink()
@@ -205,20 +220,19 @@ def test_works_from_another_directory_and_through_a_symlink(machine, tmp_path):
     assert machine.stamp.exists() and not (elsewhere / ".venv").exists()
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-libero.txt"])
+@pytest.mark.parametrize("name", REQUIREMENTS)
 def test_a_failing_installation_names_its_step_and_leaves_no_stamp(machine, name):
-    result = machine.run(FAIL_AT=name)
+    result = machine.run(*([] if name == "requirements.lock" else ["--unlocked"]), FAIL_AT=name)
     assert result.returncode == 7
     assert "training" not in result.stdout
-    step = "step 2 of 3: LIBERO" if name == "requirements-libero.txt" else "step 3 of 3: PyTorch"
-    assert f"FAILED (exit status 7) in: {step}" in result.stderr
+    assert "FAILED (exit status 7) in: step 2 of 2: PyTorch" in result.stderr
     assert f"{machine.venv}/setup.log" in result.stderr
     assert "ERROR: No matching distribution found" in result.stderr  # the end of pip's own output
     assert not machine.stamp.exists()
 
 
 def test_the_run_after_a_failed_one_starts_from_a_fresh_environment(machine):
-    machine.run("--setup-only", FAIL_AT="requirements.txt")
+    machine.run("--setup-only", FAIL_AT="requirements.lock")
     half_installed = machine.venv / "lib" / "half_installed.py"
     half_installed.parent.mkdir()
     half_installed.touch()
@@ -234,7 +248,7 @@ def test_a_killed_setup_is_repaired_even_if_it_was_an_update(machine):
     with (machine.repo / "requirements.txt").open("a") as file:
         file.write("# newer\n")
     process = machine.start("--setup-only", SLOW="30")
-    while len(machine.logged()) < 4:  # until pip runs again
+    while len(machine.logged()) < 3:  # until pip runs again
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -293,9 +307,8 @@ def test_only_python_3_12_stops_with_the_reason_and_the_way_out(machine):
 def uv_setup(machine) -> list[str]:
     pip = f"uv pip install --python {machine.venv}/bin/python --index-strategy unsafe-best-match --no-progress"
     return [
-        f"uv venv --allow-existing --python {machine.bin}/uv's python {machine.venv}",
-        f"{pip} --no-deps --require-hashes -r {machine.repo}/requirements-libero.txt",
-        f"{pip} -r {machine.repo}/requirements.txt",
+        f"uv venv --allow-existing --seed --index-strategy unsafe-best-match --python {machine.bin}/uv's python {machine.venv}",
+        f"{pip} --require-hashes -r {machine.repo}/requirements.lock",
     ]
 
 
@@ -343,18 +356,22 @@ def test_without_uv_an_environment_that_uv_made_is_made_anew(machine):
     assert machine.logged() == SETUP
 
 
-def test_a_python_3_11_of_the_system_is_used_with_pip_though_uv_is_there(machine):
+@pytest.mark.parametrize("variables", [{}, {"NO_ENSUREPIP": "1"}], ids=["", "without ensurepip"])
+def test_a_python_3_11_of_the_system_is_used_by_uv_where_it_is_there(machine, variables):
     machine.have_uv()
-    assert machine.run("--setup-only").returncode == 0
-    assert machine.logged() == SETUP
-
-
-def test_uv_makes_the_environment_that_a_python_without_ensurepip_cannot(machine):
-    machine.have_uv()
-    result = machine.run("--setup-only", NO_ENSUREPIP="1")
+    result = machine.run("--setup-only", **variables)
     assert result.returncode == 0, result.stderr
     first, *rest = uv_setup(machine)
     assert machine.logged() == [first.replace("uv's python", "python3.11"), *rest]
+
+
+def test_uv_goes_on_in_the_environment_that_pip_made(machine):
+    machine.run("--setup-only")
+    machine.have_uv()
+    machine.stamp.unlink()
+    machine.calls.unlink()
+    assert machine.run("--setup-only").returncode == 0
+    assert machine.logged() == uv_setup(machine)[1:]
 
 
 def test_uv_that_cannot_provide_3_11_leaves_the_other_ways(machine):
@@ -365,11 +382,11 @@ def test_uv_that_cannot_provide_3_11_leaves_the_other_ways(machine):
     assert "conda create" in result.stderr and machine.logged() == PROVIDE[:1]
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-libero.txt"])
+@pytest.mark.parametrize("name", REQUIREMENTS)
 def test_a_failing_installation_by_uv_is_told_and_repaired_as_pips_is(machine, name):
     (machine.bin / "python3.11").unlink()
     machine.have_uv()
-    result = machine.run(FAIL_AT=name)
+    result = machine.run(*([] if name == "requirements.lock" else ["--unlocked"]), FAIL_AT=name)
     assert result.returncode == 7 and "training" not in result.stdout
     assert "FAILED (exit status 7) in: step" in result.stderr and "error: No solution found" in result.stderr
     assert not machine.stamp.exists()
@@ -388,6 +405,17 @@ def test_uv_takes_the_indexes_of_pip_unless_it_has_its_own(machine):
     machine.stamp.unlink()
     machine.run("--setup-only", **pips, UV_DEFAULT_INDEX="https://d", UV_INDEX="https://e")
     assert indexes.read_text() == "https://d https://e\n"
+
+
+def test_uv_takes_the_indexes_of_pips_files_too(machine):
+    machine.have_uv()
+    config = "global.cert='/c'\\nglobal.extra-index-url='https://b https://c'\\nglobal.index-url='https://a/simple?x=1'"
+    machine.run("--setup-only", PIP_CONFIG=config)
+    indexes = machine.calls.with_suffix(".indexes")
+    assert indexes.read_text() == "https://a/simple?x=1 https://b https://c\n"
+    machine.stamp.unlink()
+    machine.run("--setup-only", PIP_CONFIG=config, PIP_INDEX_URL="https://d")
+    assert indexes.read_text() == "https://d https://b https://c\n"
 
 
 def test_python3_is_taken_when_it_is_3_11(machine):
@@ -554,6 +582,22 @@ def test_requirements_are_pinned_and_name_no_registry():
             assert len(pins) == 6 and all("--hash=sha256:" in line for line in pins)
         else:
             assert all(" # " in line for line in pins)  # each with its reason
+
+
+def test_the_lock_has_what_the_requirements_name_and_a_hash_of_each():
+    """It is made anew after a change of theirs; each package of it has hashes, LIBERO's those that are pinned."""
+    text = (ROOT / "requirements.lock").read_text()
+    entries = [
+        entry.replace("\\\n", " ").split("#")[0].split() for entry in re.split(r"\n(?=\S)", text) if "==" in entry
+    ]
+    locked = {entry[0].lower(): entry[1:] for entry in entries}
+    assert len(locked) > 130 and all(any(w.startswith("--hash=sha256:") for w in words) for words in locked.values())
+    assert not any("://" in line or line.startswith("-") for line in text.splitlines())
+    for name in REQUIREMENTS[1:]:
+        for line in (ROOT / name).read_text().splitlines():
+            if line and not line.startswith("#"):
+                pin, *hashes = line.split(" # ")[0].split()
+                assert set(hashes) <= set(locked[re.sub(r"\[.*\]", "", pin).lower().replace("_", "-")]), line
 
 
 def test_a_number_of_gpus_starts_as_many_processes(machine):

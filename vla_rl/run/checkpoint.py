@@ -315,7 +315,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 case {"bytes": int(), "sha256": str()} if is_within(name):
                     pass
                 case _:
-                    raise ValueError(f"its entry {name} is not a file of this folder with bytes and sha256")
+                    raise ValueError(f"its entry {name!r:.80} is not a file of this folder with bytes and sha256")
     except (OSError, ValueError, RecursionError) as error:
         raise torn(folder, f"{MANIFEST} cannot be read ({error})") from None
     return manifest
@@ -323,7 +323,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def is_within(name: str) -> bool:
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return name.isprintable() and not path.is_absolute() and ".." not in path.parts
 
 
 def torn(folder: Path, why: str) -> CheckpointError:
