@@ -251,6 +251,7 @@ def main() -> int:
         root = [] if os.geteuid() == 0 else ["--map-root-user"]
         os.execvp("unshare", ["unshare", "--mount", *root, "sh", "-c", script, "sh", sys.executable, *sys.argv])
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # with what it has started
     begun = time.monotonic()
     soak = Soak(Path(os.environ["SOAK_DISK"]), args.out, args.timesteps, args.seed)
     try:
