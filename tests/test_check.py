@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -347,8 +348,12 @@ def test_a_checkpoint_that_is_torn_as_it_is_written(tried):
 
 def test_a_disk_and_a_memory_that_are_too_small(tried, monkeypatch):
     assert all(result.ok for result in CHECKS.run(tried, set(TINY_UPDATE)))
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
     assert "lower logging.keep_checkpoints" in failure_of("disk", tried)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
+    assert result_of("disk", tried).ok
+    tried.estimate = replace(tried.estimate, checkpoints=10**9)  # of logging.keep_every, for example
+    assert "raise logging.keep_every" in failure_of("disk", tried)
     tried.available = 10_000_000
     assert "take fewer rollout.num_envs" in failure_of("memory of the run", tried)
 

@@ -130,11 +130,13 @@ def test_a_checkpoint_without_an_l1_head_and_other_mistakes_are_told_before_a_fo
     checkpoint, tmp_path, capsys
 ):
     runs = tmp_path / "runs"
+    kept = ("collection.keep=10000000", "training.iterations=1000000", "collection.episodes=1000000")
     for argv, words in (
         (arguments(TRAINED, runs, "policy.chunk_size=8"), "has no L1 head"),
         (arguments(checkpoint, runs, "policy.use_proprio=false"), "was trained with true: set policy.use_proprio=true"),
         (arguments(checkpoint, runs, "training.batch_size=3"), "not a multiple"),
         (["--resume", str(runs / "none")], "--resume takes a folder"),
+        (arguments(checkpoint, runs, *kept), "collection.keep (its images) = 10,000,000 needs"),
     ):
         assert main(argv) == 2
         error = capsys.readouterr().err

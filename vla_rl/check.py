@@ -302,7 +302,8 @@ def update_speed(visit: Visit) -> str:
 
 @CHECKS.add("disk", "update speed")
 def disk(visit: Visit) -> str:
-    return needs.check_disk(visit.config, visit.pieces.checkpoint_bytes, visit.estimate.other_bytes)
+    expected = visit.estimate
+    return needs.check_disk(visit.config, expected.checkpoints, visit.pieces.checkpoint_bytes, expected.other_bytes)
 
 
 @CHECKS.add("memory of the run", "update speed")

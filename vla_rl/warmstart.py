@@ -21,7 +21,7 @@ from vla_rl.evaluation.play import evaluate_policy, evaluation_episodes, success
 from vla_rl.fine_tuning.two_heads import L1Teacher, TokenStudent
 from vla_rl.fine_tuning.warm_start import WarmStart
 from vla_rl.learning.parts import build_policy, instructions_of, log_sizes
-from vla_rl.preflight.needs import check_device, check_policy, check_rendering
+from vla_rl.preflight.needs import check_device, check_fits, check_policy, check_rendering
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.reports.weights_and_biases import check_wandb
 from vla_rl.run.checkpoint import locked
@@ -29,6 +29,7 @@ from vla_rl.run.command_line import end_of, find_config, flag_settings, parse, s
 from vla_rl.run.interruption import Stop, Stopped
 from vla_rl.run.load_settings import load_config
 from vla_rl.run.logs import warnings_kept
+from vla_rl.run.machine import available_memory
 from vla_rl.run.run_folder import (
     changed_settings,
     check_run_folder,
@@ -102,7 +103,17 @@ def check_start(config: WarmstartConfig, resumed: bool) -> None:
     if not resumed:
         check_run_folder(config)
     check_wandb(config)
-    check_policy(config.as_config(), resumed)
+    model = check_policy(config.as_config(), resumed)
+    check_kept(config, model.image_size, available_memory())
+
+
+def check_kept(config: WarmstartConfig, image_size: int, available: int) -> None:
+    """Raises ConfigError if the decisions that are learned from do not fit in `available` bytes: their images at the least."""
+    kept = config.collection.keep
+    limit = config.as_config().max_episode_steps(evaluation=False)
+    most = config.training.iterations * config.collection.episodes * -(-limit // config.policy.chunk_size)
+    needed = min(kept, most) * config.policy.num_images * 3 * image_size**2
+    check_fits(needed, "collection.keep (its images)", min(kept, most), available)
 
 
 def warm_start(config: WarmstartConfig, checkpoint: Path | None, stop: Stop) -> Path:

@@ -53,7 +53,7 @@ def test_ppo_by_hand():
     assert found.gpu_peak_gib is None and found.trainer_host_gib == pytest.approx(1 + 2 * 992 / 1024)
     assert found.host_peak_gib == pytest.approx(found.trainer_host_gib + 2.5)
     assert found.other_bytes == 3 * 2 * 2 * 25 * 10 + 500_000 + 3 * 2000
-    assert found.disk_bytes == 4000 + found.other_bytes
+    assert found.disk_bytes == 4000 + found.other_bytes and found.checkpoints == 4
 
 
 def test_grpo_plays_whole_episodes_and_has_no_critic():

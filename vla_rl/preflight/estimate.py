@@ -55,6 +55,7 @@ class Estimate:
     host_peak_gib: float  # trainer and simulators
     trainer_host_gib: float
     trainer_peak_gib: float  # as system/peak_memory_gib has it
+    checkpoints: int  # that are kept
     other_bytes: int  # videos, metrics, curves
     disk_bytes: int
 
@@ -104,6 +105,7 @@ def estimate(config: Config, pieces: Pieces) -> Estimate:
         trainer_host_gib=trainer_host_gib,
         trainer_peak_gib=pieces.peak_gib if on_gpu else trainer_host_gib,
         other_bytes=other_bytes,
+        checkpoints=kept,
         disk_bytes=kept * pieces.checkpoint_bytes + other_bytes,
     )
 

@@ -233,19 +233,27 @@ def check_sizes(config: Config, model: PrismaticConfig, available: int | None = 
         (workers * int((WORKER_GB + SIMULATOR_GB) * 1e9), "env.num_workers (a simulator in each)", workers),
         (head, "the widths in value_head.hidden_sizes, multiplied in pairs", head // 16),
     )
-    for needed, name, number in parts:
-        if needed > available:
-            raise ConfigError(
-                f"{name} = {number:,} needs {needed / 1e9:,.1f} GB of memory, {available / 1e9:.1f} GB are free; at most "
-                f"{number * available // needed:,} fits"
-            )
+    for part in parts:
+        check_fits(*part, available)
     return f"{sum(needed for needed, *_ in parts) / 1e9:.1f} GB at the least of {available / 1e9:.1f} GB that are free"
 
 
-def check_disk(config: Config, checkpoint_bytes: int, other_bytes: int, free: int | None = None) -> str:
+def check_fits(needed: int, name: str, number: int, available: int) -> None:
+    """Raises ConfigError, with the number that fits, if so many bytes are not available."""
+    if needed > available:
+        raise ConfigError(
+            f"{name} = {number:,} needs {needed / 1e9:,.1f} GB of memory, {available / 1e9:.1f} GB are free; at most "
+            f"{number * available // needed:,} fits"
+        )
+
+
+def check_disk(
+    config: Config, checkpoints: int, checkpoint_bytes: int, other_bytes: int, free: int | None = None
+) -> str:
     """Raises ConfigError if what the run keeps does not fit where runs are kept.
 
     Args:
+        checkpoints: that are kept at the end.
         checkpoint_bytes: of one.
         other_bytes: videos and the like.
         free: bytes; None asks the disk.
@@ -253,14 +261,16 @@ def check_disk(config: Config, checkpoint_bytes: int, other_bytes: int, free: in
     output_dir = Path(config.run.output_dir)
     nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     free = shutil.disk_usage(nearest).free if free is None else free
-    count = config.logging.keep_checkpoints + config.logging.keep_best + 1  # one more while it is written
+    count = checkpoints + 1  # one more while it is written
     needed = count * checkpoint_bytes + other_bytes
     figures = (
         f"{size_text(needed)} for {count} checkpoints of {size_text(checkpoint_bytes)} and {size_text(other_bytes)} of videos and "
         f"logs, {size_text(free)} free in {nearest}"
     )
     if needed > free:
-        raise ConfigError(f"{figures}; make room, lower logging.keep_checkpoints, or give another run.output_dir")
+        raise ConfigError(
+            f"{figures}; make room, lower logging.keep_checkpoints, raise logging.keep_every, or give another run.output_dir"
+        )
     return figures
 
 
@@ -437,8 +447,11 @@ def check_start(config: Config, resumed: bool) -> None:
     check_policy(config, resumed)
 
 
-def check_policy(config: Config, resumed: bool) -> None:
+def check_policy(config: Config, resumed: bool) -> PrismaticConfig:
     """Whether the policy can be built: checkpoint, statistics, tokenizer, memory of the card, as it was trained.
+
+    Returns:
+        config.json of the checkpoint.
 
     Raises:
         ConfigError: see check_start.
@@ -454,7 +467,8 @@ def check_policy(config: Config, resumed: bool) -> None:
         except ConfigError as error:
             way = "" if config.policy.head == "l1" else "; or policy.as_trained=false to use it so all the same"
             raise ConfigError(f"{config.policy.checkpoint} has {error}{way}" if way else str(error)) from None
-    check_sizes(config, read_config(model))
+    model_config = read_config(model)
+    check_sizes(config, model_config)
     check_card(config, model)
     read_statistics(model, config.unnorm_key(), settings.use_proprio)
     read_tokenizer(model)
@@ -467,6 +481,7 @@ def check_policy(config: Config, resumed: bool) -> None:
                 "two, merge them first (python -m vla_rl.export) and start from that",
                 config.algorithm.kl_coef,
             )
+    return model_config
 
 
 def check_card(config: Config, model: Path) -> str:
