@@ -25,6 +25,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from vla_rl.evaluation.kept import KeptEpisodes
 from vla_rl.evaluation.play import evaluate_modes
 from vla_rl.learning import losses
 from vla_rl.learning.episodes import (
@@ -114,7 +115,7 @@ class OpenVLAPPO:
         self.tokens_per_ratio = losses.tokens_per_ratio(level, len(dims), policy.chunk_size)
         self.schedule = ActorSchedule(self.actor_optimizer, config, self.tokens_per_ratio)
         self.signal_watch = SignalWatch(config)
-        self.finite = FiniteGuard(self)
+        self.finite, self.kept = FiniteGuard(self), KeptEpisodes(self)
 
         # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
         # each environment (PPO) or episode (GRPO): which ones decide together does not either.
@@ -129,10 +130,9 @@ class OpenVLAPPO:
         self.obs: Observation | None = None  # of episodes under way between iterations (PPO)
         self.running = RunningEpisodes(envs.num_envs)
         self.broken_off = BrokenOff()  # in the present rollout
-        self.stop_requested = False
+        self.stop_requested = self.warned_no_hidden = False
         envs.on_wait = self.check_stop
         self.pace = progress.Pace()
-        self.warned_no_hidden = False
         self.boundary = TrainerState(self)  # after the last finished iteration: what a stop goes back to
         self.outage = Outage("checkpoints", "the training goes on, and the next one is tried in its turn")
 
@@ -585,18 +585,18 @@ class OpenVLAPPO:
         entry = self.evaluate()
         if entry and folder and self.config.logging.keep_best and self.ranks.first:
             self.outage.survive(lambda: keep_best(folder, evaluation_of(entry, self.config.eval)))
-        self.outage.survive(self.save_checkpoint)  # a resumed run does not evaluate again
+        if self.outage.survive(self.save_checkpoint):  # a resumed run does not evaluate again
+            self.kept.remove()
 
     def evaluate(self) -> dict[str, Any]:
         """Success from the fixed initial states, logged as eval/*, with a video of one success and one failure."""
         entry: dict[str, Any] = {}
         if self.eval_envs is not None:
-            start, prefix = time.perf_counter(), f"{self.timesteps:09d}"
-            videos = self.logger.folder / "videos"
+            start, prefix, videos = time.perf_counter(), f"{self.timesteps:09d}", self.logger.folder / "videos"
             with naming_what_fits(self.config, "eval", self.ranks.size), self.finite.evaluating():
                 arguments = (self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop)
                 predict_values = None if self.value_head is None else self.predict_values
-                metrics = evaluate_modes(*arguments, predict_values, self.ranks)
+                metrics = evaluate_modes(*arguments, predict_values, self.ranks, self.kept.begin())
             metrics["time/eval_s"] = time.perf_counter() - start
             entry = {"iteration": self.iteration, "timesteps": self.timesteps, **metrics}
             self.logger.log_evaluation(entry, sorted(videos.glob(f"{prefix}_*.mp4")))

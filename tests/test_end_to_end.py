@@ -172,6 +172,43 @@ def test_run_that_is_killed_and_resumed_equals_one_that_was_not(whole, tmp_path,
         assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.slow
+def test_evaluation_that_is_ended_in_its_second_mode_and_resumed_equals_one_that_was_not(tmp_path):
+    """The first one of a run, in its second mode by SIGTERM and by SIGKILL in turn; of 8 episodes none is played twice."""
+    more = ("--timesteps", "0", "run.name=r", *last_of_each(*SETTINGS, "eval.states=0-3"))
+    folders = {how: tmp_path / how for how in ("whole", "SIGTERM", "SIGKILL")}
+    for how, folder in folders.items():
+        folder.mkdir()
+        run = folder / "r"
+        parts = command(folder, "--config", "configs/tiny_gae_ppo.yaml", *more)
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(parts, cwd=folder, start_new_session=True, **output)
+        if how == "whole":
+            said, _ = process.communicate(timeout=900)
+            assert process.returncode == 0, said
+            continue
+        deadline, kept = time.monotonic() + 900, run / "evaluation.jsonl"
+        while time.monotonic() < deadline and process.poll() is None:
+            if b'"mode": "sampled"' in read_bytes(kept).partition(b"\n")[2]:
+                break
+            time.sleep(0.02)
+        number = getattr(signal, how)
+        os.kill(process.pid, number) if how == "SIGKILL" else os.killpg(process.pid, number)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == (-number if how == "SIGKILL" else STOPPED), said
+        episodes = kept.read_bytes().count(b"\n") - 1
+        assert 4 < episodes < 8 and read_metrics(run / "metrics.jsonl") == []
+        resumed = start(folder, "--resume", str(run))
+        said, _ = resumed.communicate(timeout=900)
+        assert resumed.returncode == 0, said
+        assert f"{episodes} of its 8 episodes were played before" in said and not kept.exists()
+        assert training_lines(run) == training_lines(folders["whole"] / "r")
+        videos, expected = (
+            {p.name: p.read_bytes() for p in (f / "r/videos").iterdir()} for f in (folder, folders["whole"])
+        )
+        assert videos == expected
+
+
 def test_grpo_runs_by_a_change_of_settings_alone_and_wandb_offline_without_network(tmp_path):
     args = ["--config", "configs/tiny_grpo.yaml", "--timesteps", "60", "--task-ids", "0", "1"]
     changes = [s for s in SETTINGS if "n_steps" not in s]

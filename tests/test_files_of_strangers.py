@@ -27,9 +27,12 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis.strategies import randoms
 
 from tests import fuzz
+from tests.evaluation.test_results import KEYS, PROTOCOL, journal, result
 from tests.fine_tuning.test_demonstration_file import arrays
 from tests.model.policies import make_policy
 from tests.trainers import make_trainer
+from vla_rl.evaluation.kept import FILE, read_kept
+from vla_rl.evaluation.results import read_baseline, row_of
 from vla_rl.fine_tuning.demonstration_file import DemonstrationFile, read_demonstrations
 from vla_rl.fine_tuning.labelled_decisions import LabelledDecisions
 from vla_rl.model.action_head import ActionHead, load_action_head, save_action_head
@@ -52,7 +55,9 @@ from vla_rl.model.tiny_openvla import TRAINED
 from vla_rl.model.trained_as import read_trained_as
 from vla_rl.reports.records import read_metrics
 from vla_rl.run import checkpoint
+from vla_rl.run.best_checkpoint import load_evaluation
 from vla_rl.run.checkpoint import find_checkpoint
+from vla_rl.run.files import write_whole
 from vla_rl.run.load_settings import load_config, save_config
 from vla_rl.run.logs import warnings_kept
 from vla_rl.run.settings import ConfigError, LoraConfig
@@ -218,6 +223,33 @@ def metrics(tmp_path: Path, model: Path) -> Reader:
     return Reader(tmp_path, path, fuzz.json_lines, lambda: read_metrics(path))
 
 
+def evaluation(name: str, broken):
+    """What an evaluation leaves, a training run's that was stopped, and what is kept of the best one."""
+
+    def make(tmp_path: Path, model: Path) -> Reader:
+        opened = journal(tmp_path, 4)
+        write_whole(tmp_path / "results.json", json.dumps(opened.results({})))
+        best = {"metric": "eval/success_rate_greedy", "value": 0.5, "measured": {"states": [0, 1]}}
+        write_whole(tmp_path / "evaluation.json", json.dumps(best | {"iteration": 3, "timesteps": 9}))
+        lines = [opened.header, *(row_of(key, result(n)) for n, key in enumerate(KEYS))]
+        write_whole(tmp_path / FILE, "".join(json.dumps(line) + "\n" for line in lines))
+
+        def stopped() -> None:
+            _, problems = read_kept(tmp_path / FILE, opened.header)
+            if problems:
+                raise ConfigError(problems[0])
+
+        readers = {
+            "episodes.jsonl": lambda: journal(tmp_path).results({}),
+            "results.json": lambda: read_baseline(tmp_path, PROTOCOL),
+            "evaluation.json": lambda: load_evaluation(tmp_path / "evaluation.json"),
+            FILE: stopped,
+        }
+        return Reader(tmp_path, tmp_path / name, broken, readers[name])
+
+    return make
+
+
 def demonstrations(tmp_path: Path, model: Path) -> Reader:
     path = tmp_path / "d.hdf5"
     said = {"bddl_file_name": "my/put_it.bddl", "problem_info": '{"language_instruction": "put it there"}'}
@@ -297,6 +329,10 @@ READERS = {
     "proprio projector .pt": of_model("proprio_projector--10_checkpoint.pt", fuzz.torch_file, shapes_fit),
     "L1 head .pt": of_model("action_head--10_checkpoint.pt", fuzz.torch_file, load_action_head),
     "metrics.jsonl": metrics,
+    "episodes.jsonl": evaluation("episodes.jsonl", fuzz.json_lines),
+    "results.json": evaluation("results.json", fuzz.json_file),
+    "evaluation.json": evaluation("evaluation.json", fuzz.json_file),
+    "evaluation.jsonl": evaluation(FILE, fuzz.json_lines),
     "HDF5 demonstrations": demonstrations,
     "initial states": initial_states,
 }

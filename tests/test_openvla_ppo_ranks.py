@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 from tests.trainers import make_trainer, training_lines, with_values
 from vla_rl.run.checkpoint import list_checkpoints
 from vla_rl.run.distributed import ONE, Ranks
-from vla_rl.types import ProcessLost
+from vla_rl.types import ProcessLost, StopTraining
 
 SMALL_STEPS = {"actor": {"learning_rate": 1e-3}}
 # name -> settings: minibatches that two processes cannot halve, further scorings, halves that step in turns, several tasks
@@ -36,11 +36,47 @@ def train_all(ranks, folder, one=None):
     for part in STOPS:
         store = None if ranks.store is None else torch.distributed.PrefixStore(part, ranks.store)  # a stop is for good
         train(Ranks(ranks.rank, ranks.size, store), folder / f"stopped in {part}", "gae", stop_in=part)
+    results["evaluated"] = stop_evaluating(ranks, folder / "stopped in evaluation")
     if one is not None:
         newest = Path(one) / "stopped in decide" / "checkpoints" / "iteration-000001"
         results["resumed"] = train(ranks, folder / "resumed", "gae", checkpoint=newest)
         results["lost"] = lose_one(ranks, folder / "lost")  # last, since one process is gone then
     return results
+
+
+def stop_evaluating(ranks, folder):
+    """The first evaluation, stopped in its second mode and gone on with: which episodes all played before and after, and what the
+    stop left."""
+    played = []
+    for number in range(2):
+        store = None if ranks.store is None else torch.distributed.PrefixStore(f"evaluation {number}", ranks.store)
+        trainer = make(Ranks(ranks.rank, ranks.size, store), folder, "gae")
+        if number == 1:
+            trainer.load_checkpoint(folder / "checkpoints" / "iteration-000000")
+        trainer.boundary.take()  # with the values
+        played.append([e for part in ranks.gather(evaluate(trainer, stopped=number == 0)) for e in part])
+        if number == 0:
+            files = sorted(path.name for path in folder.glob("evaluation*"))
+    return {"played": played, "files": files}
+
+
+def evaluate(trainer, stopped):
+    played, sampled = [], []
+    add, act = trainer.kept.add, trainer.policy.act
+
+    def watched(*args, greedy, **kwargs):
+        sampled.extend([] if greedy else [1])
+        if stopped and len(sampled) == 5:
+            trainer.request_stop()
+        return act(*args, greedy=greedy, **kwargs)
+
+    trainer.policy.act = watched
+    trainer.kept.add = lambda mode, result: (add(mode, result), played.append([mode, *vars(result.episode).values()]))
+    try:
+        trainer.evaluate_saved()
+    except StopTraining:
+        assert stopped
+    return played
 
 
 def lose_one(ranks, folder):
@@ -140,6 +176,18 @@ def test_a_stop_of_one_process_is_a_stop_of_all_and_one_goes_on_where_two_were(r
 def test_two_go_on_where_one_was(runs):
     (_, (alone,)), (_, results) = runs
     close(results[0]["resumed"], alone["gae"])
+
+
+def test_a_stopped_evaluation_goes_on_with_what_each_process_has_played(runs):
+    """3 tasks from 4 states in 2 modes."""
+    for folder, results in runs:
+        stopped, again = results[0]["evaluated"]["played"]
+        episodes = {tuple(episode) for episode in stopped + again}
+        assert len(stopped + again) == len(episodes) == 24 and 12 < len(stopped) < 24
+        files = ["evaluation.1.jsonl", "evaluation.jsonl"] if len(results) > 1 else ["evaluation.jsonl"]
+        assert results[0]["evaluated"]["files"] == files
+        assert not list((folder / "stopped in evaluation").glob("evaluation*"))
+        assert training_lines(folder / "stopped in evaluation") == training_lines(folder / "gae")[:1]
 
 
 def test_a_lost_process_ends_the_others_which_save(runs):

@@ -34,6 +34,7 @@ from vla_rl.evaluation.play import (
     one_of_each_outcome,
     recording,
 )
+from vla_rl.evaluation.protocol import measured, suite_settings
 from vla_rl.evaluation.results import (
     RESULTS,
     Baseline,
@@ -49,10 +50,8 @@ from vla_rl.evaluation.subject import (
     check_suite,
     family_of,
     fingerprint,
-    measured,
     of_checkpoint,
     of_run,
-    suite_settings,
 )
 from vla_rl.evaluation.videos import Recording, write_grid, write_replays
 from vla_rl.run.checkpoint import locked
@@ -236,7 +235,7 @@ def evaluate(args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
     check_subject(subject, suites)
     config = subject.config
     num_envs = min(config.eval.num_envs, len(config.env.task_ids) * len(config.eval.states))
-    protocol, folder = measured(subject, suites, num_envs), out_folder(args, subject, suites)
+    protocol, folder = measured(config, subject.temperature, suites, num_envs), out_folder(args, subject, suites)
     baseline = None if args.baseline is None else read_baseline(Path(expand(args.baseline, "--baseline")), protocol)
     check_continues(folder, protocol)
     evaluation = Evaluation(subject, suites, folder, args.videos, baseline, num_envs, protocol, stop)
@@ -307,8 +306,9 @@ def play(
 ) -> bool:
     """The episodes of one mode that are not in the journal; whether there were any."""
     config = evaluation.subject.config
-    missing = {key: e for key, e in evaluation.episodes(suite, mode).items() if key not in journal.rows}
-    if not missing:
+    episodes = evaluation.episodes(suite, mode)
+    known = {episode: journal.result(key, episode) for key, episode in episodes.items() if key in journal.rows}
+    if len(known) == len(episodes):
         return False
     envs, start = make.envs, time.perf_counter() - journal.seconds_of_session()
 
@@ -325,7 +325,7 @@ def play(
     evaluate_policy(
         policy,
         envs,
-        list(missing.values()),
+        list(episodes.values()),
         greedy=mode == "greedy",
         temperature=evaluation.subject.temperature,
         seed=config.run.seed,
@@ -333,6 +333,7 @@ def play(
         progress=config.logging.progress,
         on_decision=evaluation.stop,
         on_result=keep,
+        known=known,
     )
     return True
 

@@ -133,7 +133,7 @@ def test_an_unreadable_evaluation_is_warned_of_and_superseded(tmp_path, caplog):
     for text in ("{", "[]", '{"value": null}', '{"metric": "m"}'):
         (best / "evaluation.json").write_text(text)
         assert read_evaluation(best) is None
-    assert caplog.text.count("cannot be read") == 4
+    assert caplog.text.count("what it was the best of is not known") == 4
     assert evaluated(tmp_path, 2, greedy=0.1).name == "best-iteration-000002"
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,14 @@ class EpisodeResult:
     values: list[float] | None = None  # V(s) at each decision, if there is a value head
 
 
+class Kept(Protocol):
+    """What of vla_rl.evaluation.kept.KeptEpisodes an evaluation needs."""
+
+    def known(self, mode: str) -> dict[Episode, EpisodeResult]: ...  # played before it was stopped
+
+    def add(self, mode: str, result: EpisodeResult) -> None: ...  # an episode that has ended
+
+
 def evaluation_episodes(task_ids: Sequence[int], states: Sequence[int]) -> list[Episode]:
     """Every task from every fixed state, with the fixtures where the official evaluation has them.
 
@@ -66,6 +75,7 @@ def evaluate_policy(
     progress: bool = True,
     on_decision: Callable[[], None] = lambda: None,
     on_result: Callable[[EpisodeResult], None] = lambda result: None,
+    known: Mapping[Episode, EpisodeResult] | None = None,
     ranks: Ranks = ONE,
 ) -> list[EpisodeResult]:
     """Plays each episode once; an environment that is done takes the next from one queue.
@@ -82,20 +92,26 @@ def evaluate_policy(
         predict_values: hidden states [N, D] -> V [N]; None keeps no values.
         on_decision: called before each decision, and while simulators are waited for; may raise to stop the evaluation.
         on_result: called with each episode as it ends.
+        known: results of some of the episodes, on every process the same, which are not played again.
         ranks: processes that play the episodes together; the callbacks are this one's.
 
     Returns:
         Results in the order of `episodes`, without those that were left out: their simulator was lost or blew up TRIES times.
     """
+    known = known or {}
+    results = {number: known[episode] for number, episode in enumerate(episodes) if episode in known}
+    missing = [number for number in range(len(episodes)) if number not in results]
     held, generators = getattr(envs, "held", None), sampling_generators(episodes, seed)
-    queue = EpisodeQueue(episodes, held, generators, ranks, tries=TRIES)
+    wanted = [episodes[number] for number in missing], held, [generators[number] for number in missing]
+    queue = EpisodeQueue(*wanted, ranks, tries=TRIES)
     envs.on_wait = on_decision
 
     def play() -> dict[int, EpisodeResult]:
-        settings = (greedy, temperature, predict_values, progress, on_decision, on_result)
+        settings = (greedy, temperature, predict_values, progress, on_decision, on_result, list(results.values()))
         return play_queue(policy, envs, queue, *settings)
 
-    results = {number: result for part in ranks.all_of(play) for number, result in part.items()}
+    if missing:
+        results |= {missing[number]: result for part in ranks.all_of(play) for number, result in part.items()}
     if not results:
         raise SimulatorDied(f"none of {len(episodes)} episodes could be played: each lost its simulator {TRIES} times")
     return [results[number] for number in range(len(episodes)) if number in results]
@@ -111,15 +127,21 @@ def play_queue(
     progress: bool,
     on_decision: Callable[[], None],
     on_result: Callable[[EpisodeResult], None],
+    known: Sequence[EpisodeResult] = (),
 ) -> dict[int, EpisodeResult]:
-    """Of evaluate_policy what one process does: number in the list -> result, of the episodes that it took."""
+    """Of evaluate_policy what one process does: number in the queue -> result, of the episodes that it took.
+
+    Args:
+        known: of what is not in the queue, for the bar.
+    """
     unused = torch.Generator()  # of the rows that only fill the batch
     lengths = np.zeros(envs.num_envs, dtype=np.int64)
     actions: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
     values: list[list[float]] = [[] for _ in range(envs.num_envs)]
     results: dict[int, EpisodeResult] = {}
     description = "evaluate greedy" if greedy else f"evaluate T={temperature:g}"
-    bar = progress_bar(description, len(queue.episodes), "ep", progress)
+    outcomes = [result.success for result in known]
+    bar = progress_bar(description, len(known) + len(queue.episodes), "ep", progress, initial=len(known))
 
     obs, _ = reset_finished(envs, np.ones(envs.num_envs, dtype=bool), queue)
     with bar:
@@ -155,9 +177,10 @@ def play_queue(
                     queue.episodes[number], bool(terminated[index]), int(lengths[index]), played, told
                 )
                 on_result(results[number])
+                outcomes.append(results[number].success)
                 lengths[index], actions[index], values[index] = 0, [], []
                 bar.update()
-                bar.set_postfix_str(f"succ={np.mean([r.success for r in results.values()]):.1%}")
+                bar.set_postfix_str(f"succ={np.mean(outcomes):.1%}")
             fresh, broken = reset_finished(envs, finished, queue)
             obs = fresh or obs
             for index in broken:  # which begin again
@@ -187,6 +210,7 @@ def evaluate_modes(
     on_decision: Callable[[], None],
     predict_values: Callable[[Tensor], Tensor] | None = None,
     ranks: Ranks = ONE,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Every task from the fixed states that eval.states names, greedy and sampled as eval.modes says: eval/* metrics.
 
@@ -195,9 +219,9 @@ def evaluate_modes(
         prefix: of their names.
         on_decision: called before each decision and replay; may raise to stop the evaluation.
         predict_values, ranks: see evaluate_policy.
+        kept: has the episodes that were played before this evaluation was stopped, and takes those that end now.
     """
-    settings = config.eval
-    temperature = settings.temperature or config.rollout.temperature
+    settings, temperature = config.eval, sampling_temperature(config)
     metrics: dict[str, Any] = {"eval/render": settings.render}
     if "sampled" in settings.modes:
         metrics["eval/temperature"] = temperature
@@ -214,6 +238,7 @@ def evaluate_modes(
             progress=config.logging.progress,
             on_decision=on_decision,
             ranks=ranks,
+            **({} if kept is None else {"known": kept.known(mode), "on_result": partial(kept.add, mode)}),
         )
         metrics |= success_metrics(results, mode)
         shown += [recording(r, f"{prefix}_{mode}", mode, policy.chunk_size) for r in one_of_each_outcome(results)]
@@ -223,6 +248,11 @@ def evaluate_modes(
         limit = config.max_episode_steps(evaluation=True)
         ranks.all_of(lambda: write_replays(envs, shown, videos, limit, on_decision))
     return metrics
+
+
+def sampling_temperature(config: Config) -> float:
+    """Of the sampled mode in a training run."""
+    return config.eval.temperature or config.rollout.temperature
 
 
 def one_of_each_outcome(results: Sequence[EpisodeResult]) -> list[EpisodeResult]:

@@ -16,18 +16,21 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from vla_rl.evaluation.play import EpisodeResult
 from vla_rl.run.failures import one_line
-from vla_rl.run.files import write_whole
+from vla_rl.run.files import Count, Finite, Lines, Strict, checked, read_bytes, read_json, refuse_depth, write_whole
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM, Episode
 
 JOURNAL, RESULTS = "episodes.jsonl", "results.json"
 FORMAT = 1  # of both files
+MAX_BYTES = 500_000_000  # of a journal; 5 suites of 500 episodes in two modes have at most 100 MB
+SAID = 400  # characters of what differs, in an error
 # of a protocol, what must be equal for two policies' rates to be compared; step limits are compared suite by suite
 COMPARABLE = ("settle_steps", "image_size", "render")
 
@@ -62,6 +65,7 @@ class Journal:
         self.header = {"format": FORMAT, "protocol": protocol, "policy": policy}
         if not self.path.exists():
             write_whole(self.path, json.dumps(self.header) + "\n")
+        self.lines = Lines(self.path)
         lines, whole = read_lines(self.path)
         os.truncate(self.path, whole)  # a line that was being written when the evaluation was killed
         self.header, *rest = lines
@@ -81,23 +85,13 @@ class Journal:
         Args:
             seconds: since the session began to play.
         """
-        row = {
-            **key._asdict(),
-            "success": result.success,
-            "length": result.length,
-            "actions": base64.b64encode(np.ascontiguousarray(result.actions, "<f4").tobytes()).decode(),
-            "values": result.values,
-            "number_of_session": len(self.sessions),
-            "seconds": seconds,
-        }
+        row = {**row_of(key, result), "number_of_session": len(self.sessions), "seconds": seconds}
         self.append(row)
         self.rows[key] = row
 
     def append(self, line: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.lines.append(json.dumps(line))
+        self.lines.write()
 
     def result(self, key: Key, episode: Episode) -> EpisodeResult:
         return result_of(self.rows[key], episode)
@@ -128,9 +122,107 @@ class Journal:
         return suites.index(key.task_suite), modes.index(key.mode), key.task_id, key.initial_state
 
 
+def row_of(key: Key, result: EpisodeResult) -> dict[str, Any]:
+    """A line of a journal; result_of gives the result again, to the bit."""
+    return {
+        **key._asdict(),
+        "success": result.success,
+        "length": result.length,
+        "actions": base64.b64encode(np.ascontiguousarray(result.actions, "<f4").tobytes()).decode(),
+        "values": result.values,
+    }
+
+
 def result_of(row: Mapping[str, Any], episode: Episode) -> EpisodeResult:
     actions = np.frombuffer(base64.b64decode(row["actions"]), "<f4").reshape(-1, ACTION_DIM)
     return EpisodeResult(episode, row["success"], row["length"], actions, row["values"])
+
+
+# ------------------------------------------------------------------------------------------------------ what is read
+
+
+class Protocol(Strict):
+    """What of a protocol is used by itself."""
+
+    max_steps: dict[str, Count]  # suites
+    modes: list[str]
+    task_ids: list[Count]
+    states: list[Count]
+    temperature: Finite
+    chunk_size: Annotated[int, Field(ge=1, le=1000)]
+
+
+class Measured(Strict):
+    """A policy, and how it was measured."""
+
+    format: Literal[1]
+    protocol: Protocol
+    policy: dict[str, Any]
+
+
+class Outcome(Strict):
+    """An episode in results.json."""
+
+    task_suite: str
+    mode: str
+    task_id: Count
+    initial_state: Count
+    success: bool
+    length: Count
+
+
+class Row(Outcome):
+    """An episode in a journal."""
+
+    actions: str
+    values: list[float] | None
+
+
+class RowOfSession(Row):
+    number_of_session: Count
+    seconds: Finite
+
+
+class Session(Strict):
+    session: dict[str, Any]
+
+
+class Results(Measured):
+    """results.json."""
+
+    episodes: Annotated[list[Outcome], Field(min_length=1)]
+
+
+def check_header(value: dict[str, Any]) -> None:
+    """Raises ValueError if it is not the first line of a journal."""
+    checked(Measured, value)
+    if not isinstance(value["policy"].get("fingerprint"), str):
+        raise ValueError("its policy has no fingerprint")
+
+
+def check_row(value: dict[str, Any], protocol: Mapping[str, Any], kind: type[Row]) -> None:
+    """Raises ValueError if it is no episode of a journal, or none of the protocol."""
+    checked(kind, value)
+    key = key_of(value)
+    if not (key.task_suite in protocol["max_steps"] and key.mode in protocol["modes"]):
+        raise ValueError("it is of another suite or mode")
+    if not (key.task_id in protocol["task_ids"] and key.initial_state in protocol["states"]):
+        raise ValueError("it is of another task or state")
+    actions = np.frombuffer(base64.b64decode(value["actions"], validate=True), "<f4")
+    if len(actions) != value["length"] * ACTION_DIM or not np.isfinite(actions).all():
+        raise ValueError(f"its actions are not those of {value['length']} steps")
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """Raises ValueError if it is no JSON object, or a deep one."""
+    try:
+        value = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    refuse_depth(value)
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")
+    return value
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -139,20 +231,19 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     Raises:
         ConfigError: the file cannot be read, or another line is damaged.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({one_line(error)}); give another --out") from None
+    data = read_bytes(path, MAX_BYTES, "give another --out")
     whole, lines = data.rfind(b"\n") + 1, []
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
         try:
-            value = json.loads(line)
+            value = parse_line(line)
             if number == 1:
-                _ = value["protocol"]["max_steps"], value["protocol"]["modes"], value["policy"]["fingerprint"]
-            elif "session" not in value:
-                _ = key_of(value), value["actions"], value["success"], value["length"], value["seconds"]
+                check_header(value)
+            elif "session" in value:
+                checked(Session, value)
+            else:
+                check_row(value, lines[0]["protocol"], RowOfSession)
             lines.append(value)
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             raise ConfigError(
                 f"{path}, line {number} is damaged: {line[:60]!r}; remove the line or give another --out"
             ) from None
@@ -183,13 +274,13 @@ def check_continues(folder: Path, protocol: Mapping[str, Any], policy: Mapping[s
     other = unequal(header["protocol"], json.loads(json.dumps(protocol)))
     if other:
         raise ConfigError(
-            f"--out {folder} has results of another protocol: {'; '.join(other)} (there; here); give another --out, nothing is "
-            "overwritten"
+            f"--out {folder} has results of another protocol: {one_line('; '.join(other), SAID)} (there; here); give another --out, "
+            "nothing is overwritten"
         )
     if policy is not None and header["policy"]["fingerprint"] != policy["fingerprint"]:
         raise ConfigError(
-            f"--out {folder} has results of another policy, {header['policy'].get('name')} (fingerprint "
-            f"{header['policy']['fingerprint'][:12]}, here {policy['fingerprint'][:12]}); give another --out, nothing is overwritten"
+            f"--out {folder} has results of another policy, {one_line(str(header['policy'].get('name')), 100)} (fingerprint "
+            f"{one_line(header['policy']['fingerprint'], 12)}, here {policy['fingerprint'][:12]}); give another --out, nothing is overwritten"
         )
 
 
@@ -230,17 +321,16 @@ def read_baseline(path: Path, protocol: Mapping[str, Any]) -> Baseline:
     path = path / RESULTS if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(f"--baseline {path}: no such file; give the results.json of an evaluation that has ended")
+    values = read_json(path, "give the results.json of an evaluation")
     try:
-        values = json.loads(path.read_bytes())
-        theirs, name = values["protocol"], str(values["policy"]["name"])
-        rows = {key_of(row): {"success": bool(row["success"]), "length": row["length"]} for row in values["episodes"]}
-        limits, modes, temperature = theirs["max_steps"], theirs["modes"], theirs["temperature"]
-        if values["format"] != FORMAT or not rows:
-            raise ValueError("another format, or no episodes")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        checked(Results, values)
+    except ValueError as error:
         raise ConfigError(
             f"--baseline {path} is no results file of an evaluation ({one_line(error)}); give a results.json"
         ) from None
+    theirs, name = values["protocol"], one_line(str(values["policy"].get("name")), 100)
+    rows = {key_of(row): {"success": row["success"], "length": row["length"]} for row in values["episodes"]}
+    limits, modes, temperature = theirs["max_steps"], theirs["modes"], theirs["temperature"]
     other = unequal(theirs, json.loads(json.dumps(protocol)), COMPARABLE)
     shared = [suite for suite in protocol["max_steps"] if suite in limits]
     other += [
@@ -252,7 +342,7 @@ def read_baseline(path: Path, protocol: Mapping[str, Any]) -> Baseline:
         other.append(f"temperature {temperature}; {protocol['temperature']}")
     if other:
         raise ConfigError(
-            f"--baseline {path} is of another protocol: {'; '.join(other)} (there; here); evaluate both in the same way"
+            f"--baseline {path} is of another protocol: {one_line('; '.join(other), SAID)} (there; here); evaluate both in the same way"
         )
     wanted = {
         Key(suite, mode, task, state)

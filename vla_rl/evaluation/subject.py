@@ -5,7 +5,6 @@ Nothing is written. Not here: playing it (vla_rl.evaluation.play), flags (vla_rl
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vla_rl.evaluation.protocol import digest
 from vla_rl.learning.parts import build_policy, build_value_head
 from vla_rl.model.adapter import lora_of
 from vla_rl.model.checkpoint_folder import local_names
@@ -246,44 +246,7 @@ def build_subject(subject: Subject) -> tuple[OpenVLAPolicy, ValueHead | None]:
 
 def fingerprint(policy: OpenVLAPolicy) -> str:
     """Hex digits, equal for equal base models, decoders and adapters; the adapter's values count, of a base 64 of each tensor."""
-    digest = hashlib.sha256(policy.fingerprint().encode())
-    if policy.adapter is not None:
-        for name, tensor in sorted(policy.adapter_tensors().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def suite_settings(config: Config, suite: str) -> Config:
-    """The same settings with another suite; its own step limit unless eval.max_steps is set."""
-    return config.model_copy(update={"env": config.env.model_copy(update={"task_suite": suite})})
-
-
-def measured(subject: Subject, suites: Sequence[str], num_envs: int) -> dict[str, Any]:
-    """The protocol: all that the outcome of an episode depends on, but for the policy's weights."""
-    config = subject.config
-    env, policy, evaluation = config.env, config.policy, config.eval
-    return {
-        "max_steps": {suite: suite_settings(config, suite).max_episode_steps(evaluation=True) for suite in suites},
-        "task_ids": env.task_ids,
-        "states": evaluation.states,
-        "modes": evaluation.modes,
-        "placements": "seed 0, state i after i + 1 resets",  # of the fixtures, which a state does not hold
-        "settle_steps": env.settle_steps,
-        "image_size": env.image_size,
-        "render": evaluation.render,
-        "temperature": subject.temperature,
-        "seed": config.run.seed,
-        **{
-            name: getattr(policy, name)
-            for name in ("decoder", "chunk_size", "num_images", "use_proprio", "center_crop")
-        },
-        "unnorm_key": config.unnorm_key(),
-        "dtype": policy.dtype,
-        "quantization": policy.quantization,
-        **({} if policy.head == "tokens" else {"head": policy.head}),  # evaluations from before the setting go on
-        "device": config.run.device,
-        "num_envs": num_envs,  # rows of a forward
-    }
+    return digest(policy.fingerprint(), {} if policy.adapter is None else policy.adapter_tensors())
 
 
 def check_suite(suite: str) -> str:

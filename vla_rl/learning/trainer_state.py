@@ -13,7 +13,7 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from vla_rl.learning.episodes import EpisodeStreams, RunningEpisodes
@@ -35,20 +35,13 @@ from vla_rl.run.checkpoint import (
     write_checkpoint,
 )
 from vla_rl.run.distributed import Ranks
+from vla_rl.run.files import Count, Finite, Strict, checked
 from vla_rl.run.load_settings import save_config
 from vla_rl.run.settings import Config
 from vla_rl.types import ACTION_DIM, Episode, Observation, Policy
 
 # of what a checkpoint holds; 2: a sampling generator for each environment; 3: the actor's schedule
 STATE_VERSION = 3
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Strict(BaseModel):
-    """Values of these types and no others."""
-
-    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
 class EpisodeValues(Strict):
@@ -101,12 +94,7 @@ STATE = Values.model_fields.keys() - {"signal_watch"} | {"actor_optimizer", "cri
 def check_values(values: dict[str, Any], config: Config) -> None:
     """Raises ValueError or TypeError where trainer.pt has not what `take` puts into it in a run of these settings."""
     num_envs, max_steps = config.rollout.num_envs, config.max_episode_steps()
-    try:
-        found = Values.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r:.60}") from None
+    found = checked(Values, values)
     lengths = {
         "episodes_played": len(found.episodes_played),
         "sampling_generators": len(found.sampling_generators),

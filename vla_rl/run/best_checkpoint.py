@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.run.checkpoint import BEST, list_checkpoints, remove_checkpoint, remove_left_overs, sync
-from vla_rl.run.files import write_whole
-from vla_rl.run.settings import EvalConfig
+from vla_rl.run.failures import one_line
+from vla_rl.run.files import Finite, Strict, checked, read_json, write_whole
+from vla_rl.run.settings import ConfigError, EvalConfig
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,14 @@ METRICS = {
     "sampled": "eval/success_rate_sampled",
 }  # the first that was measured counts
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EACCES)
+
+
+class Evaluation(Strict):
+    """What of evaluation.json is compared."""
+
+    metric: str
+    value: Finite
+    measured: dict
 
 
 def evaluation_of(metrics: dict[str, Any], settings: EvalConfig) -> dict[str, Any]:
@@ -90,12 +99,20 @@ def keep_best(folder: Path, evaluation: dict[str, Any]) -> Path:
 def read_evaluation(best: Path) -> dict[str, Any] | None:
     """None, with a warning, of what cannot be read: a later evaluation takes its place."""
     try:
-        found = json.loads((best / EVALUATION).read_text())
-        if not isinstance(found, dict) or not isinstance(found.get("value"), int | float):
-            raise ValueError("it has no value")
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s): what it was the best of is not known", best / EVALUATION, error)
+        return load_evaluation(best / EVALUATION)
+    except ConfigError as error:
+        log.warning("%s: what it was the best of is not known", error)
         return None
+
+
+def load_evaluation(path: Path) -> dict[str, Any]:
+    """Raises ConfigError where evaluation.json cannot be read or says nothing that can be compared."""
+    way_out = "remove it, and the next evaluation takes its place"
+    found = read_json(path, way_out)
+    try:
+        checked(Evaluation, found)
+    except ValueError as error:
+        raise ConfigError(f"{path} is of no evaluation ({one_line(error)}); {way_out}") from None
     return found
 
 

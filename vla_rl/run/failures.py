@@ -67,10 +67,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (told and not isinstance(error, (OutOfMemory, SimulatorDied)))
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line of a log and at most 300 characters; its kind if it says nothing."""
+def one_line(error: BaseException | str, most: int = 300) -> str:
+    """What an error says, on one line of a log and at most so many characters; its kind if it says nothing."""
     said = " ".join(str(error).split()) or type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in said)[:300]
+    return "".join(letter if letter.isprintable() else "?" for letter in said)[:most]
 
 
 def warn_of_failure(said: str, action: Callable[..., None], *arguments: Any) -> None:

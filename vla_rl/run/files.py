@@ -11,8 +11,9 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from vla_rl.run.failures import one_line
@@ -204,6 +205,32 @@ def refuse_lfs_pointer(path: Path) -> None:
         raise ConfigError(f"{path} cannot be read ({said}); it must be a file that you may read") from None
     if start == LFS_POINTER:
         raise ConfigError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+
+
+# values
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Values of these types and no others."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+S = TypeVar("S", bound=Strict)
+
+
+def checked(kind: type[S], value: Any) -> S:
+    """Raises ValueError, with the first thing that is wrong, where a value is not of a kind. Names that the kind has not may be there."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r:.60}") from None
 
 
 # tensors
