@@ -25,7 +25,7 @@ from gymnasium.spaces import Box, Dict, Text
 from vla_rl.run.task_suites import TASK_SUITES, check_suite
 from vla_rl.simulation.building import doing, telling
 from vla_rl.simulation.libraries import import_simulator, naming_missing_modules
-from vla_rl.simulation.shaping import potential, shaped
+from vla_rl.simulation.rewards import REWARDS, Step
 from vla_rl.simulation.suites import check_task, fixed_state, load_benchmark, task_languages
 from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode
 
@@ -56,9 +56,9 @@ class LiberoEnv(gymnasium.Env):
         render: "exact" are stock LIBERO's images; "fast" leaves out reflections and multi-sampling.
         max_steps: simulator steps until truncation; None takes the suite's own limit.
         settle_steps: steps with a resting arm in `reset`; they do not count.
-        reward: "sparse" is 1 on success; "dense" adds vla_rl.simulation.shaping's potentials.
-        gamma: of the shaping, per call of `step`; the trainer's own.
-        bootstrap_truncated: whether a dense reward leaves a truncated episode's last state its potential; the trainer's own.
+        reward: a key of vla_rl.simulation.rewards.REWARDS.
+        gamma: for the reward, per call of `step`; the trainer's own.
+        bootstrap_truncated: for the reward, whether the value of a truncated episode's last state counts; the trainer's own.
         index: which of `options["episodes"]` is this environment's.
         simulators: shared with other environments of the process; None for its own.
     """
@@ -85,9 +85,9 @@ class LiberoEnv(gymnasium.Env):
         check_suite(task_suite)
         if render not in ("exact", "fast"):
             raise ValueError(f"render={render!r} is unknown; choose exact or fast")
-        if reward not in ("sparse", "dense"):
-            raise ValueError(f"reward={reward!r} is unknown; choose sparse or dense")
-        self.dense, self.gamma, self.bootstrap_truncated = reward == "dense", gamma, bootstrap_truncated
+        if reward not in REWARDS:
+            raise ValueError(f"reward={reward!r} is unknown; choose {' or '.join(REWARDS)}")
+        self.reward, self.gamma, self.bootstrap_truncated = reward, gamma, bootstrap_truncated
         self.task_suite, self.default_task_id = task_suite, task_ids[0]
         self.chunk_size, self.cameras, self.image_size = chunk_size, CAMERAS[:num_images], image_size
         self.render_quality, self.settle_steps, self.index = render, settle_steps, index
@@ -140,7 +140,7 @@ class LiberoEnv(gymnasium.Env):
             actions: float [C, 7], end-effector delta (the controller clips to -1..1), gripper -1 open, 1 closed.
 
         Returns:
-            observation, reward (1.0 on success, and the shaping), terminated (success), truncated (step limit without success),
+            observation, reward (of REWARDS; 0.0 after the end), terminated (success), truncated (step limit without success),
             info: {"steps": simulator steps executed, "success": bool}.
 
         Raises:
@@ -154,13 +154,14 @@ class LiberoEnv(gymnasium.Env):
         steps_before = len(self._actions)
         reward = 0.0
         if not (self._terminated or self._truncated):
-            before = self._potential
+            before = self._measured
             with doing("step", self.index):
                 self._execute(actions[: self.max_steps - steps_before])
-            reward = float(self._terminated)
-            if self.dense:
-                ended = self._terminated or (self._truncated and not self.bootstrap_truncated)
-                reward = shaped(reward, before, self._potential, ended, self.gamma)
+            ended = self._terminated or (self._truncated and not self.bootstrap_truncated)
+            executed = actions[: len(self._actions) - steps_before]
+            reward = REWARDS[self.reward].of(
+                Step(self._terminated, ended, executed, before, self._measured, self.gamma)
+            )
         steps = len(self._actions) - steps_before
         info = {"steps": steps, "success": self._terminated}
         return self._observe(), reward, self._terminated, self._truncated, info
@@ -177,7 +178,7 @@ class LiberoEnv(gymnasium.Env):
         actions = state["actions"]
         self._start(as_dict(state["episode"]), render=len(actions) == 0)
         if len(actions):
-            # after no step nothing is measured again: kinematics put back give another potential than those stepped into
+            # after no step nothing is measured again: kinematics put back are measured otherwise than those stepped into
             with doing("reset", self.index):
                 self._execute(actions)
         return self._observe()
@@ -237,16 +238,16 @@ class LiberoEnv(gymnasium.Env):
         """Resets and settles the simulator, or puts it into that state if it has been there before."""
         task_id, state_index, seed, resets = (episode[key] for key in ("task_id", "initial_state", "seed", "resets"))
         shared = self._shared(task_id)
-        simulator, start = shared.simulator, (state_index, seed, resets, self.settle_steps, self.dense)
+        simulator, start = shared.simulator, (state_index, seed, resets, self.settle_steps, self.reward)
         shared.holder = None  # whatever goes wrong from here on, nobody's state is in it
         if start not in shared.settled:
             state = None if state_index is None else fixed_state(self.task_suite, task_id, state_index)
             simulator.reset(seed, state, render and self.settle_steps == 0, resets)
             for i in range(self.settle_steps):
                 simulator.step(REST, render=render and i == self.settle_steps - 1)
-        self._state, self._potential = shared.settled.get(start) or (simulator.state(), self._measure(simulator))
+        self._state, self._measured = shared.settled.get(start) or (simulator.state(), self._measure(simulator))
         if render:
-            shared.settled[start] = self._state, self._potential
+            shared.settled[start] = self._state, self._measured
             shared.settled.move_to_end(start)
             if len(shared.settled) > SETTLED_STARTS:
                 shared.settled.popitem(last=False)
@@ -272,11 +273,12 @@ class LiberoEnv(gymnasium.Env):
                 break
         self._actions += executed
         self._truncated = not self._terminated and len(self._actions) >= self.max_steps
-        self._state, self._potential = simulator.state(), self._measure(simulator)
+        self._state, self._measured = simulator.state(), self._measure(simulator)
 
     def _measure(self, simulator: Simulator) -> float:
-        """The potential of the state that the simulator has just stepped into; 0 with a sparse reward."""
-        return potential(simulator) if self.dense else 0.0
+        """What the reward wants to know of the state that the simulator has just stepped into."""
+        measure = REWARDS[self.reward].measure
+        return 0.0 if measure is None else measure(simulator)
 
     def _observe(self) -> dict[str, Any]:
         state = self._state
@@ -357,7 +359,7 @@ class Shared:
     holder: LiberoEnv | None = None
     settled: OrderedDict[tuple, tuple[SimulatorState, float]] = dataclasses.field(
         default_factory=OrderedDict
-    )  # start -> state, potential
+    )  # start -> state, the reward's measure
 
 
 def build_simulator(
