@@ -11,23 +11,26 @@ K images, H = W image side in pixels, C steps in a chunk. One simulator step is 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import gc
 import string
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
-from vla_rl.run.task_suites import TASK_SUITES, check_suite
+from vla_rl.run.failures import one_line
+from vla_rl.run.settings import ConfigError
+from vla_rl.run.task_suites import own_suites, suite_size
 from vla_rl.simulation.building import doing, telling
 from vla_rl.simulation.libraries import import_simulator, naming_missing_modules
 from vla_rl.simulation.rewards import REWARDS, Step
-from vla_rl.simulation.suites import check_task, fixed_state, load_benchmark, task_languages
-from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode
+from vla_rl.simulation.suites import check_task, fixed_state, fixed_states, load_benchmark, task_languages
+from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError
 
 if TYPE_CHECKING:
     from vla_rl.simulation.simulator import Simulator, SimulatorState
@@ -48,7 +51,7 @@ class LiberoEnv(gymnasium.Env):
     global generator, as LIBERO does.
 
     Args:
-        task_suite: a key of TASK_SUITES.
+        task_suite: one of vla_rl.run.task_suites.
         task_ids: the first one is used when `reset` is given no episode.
         chunk_size: C, actions a step.
         num_images: K, 1 is the agent view, 2 adds the wrist camera.
@@ -82,7 +85,7 @@ class LiberoEnv(gymnasium.Env):
         index: int = 0,
         simulators: Simulators | None = None,
     ):
-        check_suite(task_suite)
+        _, suite_limit = suite_size(task_suite)
         if render not in ("exact", "fast"):
             raise ValueError(f"render={render!r} is unknown; choose exact or fast")
         if reward not in REWARDS:
@@ -91,7 +94,7 @@ class LiberoEnv(gymnasium.Env):
         self.task_suite, self.default_task_id = task_suite, task_ids[0]
         self.chunk_size, self.cameras, self.image_size = chunk_size, CAMERAS[:num_images], image_size
         self.render_quality, self.settle_steps, self.index = render, settle_steps, index
-        self.max_steps = max_steps or TASK_SUITES[task_suite][1]
+        self.max_steps = max_steps or suite_limit
         self.observation_space = Dict(
             images=Box(0, 255, (num_images, image_size, image_size, 3), np.uint8),
             proprio=Box(-np.inf, np.inf, (PROPRIO_DIM,), np.float32),
@@ -330,6 +333,7 @@ class Simulators:
             ValueError: the task does not exist.
             RenderingError: a system library or an OpenGL device is missing; says what to install.
             ModuleNotFoundError: a package is missing or not whole; says what to run.
+            ConfigError: the task is of a suite of one's own, and its files are wrong.
         """
         key = (task_suite, task_id, tuple(cameras), image_size, fast)
         if key not in self.kept:
@@ -369,5 +373,26 @@ def build_simulator(
     benchmark = load_benchmark(task_suite)
     check_task(task_suite, task_id)
     simulator = import_simulator()
-    with naming_missing_modules():
-        return simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)
+    with naming_missing_modules(), blaming_own_task(task_suite, task_id):
+        built = simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)
+        if task_suite in own_suites():
+            built.check_states(fixed_states(task_suite, task_id))
+    return built
+
+
+@contextlib.contextmanager
+def blaming_own_task(task_suite: str, task_id: int) -> Iterator[None]:
+    """What LIBERO says of a task file of one's own, in whatever kind of exception, as one line that names the file.
+
+    Raises:
+        ConfigError: the file cannot be built.
+    """
+    try:
+        yield
+    except (ConfigError, ModuleNotFoundError, RenderingError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of the parser KeyError, AssertionError, Exception itself, ...
+        if task_suite not in own_suites():
+            raise
+        file = load_benchmark(task_suite).get_task_bddl_file_path(task_id)
+        raise ConfigError(f"{file} cannot be built ({type(error).__name__}: {one_line(error)}); mend it") from error
