@@ -63,7 +63,7 @@ from vla_rl.run.interruption import Stop
 from vla_rl.run.load_settings import expand, from_root
 from vla_rl.run.machine import versions
 from vla_rl.run.settings import ConfigError
-from vla_rl.run.task_suites import NUM_FIXED_STATES, list_suites, suite_size
+from vla_rl.run.task_suites import NUM_FIXED_STATES, TASK_SUITES, own_suites, suite_size
 from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
 from vla_rl.types import Episode
@@ -136,7 +136,7 @@ def subject_from(args: argparse.Namespace) -> tuple[Subject, list[str]]:
     if args.run is None and args.checkpoint is None:
         raise ConfigError("give --run runs/NAME, or --checkpoint MODEL with --task-suite")
     if args.run is None and args.task_suite is None and args.suite_family is None:
-        raise ConfigError(f"--checkpoint needs --task-suite: one of {list_suites()}")
+        raise ConfigError(f"--checkpoint needs --task-suite: one of {', '.join([*TASK_SUITES, *own_suites()])}")
     suites = [] if args.task_suite is None else [check_suite(args.task_suite)]
     suites = suites if args.suite_family is None else family_of(args.suite_family)
     flags: dict[str, Any] = {
