@@ -19,6 +19,8 @@ with contextlib.suppress(ImportError):
 torch.set_num_threads(1)
 # compiled models stay out of the user's home
 os.environ["VLA_RL_CACHE"] = str(Path(__file__).parent.parent / ".pytest_cache" / "models")
+# and suites of the user's own out of the tests
+os.environ["VLA_RL_SUITES"] = str(Path(__file__).parent / "no_suites")
 prepare_environment()  # MuJoCo reads it when it is imported
 # under nohup or as a shell's background job these are ignored, and the programs that tests start would inherit that
 for number in (signal.SIGINT, signal.SIGHUP):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
 import resource
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -61,6 +63,7 @@ from vla_rl.run.files import write_whole
 from vla_rl.run.load_settings import load_config, save_config
 from vla_rl.run.logs import warnings_kept
 from vla_rl.run.settings import ConfigError, LoraConfig
+from vla_rl.run.task_suites import num_fixed_states
 from vla_rl.simulation import suites
 
 SLOWEST_S = 10.0  # of CPU time for one input
@@ -312,6 +315,25 @@ def initial_states(tmp_path: Path, model: Path) -> Reader:
     return Reader(tmp_path, path, fuzz.mutated_bytes, read)
 
 
+def own_suite(tmp_path: Path, file: str, broken: Callable[[random.Random, bytes], bytes]) -> Reader:
+    folder = tmp_path / "libero_spatial_mine"
+    folder.mkdir()
+    (folder / "task.bddl").write_text("(define (:language Put the bowl down) (:goal (And (On bowl_1 plate_1))))")
+    np.save(folder / "task.npy", np.zeros((3, 92)))
+
+    def read() -> None:
+        with mock.patch.dict(os.environ, VLA_RL_SUITES=str(tmp_path)):
+            for cached in (suites.load_benchmark, suites.fixed_states):
+                cached.cache_clear()
+            try:
+                num_fixed_states("libero_spatial_mine")
+            except ValueError as error:  # as the settings have it
+                raise ConfigError(str(error)) from None
+            suites.fixed_states("libero_spatial_mine", 0)
+
+    return Reader(folder, folder / file, broken, read)
+
+
 READERS = {
     "settings YAML": settings_file,
     "manifest.json": run("manifest.json", fuzz.json_file),
@@ -335,6 +357,8 @@ READERS = {
     "evaluation.jsonl": evaluation(FILE, fuzz.json_lines),
     "HDF5 demonstrations": demonstrations,
     "initial states": initial_states,
+    "task file of one's own": lambda tmp_path, model: own_suite(tmp_path, "task.bddl", fuzz.mutated_bytes),
+    "states of one's own": lambda tmp_path, model: own_suite(tmp_path, "task.npy", fuzz.mutated_bytes),
 }
 
 
@@ -385,7 +409,7 @@ def decisions(tmp_path: Path, model: Path) -> Reader:
             "metrics.jsonl",
             "HDF5 demonstrations",
         ),
-        *("initial states", DECISIONS),
+        *("initial states", "states of one's own", DECISIONS),
     ],
 )
 def test_a_pickle_in_place_of_a_file_executes_nothing(name, how, tmp_path, model):

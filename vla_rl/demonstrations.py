@@ -37,7 +37,7 @@ from vla_rl.run.load_settings import expand
 from vla_rl.run.logs import progress_bar
 from vla_rl.run.section import parse_indices
 from vla_rl.run.settings import ConfigError
-from vla_rl.run.task_suites import TASK_SUITES, check_states, check_suite, list_suites
+from vla_rl.run.task_suites import check_states, list_suites, suite_size
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators
 from vla_rl.simulation.suites import goal_predicates, load_benchmark, task_languages
 from vla_rl.simulation.worker_processes import Patience
@@ -314,7 +314,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> str | list[int]:
     """Raises ConfigError or ValueError for what argparse cannot check; returns the states."""
     try:
-        num_tasks = TASK_SUITES[check_suite(args.task_suite)][0]
+        num_tasks, _ = suite_size(args.task_suite)
     except ValueError as error:
         raise ConfigError(f"--task-suite: {error}") from None
     wrong = [task_id for task_id in args.task_ids if not 0 <= task_id < num_tasks]

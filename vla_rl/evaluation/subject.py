@@ -27,7 +27,7 @@ from vla_rl.run.checkpoint import find_adapter, find_saved, load_tensors, loadin
 from vla_rl.run.load_settings import absolute, config_from_dict, expand, merge, put_paths, read_yaml, set_key
 from vla_rl.run.run_folder import changed_settings
 from vla_rl.run.settings import Config, ConfigError
-from vla_rl.run.task_suites import PERTURBATIONS, PERTURBED, TASK_SUITES, num_fixed_states
+from vla_rl.run.task_suites import PERTURBATIONS, PERTURBED, num_fixed_states, suite_size
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def of_run(run: str, overrides: Sequence[str], flags: Mapping[str, Any]) -> Subj
     if suite != before.env.task_suite:  # all of it, by its own protocol, in the units that the run was trained in
         set_key(recorded, "policy.unnorm_key", before.unnorm_key())
         set_key(recorded, "env.task_suite", suite)
-        set_key(recorded, "env.task_ids", list(range(TASK_SUITES[suite][0])))
+        set_key(recorded, "env.task_ids", list(range(suite_size(suite)[0])))
         set_key(recorded, "eval.states", list(range(num_fixed_states(suite))))
         set_key(recorded, "eval.max_steps", None)
     if before.run.device == "cuda" and not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from vla_rl.run.section import ActionDims, Indices, ProgressConfig, RunFolderConfig, Section, States
-from vla_rl.run.task_suites import TASK_SUITES, base_suite, check_states, check_suite
+from vla_rl.run.task_suites import base_suite, check_states, check_suite, suite_size
 
 
 class ConfigError(ValueError):
@@ -122,7 +122,7 @@ class EnvConfig(Section):
     task_suite: Annotated[str, AfterValidator(check_suite)] = Field(
         "libero_spatial",
         description="libero_spatial, libero_object, libero_goal, libero_10, libero_90; all but the last also as LIBERO-PRO perturbs "
-        "them: with _lan, _object, _swap or _task behind (docs/libero.md has more)",
+        "them: with _lan, _object, _swap or _task behind (docs/libero.md has more); your own: docs/extending.md",
     )
     task_ids: Indices = Field([0], min_length=1, description="tasks of the suite; each gets as many episodes")
     initial_states: Literal["random"] | States = Field(
@@ -396,7 +396,7 @@ class Config(Section):
     @model_validator(mode="after")
     def check_combinations(self) -> Config:
         env, rollout, algorithm, policy = self.env, self.rollout, self.algorithm, self.policy
-        num_tasks = TASK_SUITES[env.task_suite][0]
+        num_tasks, _ = suite_size(env.task_suite)
         wrong = [i for i in env.task_ids if i >= num_tasks]
         if wrong:
             raise ValueError(f"env.task_ids={wrong} outside {env.task_suite}, which has tasks 0 to {num_tasks - 1}")
@@ -452,7 +452,7 @@ class Config(Section):
 
     def max_episode_steps(self, evaluation: bool = False) -> int:
         """Simulator steps after which an episode is truncated."""
-        return (self.eval if evaluation else self.env).max_steps or TASK_SUITES[self.env.task_suite][1]
+        return (self.eval if evaluation else self.env).max_steps or suite_size(self.env.task_suite)[1]
 
     def unnorm_key(self) -> str:
         """The entry of a checkpoint's statistics, which may be there with _no_noops behind."""

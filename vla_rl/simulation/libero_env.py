@@ -11,23 +11,26 @@ K images, H = W image side in pixels, C steps in a chunk. One simulator step is 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import gc
 import string
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Text
 
-from vla_rl.run.task_suites import TASK_SUITES, check_suite
+from vla_rl.run.failures import one_line
+from vla_rl.run.settings import ConfigError
+from vla_rl.run.task_suites import own_suites, suite_size
 from vla_rl.simulation.building import doing, telling
 from vla_rl.simulation.libraries import import_simulator, naming_missing_modules
-from vla_rl.simulation.shaping import potential, shaped
-from vla_rl.simulation.suites import check_task, fixed_state, load_benchmark, task_languages
-from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode
+from vla_rl.simulation.rewards import REWARDS, Step
+from vla_rl.simulation.suites import check_task, fixed_state, fixed_states, load_benchmark, task_languages
+from vla_rl.types import ACTION_DIM, PROPRIO_DIM, Episode, RenderingError
 
 if TYPE_CHECKING:
     from vla_rl.simulation.simulator import Simulator, SimulatorState
@@ -48,7 +51,7 @@ class LiberoEnv(gymnasium.Env):
     global generator, as LIBERO does.
 
     Args:
-        task_suite: a key of TASK_SUITES.
+        task_suite: one of vla_rl.run.task_suites.
         task_ids: the first one is used when `reset` is given no episode.
         chunk_size: C, actions a step.
         num_images: K, 1 is the agent view, 2 adds the wrist camera.
@@ -56,9 +59,9 @@ class LiberoEnv(gymnasium.Env):
         render: "exact" are stock LIBERO's images; "fast" leaves out reflections and multi-sampling.
         max_steps: simulator steps until truncation; None takes the suite's own limit.
         settle_steps: steps with a resting arm in `reset`; they do not count.
-        reward: "sparse" is 1 on success; "dense" adds vla_rl.simulation.shaping's potentials.
-        gamma: of the shaping, per call of `step`; the trainer's own.
-        bootstrap_truncated: whether a dense reward leaves a truncated episode's last state its potential; the trainer's own.
+        reward: a key of vla_rl.simulation.rewards.REWARDS.
+        gamma: for the reward, per call of `step`; the trainer's own.
+        bootstrap_truncated: for the reward, whether the value of a truncated episode's last state counts; the trainer's own.
         index: which of `options["episodes"]` is this environment's.
         simulators: shared with other environments of the process; None for its own.
     """
@@ -82,16 +85,16 @@ class LiberoEnv(gymnasium.Env):
         index: int = 0,
         simulators: Simulators | None = None,
     ):
-        check_suite(task_suite)
+        _, suite_limit = suite_size(task_suite)
         if render not in ("exact", "fast"):
             raise ValueError(f"render={render!r} is unknown; choose exact or fast")
-        if reward not in ("sparse", "dense"):
-            raise ValueError(f"reward={reward!r} is unknown; choose sparse or dense")
-        self.dense, self.gamma, self.bootstrap_truncated = reward == "dense", gamma, bootstrap_truncated
+        if reward not in REWARDS:
+            raise ValueError(f"reward={reward!r} is unknown; choose {' or '.join(REWARDS)}")
+        self.reward, self.gamma, self.bootstrap_truncated = reward, gamma, bootstrap_truncated
         self.task_suite, self.default_task_id = task_suite, task_ids[0]
         self.chunk_size, self.cameras, self.image_size = chunk_size, CAMERAS[:num_images], image_size
         self.render_quality, self.settle_steps, self.index = render, settle_steps, index
-        self.max_steps = max_steps or TASK_SUITES[task_suite][1]
+        self.max_steps = max_steps or suite_limit
         self.observation_space = Dict(
             images=Box(0, 255, (num_images, image_size, image_size, 3), np.uint8),
             proprio=Box(-np.inf, np.inf, (PROPRIO_DIM,), np.float32),
@@ -140,7 +143,7 @@ class LiberoEnv(gymnasium.Env):
             actions: float [C, 7], end-effector delta (the controller clips to -1..1), gripper -1 open, 1 closed.
 
         Returns:
-            observation, reward (1.0 on success, and the shaping), terminated (success), truncated (step limit without success),
+            observation, reward (of REWARDS; 0.0 after the end), terminated (success), truncated (step limit without success),
             info: {"steps": simulator steps executed, "success": bool}.
 
         Raises:
@@ -154,13 +157,14 @@ class LiberoEnv(gymnasium.Env):
         steps_before = len(self._actions)
         reward = 0.0
         if not (self._terminated or self._truncated):
-            before = self._potential
+            before = self._measured
             with doing("step", self.index):
                 self._execute(actions[: self.max_steps - steps_before])
-            reward = float(self._terminated)
-            if self.dense:
-                ended = self._terminated or (self._truncated and not self.bootstrap_truncated)
-                reward = shaped(reward, before, self._potential, ended, self.gamma)
+            ended = self._terminated or (self._truncated and not self.bootstrap_truncated)
+            executed = actions[: len(self._actions) - steps_before]
+            reward = REWARDS[self.reward].of(
+                Step(self._terminated, ended, executed, before, self._measured, self.gamma)
+            )
         steps = len(self._actions) - steps_before
         info = {"steps": steps, "success": self._terminated}
         return self._observe(), reward, self._terminated, self._truncated, info
@@ -177,7 +181,7 @@ class LiberoEnv(gymnasium.Env):
         actions = state["actions"]
         self._start(as_dict(state["episode"]), render=len(actions) == 0)
         if len(actions):
-            # after no step nothing is measured again: kinematics put back give another potential than those stepped into
+            # after no step nothing is measured again: kinematics put back are measured otherwise than those stepped into
             with doing("reset", self.index):
                 self._execute(actions)
         return self._observe()
@@ -237,16 +241,16 @@ class LiberoEnv(gymnasium.Env):
         """Resets and settles the simulator, or puts it into that state if it has been there before."""
         task_id, state_index, seed, resets = (episode[key] for key in ("task_id", "initial_state", "seed", "resets"))
         shared = self._shared(task_id)
-        simulator, start = shared.simulator, (state_index, seed, resets, self.settle_steps, self.dense)
+        simulator, start = shared.simulator, (state_index, seed, resets, self.settle_steps, self.reward)
         shared.holder = None  # whatever goes wrong from here on, nobody's state is in it
         if start not in shared.settled:
             state = None if state_index is None else fixed_state(self.task_suite, task_id, state_index)
             simulator.reset(seed, state, render and self.settle_steps == 0, resets)
             for i in range(self.settle_steps):
                 simulator.step(REST, render=render and i == self.settle_steps - 1)
-        self._state, self._potential = shared.settled.get(start) or (simulator.state(), self._measure(simulator))
+        self._state, self._measured = shared.settled.get(start) or (simulator.state(), self._measure(simulator))
         if render:
-            shared.settled[start] = self._state, self._potential
+            shared.settled[start] = self._state, self._measured
             shared.settled.move_to_end(start)
             if len(shared.settled) > SETTLED_STARTS:
                 shared.settled.popitem(last=False)
@@ -272,11 +276,12 @@ class LiberoEnv(gymnasium.Env):
                 break
         self._actions += executed
         self._truncated = not self._terminated and len(self._actions) >= self.max_steps
-        self._state, self._potential = simulator.state(), self._measure(simulator)
+        self._state, self._measured = simulator.state(), self._measure(simulator)
 
     def _measure(self, simulator: Simulator) -> float:
-        """The potential of the state that the simulator has just stepped into; 0 with a sparse reward."""
-        return potential(simulator) if self.dense else 0.0
+        """What the reward wants to know of the state that the simulator has just stepped into."""
+        measure = REWARDS[self.reward].measure
+        return 0.0 if measure is None else measure(simulator)
 
     def _observe(self) -> dict[str, Any]:
         state = self._state
@@ -328,6 +333,7 @@ class Simulators:
             ValueError: the task does not exist.
             RenderingError: a system library or an OpenGL device is missing; says what to install.
             ModuleNotFoundError: a package is missing or not whole; says what to run.
+            ConfigError: the task is of a suite of one's own, and its files are wrong.
         """
         key = (task_suite, task_id, tuple(cameras), image_size, fast)
         if key not in self.kept:
@@ -357,7 +363,7 @@ class Shared:
     holder: LiberoEnv | None = None
     settled: OrderedDict[tuple, tuple[SimulatorState, float]] = dataclasses.field(
         default_factory=OrderedDict
-    )  # start -> state, potential
+    )  # start -> state, the reward's measure
 
 
 def build_simulator(
@@ -367,5 +373,26 @@ def build_simulator(
     benchmark = load_benchmark(task_suite)
     check_task(task_suite, task_id)
     simulator = import_simulator()
-    with naming_missing_modules():
-        return simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)
+    with naming_missing_modules(), blaming_own_task(task_suite, task_id):
+        built = simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)
+        if task_suite in own_suites():
+            built.check_states(fixed_states(task_suite, task_id))
+    return built
+
+
+@contextlib.contextmanager
+def blaming_own_task(task_suite: str, task_id: int) -> Iterator[None]:
+    """What LIBERO says of a task file of one's own, in whatever kind of exception, as one line that names the file.
+
+    Raises:
+        ConfigError: the file cannot be built.
+    """
+    try:
+        yield
+    except (ConfigError, ModuleNotFoundError, RenderingError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of the parser KeyError, AssertionError, Exception itself, ...
+        if task_suite not in own_suites():
+            raise
+        file = load_benchmark(task_suite).get_task_bddl_file_path(task_id)
+        raise ConfigError(f"{file} cannot be built ({type(error).__name__}: {one_line(error)}); mend it") from error

@@ -224,6 +224,13 @@ class Simulator:
             with doing("render"):
                 self.images = np.stack([self.renderer.render(camera) for camera in self.cameras])
 
+    def check_states(self, states: np.ndarray) -> None:
+        """Raises ValueError where fixed initial states [S, 1 + nq + nv] or the goal are not this task's."""
+        expected = 1 + self.model.nq + self.model.nv
+        if states.shape[1] != expected:
+            raise ValueError(f"its initial states have {states.shape[1]} numbers, the task {expected}")
+        self.env._check_success()  # a goal of words that LIBERO does not know
+
     def object_positions(self) -> np.ndarray:
         """Of everything that can be moved, float64 [J, 3] in metres."""
         free = np.flatnonzero(self.model.jnt_type == mujoco.mjtJoint.mjJNT_FREE)  # [J]

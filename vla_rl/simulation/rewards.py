@@ -1,13 +1,18 @@
-"""Potential-based reward shaping for pick-and-place tasks (Ng, Harada & Russell 1999), from the task's own goal.
+"""What a step of an environment is worth, by the name that env.reward has: a table of functions (docs/extending.md adds one).
+
+A reward is a function of its Step alone, so that a resumed episode goes on with the same ones. The dense reward is potential-based
+shaping for pick-and-place tasks (Ng, Harada & Russell 1999), from the task's own goal:
 
     r' = r + gamma phi(s') - phi(s),    phi(terminal) = 0
 
 leaves the optimal policy as it is: over an episode the potentials cancel, whatever they are. They only say earlier what is
-promising. Not here: the goal (vla_rl.simulation.goals), the success reward (the simulator's).
+promising. Not here: the goal (vla_rl.simulation.goals), whether it holds (the simulator's).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +30,42 @@ if TYPE_CHECKING:
     from vla_rl.simulation.simulator import Simulator
 
 NEARNESS_SCALE = 5.0  # 1/m, of 1 - tanh(5 d)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an environment: a decision, up to C simulator steps."""
+
+    success: bool  # the goal holds after it, which ends the episode
+    ended: bool  # nothing follows: success, or a step limit that counts as failure (algorithm.bootstrap_truncated)
+    actions: np.ndarray  # float32 [executed, 7], 1 to C of them; what is beyond -1..1 is clipped by the controller
+    before: float  # the reward's measure of the state before the step, and after it; 0 where it has none
+    after: float
+    gamma: float  # discount of a decision
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A row of REWARDS.
+
+    Args:
+        of: the reward of a step, finite; of whatever happened in its simulator steps, one number.
+        measure: of a state, whatever the reward wants to know of the simulator, as a finite number; taken after the settle steps
+            and after each step. It must be a function of the state: no memory, no random numbers, nothing changed.
+    """
+
+    of: Callable[[Step], float]
+    measure: Callable[[Simulator], float] | None = None
+
+
+def sparse(step: Step) -> float:
+    """1 on success, else 0."""
+    return float(step.success)
+
+
+def dense(step: Step) -> float:
+    """`sparse`, shaped by the potential."""
+    return shaped(sparse(step), step.before, step.after, step.ended, step.gamma)
 
 
 def potential(sim: Simulator) -> float:
@@ -67,3 +108,9 @@ def shaped(reward: float, before: float, after: float, ended: bool, gamma: float
         gamma: of the step that the reward is of: a decision.
     """
     return reward + gamma * (0.0 if ended else after) - before
+
+
+REWARDS = {  # env.reward in vla_rl.run.settings has the same names
+    "sparse": Reward(sparse),
+    "dense": Reward(dense, measure=potential),
+}

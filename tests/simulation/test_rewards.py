@@ -1,13 +1,15 @@
-"""Potential-based shaping: the identity it rests on, and the potentials of a real task as the expert solves it."""
+"""Rewards by name; of the dense one the identity it rests on, and the potentials of a real task as the expert solves it."""
+
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from vla_rl.run.load_settings import load_config
-from vla_rl.run.settings import ConfigError
+from vla_rl.run.settings import ConfigError, EnvConfig
 from vla_rl.simulation.expert import Expert
 from vla_rl.simulation.libero_env import LiberoEnv, Simulators, build_simulator
-from vla_rl.simulation.shaping import nearness, potential, shaped
+from vla_rl.simulation.rewards import REWARDS, Reward, Step, nearness, potential, shaped
 
 GAMMA = 0.97
 
@@ -30,6 +32,34 @@ def make_env(simulators, suite="libero_spatial", reward="dense", chunk_size=8, *
         simulators=simulators,
         **settings,
     )
+
+
+def test_each_reward_that_the_settings_name_is_there_and_no_other():
+    assert set(get_args(EnvConfig.model_fields["reward"].annotation)) == set(REWARDS)
+
+
+def step_of(success=False, ended=False, before=0.0, after=0.0):
+    return Step(success, ended, np.zeros((8, 7), np.float32), before, after, GAMMA)
+
+
+def test_the_sparse_reward_is_1_on_success_and_the_dense_one_that_and_the_shaping():
+    assert [REWARDS["sparse"].of(step_of(success=s, before=0.3, after=0.4)) for s in (False, True)] == [0.0, 1.0]
+    assert REWARDS["dense"].of(step_of(before=0.3, after=0.4)) == pytest.approx(0.97 * 0.4 - 0.3)
+    assert REWARDS["dense"].of(step_of(success=True, ended=True, before=0.3, after=0.4)) == pytest.approx(1 - 0.3)
+    assert REWARDS["sparse"].measure is None
+
+
+def test_an_environment_gives_its_reward_the_executed_actions_and_the_measures_around_them(simulators, monkeypatch):
+    seen = []
+    spy = Reward(lambda step: seen.append(step) or 0.25, measure=lambda sim: float(sim.data.time))
+    monkeypatch.setitem(REWARDS, "spy", spy)
+    env = make_env(simulators, reward="spy", max_steps=11, bootstrap_truncated=False)
+    env.reset(options={"episode": {"task_id": 0, "initial_state": 1, "seed": 0}})
+    actions = np.random.default_rng(0).uniform(-1, 1, (2, 8, 7)).astype(np.float32)
+    assert [env.step(chunk)[1] for chunk in (*actions, actions[0])] == [0.25, 0.25, 0.0]  # nothing after the end
+    assert [len(step.actions) for step in seen] == [8, 3] and np.array_equal(seen[1].actions, actions[1, :3])
+    assert seen[0].after == seen[1].before == pytest.approx(seen[0].before + 8 * 0.05)
+    assert [(step.success, step.ended, step.gamma) for step in seen] == [(False, False, GAMMA), (False, True, GAMMA)]
 
 
 def test_the_shaping_of_an_episode_is_minus_its_first_potential():
@@ -117,7 +147,7 @@ def test_a_restored_episode_goes_on_with_the_same_potential_and_reward(simulator
     env.reset(options={"episode": {"task_id": 0, "initial_state": initial_state, "seed": 5}})
     for chunk in actions[:chunks]:
         env.step(chunk)
-    state, before, reward = env.episode_state(), env._potential, env.step(actions[chunks])[1]
+    state, before, reward = env.episode_state(), env._measured, env.step(actions[chunks])[1]
     assert reward != 0 and before > 0.1
     for known in (True, False, True):
         if not known:
@@ -125,7 +155,7 @@ def test_a_restored_episode_goes_on_with_the_same_potential_and_reward(simulator
         other.restore_episode(state)
         neighbour.reset(seed=8)
         neighbour.step(actions[0])
-        assert other._potential == before
+        assert other._measured == before
         assert other.step(actions[chunks])[1] == reward
         other.restore_episode(other.episode_state())
 
