@@ -23,7 +23,7 @@ from vla_rl import check
 from vla_rl.check import CHECKS, Visit
 from vla_rl.model.action_head import ActionHead, save_action_head
 from vla_rl.model.tiny_openvla import TRAINED
-from vla_rl.preflight import needs
+from vla_rl.preflight import needs, room
 from vla_rl.preflight.checklist import Checklist, Result
 from vla_rl.preflight.estimate import estimate
 from vla_rl.run.command_line import ROOT, TINY_CONFIG
@@ -94,20 +94,20 @@ def test_host_memory_that_is_too_small(tmp_path):
 def test_several_tasks_take_a_simulator_each_in_every_worker_that_meets_them(tmp_path):
     """Training: 3 tasks of at least 4 kept in 2 workers; evaluation: at least 2 of 3 in 2 workers, all where there is room."""
     config = make_visit(tmp_path, "env.num_workers=2", "env.task_ids=[0, 1, 2]").config
-    assert needs.simulator_memory(config, 5 * 10**9) == pytest.approx((2 * 2.2 + 2 * 1.6) * 1e9)
-    assert needs.simulator_memory(config, 50 * 10**9) == pytest.approx((2 * 2.2 + 2 * 2.2) * 1e9)
+    assert room.simulator_memory(config, 5 * 10**9) == pytest.approx((2 * 2.2 + 2 * 1.6) * 1e9)
+    assert room.simulator_memory(config, 50 * 10**9) == pytest.approx((2 * 2.2 + 2 * 2.2) * 1e9)
     fewer = make_visit(tmp_path, "env.num_workers=2", "env.task_ids=[0, 1, 2]", "env.simulators_per_worker=1").config
-    assert needs.simulator_memory(fewer, 50 * 10**9) == pytest.approx(4.0e9)
+    assert room.simulator_memory(fewer, 50 * 10**9) == pytest.approx(4.0e9)
 
 
 def test_shared_memory_that_is_too_small(tmp_path, monkeypatch):
     """Docker's default of 64 MB holds the tiny run, not a thousand environments."""
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64_000_000))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64_000_000))
     assert result_of("/dev/shm", make_visit(tmp_path)).ok
     found = failure_of("/dev/shm", make_visit(tmp_path, "rollout.num_envs=1000", "env.num_workers=2"))
     assert "64 MB free" in found and "--shm-size=192m" in found
     with pytest.raises(ConfigError, match="0 MB free"):
-        needs.check_shared_memory(make_visit(tmp_path).config, tmp_path / "none")
+        room.check_shared_memory(make_visit(tmp_path).config, tmp_path / "none")
 
 
 def test_wandb_without_a_login_or_a_server(tmp_path, monkeypatch):
@@ -348,9 +348,9 @@ def test_a_checkpoint_that_is_torn_as_it_is_written(tried):
 
 def test_a_disk_and_a_memory_that_are_too_small(tried, monkeypatch):
     assert all(result.ok for result in CHECKS.run(tried, set(TINY_UPDATE)))
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
     assert "lower logging.keep_checkpoints" in failure_of("disk", tried)
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
     assert result_of("disk", tried).ok
     tried.estimate = replace(tried.estimate, checkpoints=10**9)  # of logging.keep_every, for example
     assert "raise logging.keep_every" in failure_of("disk", tried)

@@ -27,7 +27,7 @@ from vla_rl.learning.parts import build_trainer, instructions_of
 from vla_rl.model.checkpoint_folder import read_statistics, read_tokenizer
 from vla_rl.model.execution import compiles
 from vla_rl.model.quantization import check_quantization
-from vla_rl.preflight import needs, trial
+from vla_rl.preflight import needs, room, trial
 from vla_rl.preflight.checklist import Checklist, lines_of
 from vla_rl.preflight.estimate import Estimate, Pieces, estimate
 from vla_rl.preflight.trial import Trial, trial_settings
@@ -112,12 +112,12 @@ def run_folder(visit: Visit) -> str:
 
 @CHECKS.add("host memory")
 def host_memory(visit: Visit) -> str:
-    return needs.check_host_memory(visit.config, visit.available)
+    return room.check_host_memory(visit.config, visit.available)
 
 
 @CHECKS.add("/dev/shm")
 def shared_memory(visit: Visit) -> str:
-    return needs.check_shared_memory(visit.config)
+    return room.check_shared_memory(visit.config)
 
 
 @CHECKS.add("wandb")
@@ -186,7 +186,7 @@ def checkpoint(visit: Visit) -> str:
 
 @CHECKS.add("weights", "checkpoint", "device")
 def weights(visit: Visit) -> str:
-    return needs.check_card(visit.config, visit.model)
+    return room.check_card(visit.config, visit.model)
 
 
 @CHECKS.add("action head", "checkpoint")
@@ -271,7 +271,7 @@ def gradients(visit: Visit) -> str:
 def saved_checkpoint(visit: Visit) -> str:
     visit.trial.save()
     files, size = visit.trial.checkpoint_files, visit.trial.checkpoint_bytes
-    return f"{len(files)} files, whole, {needs.size_text(size)} in {visit.trial.save_s:.1f} s"
+    return f"{len(files)} files, whole, {room.size_text(size)} in {visit.trial.save_s:.1f} s"
 
 
 @CHECKS.add("evaluation", "rollout")
@@ -292,7 +292,7 @@ def update_speed(visit: Visit) -> str:
     names = set(Pieces.__dataclass_fields__) - {"start_s", "rows"}
     pieces = Pieces(start_s=start_s, rows=len(tried.batch), **{name: getattr(tried, name) for name in names})
     kept_gib = (
-        needs.simulator_memory(visit.config, visit.available) / 2**30
+        room.simulator_memory(visit.config, visit.available) / 2**30
     )  # of several tasks the trial has not built all
     several = len(visit.config.env.task_ids) > 1
     visit.pieces = replace(pieces, workers_gib=max(pieces.workers_gib, kept_gib)) if several else pieces
@@ -303,7 +303,7 @@ def update_speed(visit: Visit) -> str:
 @CHECKS.add("disk", "update speed")
 def disk(visit: Visit) -> str:
     expected = visit.estimate
-    return needs.check_disk(visit.config, expected.checkpoints, visit.pieces.checkpoint_bytes, expected.other_bytes)
+    return room.check_disk(visit.config, expected.checkpoints, visit.pieces.checkpoint_bytes, expected.other_bytes)
 
 
 @CHECKS.add("memory of the run", "update speed")
@@ -336,7 +336,7 @@ def estimate_lines(config: Config, expected: Estimate, pieces: Pieces, available
         f"  run         {seconds_text(expected.total_s):>8}  {expected.iterations} iterations, {expected.evaluations} evaluations, "
         f"{seconds_text(pieces.start_s)} to start",
         f"  memory      {memory}",
-        f"  disk        {needs.size_text(expected.disk_bytes)}",
+        f"  disk        {room.size_text(expected.disk_bytes)}",
     ]
 
 

@@ -21,7 +21,8 @@ from vla_rl.evaluation.play import evaluate_policy, evaluation_episodes, success
 from vla_rl.fine_tuning.two_heads import L1Teacher, TokenStudent
 from vla_rl.fine_tuning.warm_start import WarmStart
 from vla_rl.learning.parts import build_policy, instructions_of, log_sizes
-from vla_rl.preflight.needs import check_device, check_fits, check_policy, check_rendering
+from vla_rl.preflight.needs import check_device, check_policy, check_rendering
+from vla_rl.preflight.room import check_fits
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.reports.weights_and_biases import check_wandb
 from vla_rl.run.checkpoint import locked
