@@ -31,7 +31,7 @@ PPO, GRPO = "--config configs/tiny_gae_ppo.yaml", "--config configs/tiny_grpo.ya
 ABLATION = f"{PPO} --timesteps 64000 eval.interval=0"
 GRPO_TRIAL = f"{GRPO} --timesteps 64000 eval.interval=2"
 WEAK = "--task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled]"
-TEN = "--task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 100000 eval.interval=0 eval.states=0-1 eval.num_envs=2"
+TEN = "--task-ids 0 1 2 3 4 5 6 7 8 9 eval.interval=0 eval.states=0-1 eval.num_envs=2"
 
 # name -> seeds, settings
 RUNS: dict[str, tuple[tuple[int, ...], str]] = {
@@ -62,8 +62,10 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "weak_sparse": ((0, 1, 2), f"{PPO} {WEAK}"),
     "weak_dense": ((1, 2), f"{PPO} {WEAK} env.reward=dense"),
     "weak_grpo": ((0, 1, 2), f"{GRPO} {WEAK}"),
-    "ten_ppo": ((1,), f"{PPO} {TEN} rollout.num_envs=20 rollout.n_steps=64"),
-    "ten_grpo": ((1,), f"{GRPO} {TEN} rollout.num_envs=16"),
+    "ten_ppo": ((1,), f"{PPO} {TEN} --timesteps 100000 rollout.num_envs=20 rollout.n_steps=64"),
+    "ten_grpo": ((1,), f"{GRPO} {TEN} --timesteps 100000 rollout.num_envs=16"),
+    "suite_ppo": ((1, 2), f"{PPO} {TEN} --timesteps 1000000 rollout.num_envs=20"),
+    "suite_grpo": ((1, 2), f"{GRPO} {TEN} --timesteps 1000000 rollout.num_envs=16 rollout.n_episodes=160"),
 }
 
 
