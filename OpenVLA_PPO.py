@@ -50,7 +50,7 @@ from vla_rl.learning.schedule import ActorSchedule
 from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
-from vla_rl.run import progress
+from vla_rl.run import machine, progress
 from vla_rl.run.best_checkpoint import evaluation_of, keep_best
 from vla_rl.run.distributed import ONE, Ranks, share_of
 from vla_rl.run.files import Outage
@@ -166,6 +166,7 @@ class OpenVLAPPO:
             while self.timesteps < self.config.run.timesteps:
                 self.signal_watch.check()
                 self.train_iteration()
+                machine.release_memory()
             if self.evaluated_iteration < self.iteration:
                 self.evaluate_saved()
             if self.outage.failing:

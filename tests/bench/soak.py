@@ -39,7 +39,7 @@ from vla_rl.run.interruption import STOPPED
 FAULTS = ("kill a worker", "stop a worker", "fill the disk") * 5 + ("signal",)  # a start lasts long enough to leak
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL, signal.SIGINT)
 DISK_MB, FULL_S, SAMPLE_S = 100, 30, 5
-WINDOW_S = 240  # longer than an iteration, so that its peak is in
+LEAST_S = 480  # of a start whose growth is told: two iterations and more in a third of it
 QUARTERS = 4
 SETTINGS = (
     "--task-id 5 --resume auto run.name=soak eval.interval=0 eval.modes=[greedy,sampled] eval.video=false "
@@ -92,12 +92,12 @@ class Start:
             self.samples.append(Sample(time.monotonic() - self.begun, own[0], memory, own[1], descriptors))
 
     def growth(self) -> dict[str, tuple[float, float]] | None:
-        """The most in its first and in its last WINDOW_S, the first beginning a minute after the start; None if it was too short."""
+        """The most in its second and in its last third; the first has the first update. None if it was too short."""
         end_s = self.samples[-1].at_s if self.samples else 0
-        if end_s < 60 + 2 * WINDOW_S:
+        if end_s < LEAST_S:
             return None
-        first = [sample for sample in self.samples if 60 <= sample.at_s < 60 + WINDOW_S]
-        last = [sample for sample in self.samples if sample.at_s >= end_s - WINDOW_S]
+        first = [sample for sample in self.samples if end_s / 3 <= sample.at_s < end_s * 2 / 3]
+        last = [sample for sample in self.samples if sample.at_s >= end_s * 2 / 3]
         names = ("trainer_mb", "worker_mb", "descriptors", "worker_descriptors")
         return {name: tuple(max(getattr(s, name) for s in window) for window in (first, last)) for name in names}
 

@@ -2,11 +2,13 @@
 
 import re
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from vla_rl.run.command_line import ROOT
 from vla_rl.run.machine import available_memory, commit, cores, launched, rank, restarts, versions
 
 GIB = 2**30
@@ -103,3 +105,23 @@ def test_torchrun_says_who_is_who(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert launched() and rank() == 2 and restarts() == (1, 3)
+
+
+FREED = """
+import numpy as np
+from vla_rl.run.machine import release_memory
+
+def resident_mb():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+arrays = [np.ones(8000) for _ in range(4000)]  # 64 kB each, 256 MB
+del arrays[:-1]  # the last one holds the others' room
+kept = resident_mb()
+release_memory()
+print(kept - resident_mb())
+"""
+
+
+def test_what_was_freed_goes_back_to_the_system():
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert float(done.stdout) > 200
