@@ -35,3 +35,9 @@ def levels_of_logs():
     yield
     for name, level in before.items():
         logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def no_line_of_slowness(monkeypatch):
+    """On a busy machine a start would say that it takes its time, where a test counts lines."""
+    monkeypatch.setattr("vla_rl.run.logs.SLOW_S", 1e6)
