@@ -420,6 +420,14 @@ def test_a_manifest_names_only_files_within_its_folder(tmp_path, name):
     assert "is torn" in message and message.isprintable()
 
 
+def test_a_fingerprint_is_told_in_part(tmp_path):
+    folder = write(tmp_path, 3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "x" * 5000}))
+    message = refusal(verify, folder, "another")
+    assert "does not fit this run: it was made with xxx" in message and len(message) < 900
+
+
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"NaN", b'{"files": ' + b"9" * 5000 + b"}"])
 def test_a_manifest_that_is_no_json_is_a_torn_checkpoint(tmp_path, text):
     folder = write(tmp_path, 3)

@@ -290,7 +290,7 @@ def verify(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
     made_with = manifest["fingerprint"]
     if fingerprint is not None and made_with != fingerprint:
         raise CheckpointError(
-            f"checkpoint {folder} does not fit this run: it was made with {made_with}, this run has {fingerprint}"
+            f"checkpoint {folder} does not fit this run: it was made with {made_with:.300}, this run has {fingerprint}"
         )
     return manifest
 
