@@ -115,7 +115,8 @@ class OpenVLAPPO:
         self.tokens_per_ratio = losses.tokens_per_ratio(level, len(dims), policy.chunk_size)
         self.schedule = ActorSchedule(self.actor_optimizer, config, self.tokens_per_ratio)
         self.signal_watch = SignalWatch(config)
-        self.finite, self.kept = FiniteGuard(self), KeptEpisodes(self)
+        self.finite = FiniteGuard(self)
+        self.kept = KeptEpisodes(self)
 
         # one generator per purpose: an evaluation or another minibatch size does not change what is sampled. And one for
         # each environment (PPO) or episode (GRPO): which ones decide together does not either.
@@ -130,7 +131,8 @@ class OpenVLAPPO:
         self.obs: Observation | None = None  # of episodes under way between iterations (PPO)
         self.running = RunningEpisodes(envs.num_envs)
         self.broken_off = BrokenOff()  # in the present rollout
-        self.stop_requested = self.warned_no_hidden = False
+        self.stop_requested = False
+        self.warned_no_hidden = False
         envs.on_wait = self.check_stop
         self.pace = progress.Pace()
         self.boundary = TrainerState(self)  # after the last finished iteration: what a stop goes back to
@@ -593,7 +595,8 @@ class OpenVLAPPO:
         """Success from the fixed initial states, logged as eval/*, with a video of one success and one failure."""
         entry: dict[str, Any] = {}
         if self.eval_envs is not None:
-            start, prefix, videos = time.perf_counter(), f"{self.timesteps:09d}", self.logger.folder / "videos"
+            start, prefix = time.perf_counter(), f"{self.timesteps:09d}"
+            videos = self.logger.folder / "videos"
             with naming_what_fits(self.config, "eval", self.ranks.size), self.finite.evaluating():
                 arguments = (self.policy, self.eval_envs, self.config, videos, prefix, self.check_stop)
                 predict_values = None if self.value_head is None else self.predict_values

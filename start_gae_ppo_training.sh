@@ -7,7 +7,7 @@
 #   ./start_gae_ppo_training.sh --unlocked [flags]    requirements.txt in the place of requirements.lock: for another build of torch
 #
 # Installs what requirements.lock names, each file by its hash: with uv where it is present, else with pip.
-# A later run starts at once: .venv/setup.stamp tells what was installed. The next run repairs an interrupted setup.
+# A later run starts at once: .venv/setup.stamp tells what was installed, unlocked or not, and it stays so. The next run repairs an interrupted setup.
 set -Eeuo pipefail
 unset PYTHONPATH PYTHONHOME # ROS sets them, and its packages would shadow those of .venv
 
@@ -45,6 +45,7 @@ main() {
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # torchrun, which else dies of the last one
     if [[ $several == true ]]; then start+=(-m torch.distributed.run --standalone --nproc-per-node "$gpus"); fi
     trap 'report_failure $?' ERR
+    if [[ -f $stamp && $(<"$stamp") == *unlocked ]]; then locked=false; fi
     is_ready || setup
     if [[ $setup_only == true ]]; then return; fi
     exec "${start[@]}" "$root/start_gae_ppo_training.py" "${arguments[@]}"
@@ -60,6 +61,7 @@ is_installed() {
 
 wanted_stamp() (
     cd -- "$root" && sha256sum requirements.lock requirements-libero.txt requirements.txt && "$venv/bin/python" -V 2>/dev/null
+    if [[ $locked == false ]]; then echo unlocked; fi
 )
 
 setup() {
@@ -167,7 +169,7 @@ install_packages() {
     if [[ -f $unfinished ]] || ! is_usable; then make_venv; fi
     touch "$unfinished"
     rm -f -- "$stamp"
-    say "step 2 of 2: PyTorch, MuJoCo, LIBERO and the rest (3.4 GB to download; half a minute with uv, 3 to 10 with pip)"
+    say "step 2 of 2: PyTorch, MuJoCo, LIBERO and the rest (3.4 GB to download; a minute with uv, 3 to 10 with pip)"
     if [[ $locked == true ]]; then
         install --require-hashes -r "$root/requirements.lock"
     else

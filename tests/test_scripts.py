@@ -187,6 +187,16 @@ def test_unlocked_takes_other_builds_of_what_requirements_txt_names(machine):
     ]
     machine.calls.unlink()
     assert machine.run("--x").returncode == 0 and machine.logged() == []  # it stays as it is
+    with (machine.repo / "requirements.lock").open("a") as file:
+        file.write("# newer\n")
+    assert machine.run("--x").returncode == 0 and machine.logged()[-1] == "pip requirements.txt"
+
+
+def test_unlocked_changes_what_was_installed_from_the_lock(machine):
+    machine.run("--setup-only")
+    machine.calls.unlink()
+    assert machine.run("--unlocked", "--setup-only").returncode == 0
+    assert machine.logged() == ["pip --no-deps --require-hashes requirements-libero.txt", "pip requirements.txt"]
 
 
 @pytest.mark.parametrize("name", REQUIREMENTS)

@@ -139,7 +139,7 @@ class Soak:
     def fault(self, start: Start, name: str) -> str | None:
         """The signal after which this start may end."""
         if name == "fill the disk":
-            lines = read_metrics(self.run / "metrics.jsonl") if (self.run / "metrics.jsonl").exists() else []
+            lines = read_metrics(self.run / "metrics.jsonl")
             done = lines[-1]["timesteps"] if lines else 0
             if not 0 < done < 0.9 * self.timesteps:  # the first checkpoint and the last one must be written
                 name = "kill a worker"
