@@ -178,6 +178,12 @@ def test_what_is_not_named_as_a_checkpoint_is_neither_read_nor_removed(tmp_path)
     assert names(tmp_path) == sorted([*STRAY, "iteration-000003", "superseded-iteration-000004"])
 
 
+def test_a_copy_that_was_taken_out_under_another_name_is_no_run_to_remove(tmp_path):
+    copy = write(tmp_path / "run", 10).rename(tmp_path / "copy")
+    with pytest.raises(CheckpointError, match=r"copy is not named as a checkpoint is, iteration-NUMBER; rename it"):
+        find_checkpoint(copy)
+
+
 def test_a_copy_of_another_name_is_refused_by_its_name(tmp_path):
     copy = write(tmp_path, 10).rename(tmp_path / "checkpoints" / "iteration-000010.bak")
     for refuses in (find_checkpoint, set_aside_later_checkpoints):

@@ -163,7 +163,8 @@ def find_checkpoint(run: Path) -> Path:
         raise CheckpointError(f"{run} is kept to be used, not to go on from; start a new run with policy.adapter={run}")
     if not run.is_dir():
         raise CheckpointError(f"no run folder {run}; --resume takes a folder such as runs/NAME")
-    if run.name.startswith("iteration-") and not (run / "checkpoints").is_dir():
+    is_checkpoint = run.name.startswith("iteration-") or (run / MANIFEST).is_file()
+    if is_checkpoint and not (run / "checkpoints").is_dir():
         if checkpoint_number(run) is None:
             raise CheckpointError(f"{run} is not named as a checkpoint is, iteration-NUMBER; rename it")
         verify(run)
