@@ -36,6 +36,7 @@ def test_the_commands_of_the_experiments_are_taken(monkeypatch):
     experiments = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(experiments)
     for name, (seeds, _) in experiments.RUNS.items():
-        config, _ = settings_from(parse_args(experiments.command(name, seeds[0]).split()[1:]))
+        script = 2 if name in experiments.VARIANTS else 1
+        config, _ = settings_from(parse_args(experiments.command(name, seeds[0]).split()[script:]))
         assert (config.run.name, config.run.seed) == (f"{name}_seed{seeds[0]}", seeds[0])
     assert experiments.command("weak_sparse", 0).split().count("eval.modes=[greedy,sampled]") == 1

@@ -230,7 +230,7 @@ def test_fixed_states_that_do_not_suffice_are_told():
         (["--states", "some"], "--states: 'some' is not a list of indices"),
         (
             ["--task-suite", "libero_goal", "--task-ids", "1", "7"],
-            "task 7 (turn on the stove) is no single pick-and-place",
+            "task 7 (turn on the stove) is not pick-and-place alone",
         ),
     ],
 )

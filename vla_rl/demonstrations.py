@@ -322,10 +322,10 @@ def check_args(args: argparse.Namespace) -> str | list[int]:
         raise ConfigError(f"--task-ids {wrong} outside {args.task_suite}, which has tasks 0 to {num_tasks - 1}")
     for task_id in args.task_ids:
         goal = goal_predicates(args.task_suite, task_id)
-        if goal not in (["on"], ["in"]):
+        if not goal or not {"on", "in"}.issuperset(goal):
             raise ConfigError(
-                f"--task-ids {task_id}: {args.task_suite} task {task_id} ({task_languages(args.task_suite)[task_id]}) is no single "
-                f"pick-and-place: its goal is {' and '.join(goal)}; leave it out"
+                f"--task-ids {task_id}: {args.task_suite} task {task_id} ({task_languages(args.task_suite)[task_id]}) is not "
+                f"pick-and-place alone: its goal is {' and '.join(goal)}; leave it out"
             )
     if len(set(args.task_ids)) < len(args.task_ids):
         raise ConfigError(f"--task-ids {args.task_ids}: a task is there twice; name each once")

@@ -4,6 +4,7 @@
     python docs/experiments/mean.py runs/ppo_seed0                one run alone: its newest checkpoint
     python docs/experiments/mean.py runs/ppo_seed0 --scale 0.6    its weight change times 0.6
     python docs/experiments/mean.py runs/ppo_seed0 --sampled      at the temperature of training
+    python docs/experiments/mean.py runs/ppo_seed0 --ema 0.75     of its checkpoints, an exponential moving average
 
 The mean is that of python -m vla_rl.export --average, an adapter of the summed rank.
 """
@@ -11,6 +12,7 @@ The mean is that of python -m vla_rl.export --average, an adapter of the summed 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from contextlib import closing
@@ -22,8 +24,8 @@ import torch
 
 from vla_rl.evaluation.play import evaluate_policy, evaluation_episodes
 from vla_rl.learning.parts import build_policy
-from vla_rl.model.adapter import write_mean
-from vla_rl.run.checkpoint import find_adapter
+from vla_rl.model.adapter import ADAPTER_FILES, read_adapter, write_mean
+from vla_rl.run.checkpoint import find_adapter, list_checkpoints, save_tensors
 from vla_rl.run.command_line import end_of
 from vla_rl.run.load_settings import load_config
 from vla_rl.simulation.vector_env import make_vector_env
@@ -33,13 +35,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--scale", type=float, default=1.0, help="of the mean weight change (default: 1)")
+    parser.add_argument(
+        "--ema", type=float, metavar="BETA", help="of one run: weights beta^i, i = 0 for the newest checkpoint"
+    )
     parser.add_argument("--sampled", action="store_true", help="instead of greedy")
     sys.exit(end_of(lambda: play(parser.parse_args())))
 
 
 def play(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        rank = write_mean([find_adapter(run, "") for run in args.runs], Path(folder))
+        if args.ema is None:
+            rank = write_mean([find_adapter(run, "") for run in args.runs], Path(folder))
+        else:
+            rank = write_ema(args.runs[0], args.ema, Path(folder))
         config = load_config(args.runs[0] / "config.yaml")
         lora = config.policy.lora
         lora = lora.model_copy(update={"rank": rank, "alpha": lora.alpha / lora.rank * rank})
@@ -53,6 +61,21 @@ def play(args: argparse.Namespace) -> None:
         temperature = config.rollout.temperature
         results = evaluate_policy(policy, envs, episodes, greedy=not args.sampled, temperature=temperature, seed=0)
     print(f"{sum(r.success for r in results)} of {len(results)}")
+
+
+def write_ema(run: Path, beta: float, out: Path) -> int:
+    """Writes the moving average of A and B, each by itself, as one that is kept during training; returns the rank."""
+    checkpoints = list_checkpoints(run / "checkpoints")
+    adapters = [read_adapter(folder / "adapter") for folder in reversed(checkpoints)]
+    weights = torch.tensor([beta**i for i in range(len(adapters))])
+    weights /= weights.sum()
+    shutil.copytree(adapters[0].folder, out, dirs_exist_ok=True)
+    tensors = {
+        name: sum(weight * adapter.tensors[name] for weight, adapter in zip(weights, adapters, strict=True))
+        for name in adapters[0].tensors
+    }
+    save_tensors(tensors, out / ADAPTER_FILES[1], format="pt")
+    return adapters[0].rank
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ PPO, GRPO = "--config configs/tiny_gae_ppo.yaml", "--config configs/tiny_grpo.ya
 ABLATION = f"{PPO} --timesteps 64000 eval.interval=0"
 GRPO_TRIAL = f"{GRPO} --timesteps 64000 eval.interval=2"
 WEAK = "--task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled]"
+NOISE = (
+    f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled] "
+    "logging.checkpoint_interval=1 logging.keep_checkpoints=20"
+)
 TEN = "--task-ids 0 1 2 3 4 5 6 7 8 9 eval.interval=0 eval.states=0-1 eval.num_envs=2"
 
 # name -> seeds, settings
@@ -64,22 +68,31 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "weak_grpo": ((0, 1, 2), f"{GRPO} {WEAK}"),
     "ten_ppo": ((1,), f"{PPO} {TEN} --timesteps 100000 rollout.num_envs=20 rollout.n_steps=64"),
     "ten_grpo": ((1,), f"{GRPO} {TEN} --timesteps 100000 rollout.num_envs=16"),
+    "noise_base": ((1, 2), NOISE),
+    "noise_more": ((1, 2), f"{NOISE} rollout.num_envs=16 algorithm.minibatch_size=512"),
+    "noise_kl": ((1, 2), f"{NOISE} actor.schedule=kl actor.kl_target=0.003"),
+    "noise_cooled": ((1, 2), f"{NOISE} eval.temperature=null"),
+    "noise_first_actions": ((1, 2), NOISE),
+    "noise_pairs": ((1, 2), NOISE),
     "suite_ppo": ((1, 2), f"{PPO} {TEN} --timesteps 1000000 rollout.num_envs=20"),
     "suite_grpo": ((1, 2), f"{GRPO} {TEN} --timesteps 1000000 rollout.num_envs=16 rollout.n_episodes=160"),
 }
 
+VARIANTS = {f"noise_{variant}": variant for variant in ("cooled", "first_actions", "pairs")}  # of noise.py
+
 
 def command(name: str, seed: int) -> str:
     run = f"{name}_seed{seed}"
+    script = f"docs/experiments/noise.py {VARIANTS[name]}" if name in VARIANTS else "start_gae_ppo_training.py"
     if any((REPOSITORY / "runs" / run / "checkpoints").glob("iteration-*[0-9]")):
-        return f"start_gae_ppo_training.py --resume runs/{run} --no-wandb"
+        return f"{script} --resume runs/{run} --no-wandb"
     parts = f"{COMMON} {RUNS[name][1]}".split()
     settings = {
         part.partition("=")[0]: part for part in parts if "=" in part
     }  # those of the run in place of the common ones
     return " ".join(
         [
-            "start_gae_ppo_training.py",
+            script,
             *(p for p in parts if "=" not in p),
             *settings.values(),
             f"--seed {seed} run.name={run}",

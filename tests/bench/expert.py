@@ -23,8 +23,8 @@ from vla_rl.run.task_suites import TASK_SUITES
 from vla_rl.simulation.libero_env import REST, build_simulator
 from vla_rl.simulation.suites import fixed_state
 
-# the other tasks of libero_goal ask for a drawer, a push or a knob
-TASKS = "libero_spatial:0-9 libero_object:0-9 libero_goal:1,2,4,6,8,9"
+# the other tasks of libero_goal and libero_10 ask for a drawer, a push, a knob or a door
+TASKS = "libero_spatial:0-9 libero_object:0-9 libero_goal:1,2,4,6,8,9 libero_10:0,1,4"
 
 
 def play(suite: str, task_id: int, states: list[int], noise: float) -> list[int | None]:

@@ -29,7 +29,7 @@ def settled(suite: str, task: int):
 )
 def test_the_goal_is_read_from_the_task_and_holds_where_it_points(suite, task, goal):
     sim = settled(suite, task)
-    assert goals.pick_and_place(sim) == goal
+    assert goals.only_placements(sim) == [goal]
     joint = sim.data.joint(sim.env.objects_dict[goal.object].joints[0])
     joint.qpos[:3] += goals.goal_position(sim, goal) - goals.object_position(sim, goal)
     assert any(sim.step(REST, render=False) for _ in range(20)), "LIBERO's predicate never held there"
@@ -41,18 +41,18 @@ def test_other_tasks_are_refused_by_name():
     sim = settled("libero_goal", 7)
     assert goals.placements(sim) == []
     with pytest.raises(ValueError, match=r"turn on the stove.*turnon flat_stove_1"):
-        goals.pick_and_place(sim)
+        goals.only_placements(sim)
     sim.close()
 
 
-def test_several_placements_are_listed_and_refused_as_one():
+def test_several_placements_are_listed_and_refused_where_something_else_is_asked_too():
     sim = settled("libero_10", 4)
-    assert goals.placements(sim) == [
-        PickAndPlace("porcelain_mug_1", "plate_1", "on"),
-        PickAndPlace("white_yellow_mug_1", "plate_2", "on"),
-    ]
-    with pytest.raises(ValueError, match="no single pick-and-place"):
-        goals.pick_and_place(sim)
+    mugs = [PickAndPlace("porcelain_mug_1", "plate_1", "on"), PickAndPlace("white_yellow_mug_1", "plate_2", "on")]
+    assert goals.only_placements(sim) == goals.placements(sim) == mugs
+    assert not any(goals.holds(sim, goal) for goal in mugs)
+    sim.env.parsed_problem["goal_state"].append(["turnon", "flat_stove_1"])
+    with pytest.raises(ValueError, match=r"not pick-and-place alone.*turnon flat_stove_1"):
+        goals.only_placements(sim)
     sim.close()
 
 
@@ -60,7 +60,7 @@ def test_points_of_an_object_surround_its_origin_and_have_its_size():
     sim = settled("libero_spatial", 0)
     points = goals.object_points(sim, "akita_black_bowl_1")
     low, high = points.min(0), points.max(0)
-    origin = goals.object_position(sim, goals.pick_and_place(sim))
+    origin = goals.object_position(sim, goals.only_placements(sim)[0])
     assert (low[:2] < origin[:2]).all() and (origin[:2] < high[:2]).all()
     np.testing.assert_allclose(high - low, [0.107, 0.107, 0.05], atol=0.004)  # m, of LIBERO's akita bowl
     sim.close()

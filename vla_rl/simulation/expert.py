@@ -1,8 +1,8 @@
 """A scripted hand that solves pick-and-place tasks, for demonstrations: it sees what a policy does not.
 
 Each action is a proportional controller's, from the present state towards where the phase wants the hand: disturbed
-execution is corrected in the next step, and a grasp that failed is tried again. It chooses by fixed rules, so that a
-policy can copy it: the same scene gives the same grasp.
+execution is corrected in the next step, and a grasp that failed is tried again. Several placements are done one after another, in
+the goal's order. It chooses by fixed rules, so that a policy can copy it: the same scene gives the same grasp.
 
 Not here: where things are (vla_rl.simulation.goals), who executes and records the actions.
 """
@@ -18,10 +18,11 @@ from vla_rl.simulation.goals import (
     PickAndPlace,
     goal_position,
     grip_position,
+    holds,
     is_grasped,
     object_points,
     object_position,
-    pick_and_place,
+    only_placements,
 )
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ class Expert:
     """Acts in the present episode of a simulator.
 
     Raises:
-        ValueError: the task is no single pick-and-place.
+        ValueError: the task asks for something else than placements.
     """
 
     def __init__(self, sim: Simulator):
-        self.sim, self.goal = sim, pick_and_place(sim)
+        self.sim, self.goals = sim, only_placements(sim)
         self.finger_joint = sim.model.joint(sim.robot.gripper.joints[0]).id
         self.reset()
 
@@ -147,8 +148,9 @@ class Expert:
     # Where
 
     def plan(self) -> None:
-        """Chooses the grasp and looks at what is in the way."""
-        sim, goal = self.sim, self.goal
+        """Chooses what to place and the grasp, and looks at what is in the way."""
+        sim = self.sim
+        self.goal = goal = next((goal for goal in self.goals if not holds(sim, goal)), self.goals[-1])
         origin, points, place = object_position(sim, goal), object_points(sim, goal.object), self.release_position()
         self.depth = origin[2] - points[:, 2].min()
         others = {name: object_points(sim, name) for name in sim.env.obj_body_id if name != goal.object}

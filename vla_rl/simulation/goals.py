@@ -1,7 +1,7 @@
 """What a pick-and-place task asks for, read from the goal of its BDDL file, and where things stand towards it.
 
-Positions are float64 [3] in metres, in the world frame. Not here: whether the goal holds (the simulator's step says that),
-how a hand gets there (vla_rl.simulation.expert).
+Positions are float64 [3] in metres, in the world frame. Not here: whether the whole goal holds (the simulator's step says
+that), how a hand gets there (vla_rl.simulation.expert).
 """
 
 from __future__ import annotations
@@ -32,20 +32,25 @@ def placements(sim: Simulator) -> list[PickAndPlace]:
     return [PickAndPlace(what, target, relation) for relation, what, target in goals if what in sim.env.objects_dict]
 
 
-def pick_and_place(sim: Simulator) -> PickAndPlace:
-    """The task's goal, where that is one placement and nothing else.
+def only_placements(sim: Simulator) -> list[PickAndPlace]:
+    """The placements that the task's goal asks for, where it asks for nothing else.
 
     Raises:
-        ValueError: the task asks for something else, or for more.
+        ValueError: it does.
     """
     found, asked = placements(sim), sim.env.parsed_problem["goal_state"]
-    if len(found) != 1 or len(asked) != 1:
+    if not found or len(found) != len(asked):
         goal = " and ".join(" ".join(predicate) for predicate in asked)
         raise ValueError(
-            f"the task {task_name(sim)!r} is no single pick-and-place: its goal is {goal}; "
-            "take one whose goal is to put one object on or in something"
+            f"the task {task_name(sim)!r} is not pick-and-place alone: its goal is {goal}; "
+            "take one whose goal is to put objects on or in something"
         )
-    return found[0]
+    return found
+
+
+def holds(sim: Simulator, goal: PickAndPlace) -> bool:
+    """Whether LIBERO calls it done; also of an object that is still in the hand."""
+    return bool(sim.env._eval_predicate([goal.relation, goal.object, goal.target]))
 
 
 def task_name(sim: Simulator) -> str:

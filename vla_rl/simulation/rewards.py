@@ -21,6 +21,7 @@ from vla_rl.simulation.goals import (
     PickAndPlace,
     goal_position,
     grip_position,
+    holds,
     is_grasped,
     object_position,
     placements,
@@ -85,7 +86,7 @@ def potential(sim: Simulator) -> float:
 
 
 def placement_potential(sim: Simulator, goal: PickAndPlace) -> float:
-    if sim.env._eval_predicate([goal.relation, goal.object, goal.target]):
+    if holds(sim, goal):
         return 1.0
     thing = object_position(sim, goal)
     reached, carried = nearness(grip_position(sim) - thing), nearness(thing - goal_position(sim, goal))
