@@ -10,14 +10,13 @@ nothing, as that of an official L1 checkpoint; the rest are commands that anybod
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from steps import run_steps
+
 START, L1, WARM = "runs/l1_start", "runs/l1_sft/model", "runs/l1_warmstart/model"
 SUITE = "--task-suite libero_spatial --task-ids 0 --videos none --no-progress eval.num_envs=4 run.torch_threads=1"
 
@@ -78,25 +77,5 @@ def make_start(folder: Path) -> None:
     save_checkpoint(folder, network.named_parameters(), tiny, network.proprio_file)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = ["start", *COMMANDS]
-    parser.add_argument("--steps", nargs="+", choices=steps, default=steps, metavar="STEP", help=", ".join(steps))
-    parser.add_argument("--print", action="store_true", help="print the commands")
-    args = parser.parse_args()
-    for step in args.steps:
-        leaves, command = (START, "") if step == "start" else COMMANDS[step]
-        if args.print:
-            print(f"python {command}" if command else f"# {START}: see make_start")
-        elif (REPOSITORY / leaves).exists():
-            print(f"{step}: {leaves} is there", flush=True)
-        elif step == "start":
-            make_start(REPOSITORY / START)
-        else:
-            print(f"{step}: python {command}", flush=True)
-            subprocess.run([sys.executable, *shlex.split(command)], cwd=REPOSITORY, check=True)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_steps(__doc__, {"start": (START, make_start), **COMMANDS}))

@@ -35,6 +35,10 @@ NOISE = (
     f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled] "
     "logging.checkpoint_interval=1 logging.keep_checkpoints=20"
 )
+LONG = (
+    "--task-suite libero_10 --task-id 0 --checkpoint runs/long_sft/model --timesteps 200000 env.max_steps=320 eval.interval=0 "
+    "eval.modes=[greedy,sampled]"
+)  # docs/experiments/long.py makes the checkpoint
 TEN = "--task-ids 0 1 2 3 4 5 6 7 8 9 eval.interval=0 eval.states=0-1 eval.num_envs=2"
 
 # name -> seeds, settings
@@ -74,6 +78,8 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "noise_cooled": ((1, 2), f"{NOISE} eval.temperature=null"),
     "noise_first_actions": ((1, 2), NOISE),
     "noise_pairs": ((1, 2), NOISE),
+    "long_ppo": ((1, 2), f"{PPO} {LONG}"),
+    "long_grpo": ((1, 2), f"{GRPO} {LONG} rollout.n_episodes=40"),
     "suite_ppo": ((1, 2), f"{PPO} {TEN} --timesteps 1000000 rollout.num_envs=20"),
     "suite_grpo": ((1, 2), f"{GRPO} {TEN} --timesteps 1000000 rollout.num_envs=16 rollout.n_episodes=160"),
 }
