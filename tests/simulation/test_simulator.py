@@ -3,6 +3,8 @@
 That it equals stock LIBERO bit for bit is shown in test_equal_to_stock.py.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from vla_rl.simulation import simulator
 from vla_rl.simulation.libero_env import build_simulator
 from vla_rl.simulation.simulator import SampleClock
 from vla_rl.simulation.suites import fixed_state
-from vla_rl.types import Episode
+from vla_rl.types import Episode, SimulationUnstable
 
 pytestmark = pytest.mark.libero
 
@@ -143,6 +145,34 @@ def test_quaternions_that_normalising_would_move_are_noticed_and_left_alone(stov
     assert not stove.quaternions_stay()
     np.testing.assert_array_equal(stove.data.qpos[free : free + 4], [1.0, 1e-3, 0, 0])  # left as it was
     stove.data.qpos[:] = before
+
+
+@pytest.mark.parametrize("speed", [1e5, np.inf, np.nan])
+def test_physics_that_blows_up_is_told_and_a_reset_mends_it(stove, speed, capfd, caplog):
+    episode, actions = Episode(7, 3, seed=1), random_actions(8, 3)
+    reset(stove, "libero_goal", episode)
+    for action in actions:
+        stove.step(action, render=False)
+    wanted = stove.state()
+    reset(stove, "libero_goal", episode)
+    thrown = stove.model.jnt_dofadr[stove.model.jnt_type == 0][0]  # a movable object
+    stove.data.qvel[thrown] = speed
+    with pytest.raises(SimulationUnstable, match="the simulation is unstable: MuJoCo counts mjWARN_BADQ"):
+        stove.step(REST, render=False)
+    assert "MuJoCo: Nan, Inf or huge value" in caplog.text
+    assert capfd.readouterr() == ("", "") and not Path("MUJOCO_LOG.TXT").exists()
+    reset(stove, "libero_goal", episode)
+    for action in actions:
+        stove.step(action, render=False)
+    assert_equal_states(stove.state(), wanted)
+
+
+def test_a_joint_that_is_too_fast_is_told(stove):
+    reset(stove, "libero_goal", Episode(7, 3, seed=1))
+    stove.check_stable()
+    stove.data.qvel[-1] = -2e3
+    with pytest.raises(SimulationUnstable, match=r"a joint moves at 2e\+03 m/s or rad/s"):
+        stove.check_stable()
 
 
 def test_no_placement_is_an_error_that_names_the_way_out(stove, monkeypatch):

@@ -10,6 +10,7 @@ Not here: episodes, chunks of actions, step limits (vla_rl.simulation.libero_env
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,11 @@ from vla_rl.simulation.building import doing
 from vla_rl.simulation.model_cache import load_model
 from vla_rl.simulation.rendering import Renderer
 from vla_rl.types import SimulationUnstable
+
+log = logging.getLogger(__name__)
+
+# else MuJoCo writes to stdout, and to MUJOCO_LOG.TXT in the folder where the command is given
+mujoco.set_mju_user_warning(lambda message: log.warning("MuJoCo: %s", message))
 
 MAX_PLACEMENT_TRIES = 100  # each try already draws 5,000 positions an object
 CONTROL_HZ = 20
