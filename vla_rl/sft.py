@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from vla_rl.fine_tuning.demonstration_file import Demonstration, find_files, read_demonstrations
+from vla_rl.fine_tuning.demonstration_file import Demonstration, find_files
+from vla_rl.fine_tuning.demonstration_reader import DemonstrationReader
 from vla_rl.fine_tuning.samples import data_statistics, make_samples, split
 from vla_rl.fine_tuning.supervised_fine_tuning import SupervisedFineTuning
 from vla_rl.model.checkpoint_folder import find_action_head_file
@@ -81,7 +82,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def read_data(config: SftConfig) -> list[Demonstration]:
     settings = config.policy.num_images, config.data.filter_no_ops, task_instructions()
-    demonstrations = [d for path in find_files(config.data.files) for d in read_demonstrations(path, *settings)]
+    with DemonstrationReader() as reader:
+        demonstrations = [d for path in find_files(config.data.files) for d in reader.read(path, *settings)]
     sizes = {d.images.shape[1:] for d in demonstrations}
     if len(sizes) > 1:
         raise ConfigError(f"data.files have images of different shapes: {sorted(map(list, sizes))}; give one kind")
