@@ -84,6 +84,13 @@ print(len(list(reader.read(Path({str(path)!r}), 1, True, {{}}))), reader.process
     assert count == 2 and not Path(f"/proc/{process}").exists()
 
 
+def test_a_name_that_is_no_utf_8_is_an_error_of_one_line(tmp_path, reader):
+    path = written(tmp_path / "a.hdf5")
+    path.write_bytes(path.read_bytes().replace(b"data\0", b"dat\xff\0"))
+    with pytest.raises(ConfigError, match=r"a.hdf5 (has no demonstrations|is damaged)"):
+        list(reader.read(path, 2, True, {}))
+
+
 def test_a_file_in_which_the_library_hangs_is_named(tmp_path, reader):
     reader.longest_s = 1.0
     path = endless(tmp_path / "a.hdf5")

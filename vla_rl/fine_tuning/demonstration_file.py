@@ -415,8 +415,9 @@ def read_array(demo: h5py.Group, name: str, steps: int | None, shape: tuple[int 
 
 def refuse_links(group: h5py.Group) -> None:
     """Raises ValueError where a name is a link: HDF5 would open any file that one leads to."""
-    for name in group:
-        if group.id.links.get_info(name.encode("utf-8", "surrogateescape")).type != h5py.h5l.TYPE_HARD:
+    for name in group:  # bytes where they are no UTF-8
+        encoded = name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")
+        if group.id.links.get_info(encoded).type != h5py.h5l.TYPE_HARD:
             raise ValueError(f"{shown(name)} is a link, perhaps into another file; expected the data themselves")
 
 
