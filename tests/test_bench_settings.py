@@ -30,6 +30,19 @@ def test_the_command_that_is_soaked_is_taken(tmp_path):
     assert (config.run.name, config.run.timesteps, config.env.step_timeout_s) == ("soak", 1000, 15)
 
 
+def test_growth_is_told_of_the_worker_that_grew_most_in_its_own_life():
+    start = soak.Start(process=None)
+    for at_s in range(0, 600, 5):  # worker 7 lives throughout, 8 for 5 minutes, 9 for too short a time
+        workers = {7: (500.0, 11)} | ({8: (400.0 + (at_s > 500) * 40, 11)} if at_s >= 295 else {})
+        workers |= {9: (100.0 + at_s, 11)} if at_s < 100 else {}
+        start.samples.append(soak.Sample(at_s, 2000.0 if at_s < 100 else 700.0, 29, workers))
+    assert start.growth() == {
+        "trainer": (700, 700), "descriptors": (29, 29), "a worker": (400, 440), "its descriptors": (11, 11),
+    }  # fmt: skip
+    start.samples = start.samples[:60]
+    assert start.growth() is None
+
+
 def test_the_commands_of_the_experiments_are_taken(monkeypatch):
     monkeypatch.chdir(find_config(TINY_CONFIG).parents[1])
     spec = importlib.util.spec_from_file_location("experiments_run", Path("docs/experiments/run.py"))

@@ -40,6 +40,7 @@ FAULTS = ("kill a worker", "stop a worker", "fill the disk") * 5 + ("signal",)  
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL, signal.SIGINT)
 DISK_MB, FULL_S, SAMPLE_S = 100, 30, 5
 LEAST_S = 480  # of a start whose growth is told: two iterations and more in a third of it
+LEAST_WORKER_S = 240  # of a worker's life, likewise: it has played episodes in each third
 QUARTERS = 4
 SETTINGS = (
     "--task-id 5 --resume auto run.name=soak eval.interval=0 eval.modes=[greedy,sampled] eval.video=false "
@@ -56,9 +57,8 @@ def soak_command(folder: Path, timesteps: int) -> list[str]:
 class Sample:
     at_s: float  # since this start
     trainer_mb: float  # what only this process has, and its share of the rest
-    worker_mb: float  # on average
     descriptors: int  # of the trainer
-    worker_descriptors: float
+    workers: dict[int, tuple[float, int]]  # process -> MB that it has allocated, descriptors
 
 
 @dataclass
@@ -80,26 +80,49 @@ class Start:
         return found
 
     def sample(self) -> None:
-        def of(process: psutil.Process) -> tuple[float, int]:
-            return process.memory_full_info().pss / 1e6, process.num_fds()
-
         try:
-            own, others = of(self.process), [of(worker) for worker in self.workers()]
-        except psutil.Error:  # one that has just ended
+            memory, descriptors = self.process.memory_full_info().pss / 1e6, self.process.num_fds()
+            workers = {worker.pid: (allocated_mb(worker.pid), worker.num_fds()) for worker in self.workers()}
+        except (psutil.Error, OSError):  # one that has just ended
             return
-        if others:
-            memory, descriptors = (sum(column) / len(others) for column in zip(*others, strict=True))
-            self.samples.append(Sample(time.monotonic() - self.begun, own[0], memory, own[1], descriptors))
+        if workers:
+            self.samples.append(Sample(time.monotonic() - self.begun, memory, descriptors, workers))
 
     def growth(self) -> dict[str, tuple[float, float]] | None:
-        """The most in its second and in its last third; the first has the first update. None if it was too short."""
-        end_s = self.samples[-1].at_s if self.samples else 0
-        if end_s < LEAST_S:
+        """The most in its second and in its last third; the first has the first update. None if it was too short.
+
+        Of the workers that lived long enough the one that grew most is told, in the same thirds of its own life.
+        """
+        if not self.samples or self.samples[-1].at_s < LEAST_S:
             return None
-        first = [sample for sample in self.samples if end_s / 3 <= sample.at_s < end_s * 2 / 3]
-        last = [sample for sample in self.samples if sample.at_s >= end_s * 2 / 3]
-        names = ("trainer_mb", "worker_mb", "descriptors", "worker_descriptors")
-        return {name: tuple(max(getattr(s, name) for s in window) for window in (first, last)) for name in names}
+        found = {
+            "trainer": thirds([(sample.at_s, sample.trainer_mb) for sample in self.samples]),
+            "descriptors": thirds([(sample.at_s, sample.descriptors) for sample in self.samples]),
+        }
+        for place, name in enumerate(("a worker", "its descriptors")):
+            lives: dict[int, list[tuple[float, float]]] = {}
+            for sample in self.samples:
+                for process, values in sample.workers.items():
+                    lives.setdefault(process, []).append((sample.at_s, values[place]))
+            long = [thirds(life) for life in lives.values() if life[-1][0] - life[0][0] >= LEAST_WORKER_S]
+            if long:
+                found[name] = max(long, key=lambda grown: grown[1] / grown[0])
+        return found
+
+
+def allocated_mb(process: int) -> float:
+    """Without what it shares with others or has read from files: that changes with who else is there."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
+
+
+def thirds(series: list[tuple[float, float]]) -> tuple[float, float]:
+    """The largest value in the second and in the last third of the time: (seconds, value)."""
+    begun, length = series[0][0], (series[-1][0] - series[0][0]) or 1.0
+    parts = [min(2, int(3 * (at_s - begun) / length)) for at_s, _ in series]
+    return tuple(
+        max((value for (_, value), part in zip(series, parts, strict=True) if part == k), default=0.0) for k in (1, 2)
+    )
 
 
 class Soak:
@@ -199,15 +222,17 @@ def report(soak: Soak, against: list[Path], minutes: float) -> bool:
     print("| fault | times |\n|---|---|")
     for name, times in sorted((soak.faults + soak.fates()).items()):
         print(f"| {name} | {times} |")
+    print("\nThe most in the second and in the last third of a start, and of the life of the worker that grew most:\n")
     print(
-        "\n| start | lasted | trainer MB | a worker MB | trainer's descriptors | a worker's |\n|---|---|---|---|---|---|"
+        "| start | lasted | trainer MB | trainer's descriptors | a worker MB | its descriptors |\n|---|---|---|---|---|---|"
     )
     for number, start in enumerate(soak.starts, 1):
         grown = start.growth()
         if grown is None:
             continue
         good &= all(last <= 1.05 * first for first, last in grown.values())
-        cells = " | ".join(f"{first:.0f} -> {last:.0f}" for first, last in grown.values())
+        columns = [grown.get(name) for name in ("trainer", "descriptors", "a worker", "its descriptors")]
+        cells = " | ".join("{:.0f} -> {:.0f}".format(*column) if column else "-" for column in columns)
         print(f"| {number} | {start.samples[-1].at_s / 60:.0f} min | {cells} |")
     curves = {path.stem: success(read_metrics(path), soak.timesteps) for path in against}
     curves["with faults"] = mine = success(read_metrics(soak.run / "metrics.jsonl"), soak.timesteps)
