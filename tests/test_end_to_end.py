@@ -147,13 +147,14 @@ def read_bytes(path: Path) -> bytes:
     ],
 )
 def test_run_that_is_killed_and_resumed_equals_one_that_was_not(whole, tmp_path, how, after):
-    """Killed when `after` iterations are saved or later, while episodes are under way; the metrics and the weights are the
-    same."""
+    """Killed when `after` iterations are saved or later and the first evaluation is over, without which the folder would be removed,
+    while episodes are under way; the metrics and the weights are the same."""
     process = start(tmp_path, "--timesteps", "70", "run.name=killed")
     run = tmp_path / "killed"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        if any(path.name >= f"iteration-{after:06d}" for path in list_checkpoints(run / "checkpoints")):
+        saved = any(path.name >= f"iteration-{after:06d}" for path in list_checkpoints(run / "checkpoints"))
+        if saved and read_metrics(run / "metrics.jsonl"):
             break
         time.sleep(0.05)
     # a cluster's SIGTERM and a closed terminal reach the simulators too; the out-of-memory killer takes the trainer alone
