@@ -39,6 +39,7 @@ LONG = (
     "--task-suite libero_10 --task-id 0 --checkpoint runs/long_sft/model --timesteps 200000 env.max_steps=320 eval.interval=0 "
     "eval.modes=[greedy,sampled]"
 )  # docs/experiments/long.py makes the checkpoint
+SUITE = "logging.keep_every=6 logging.checkpoint_interval=2"
 TEN = "--task-ids 0 1 2 3 4 5 6 7 8 9 eval.interval=0 eval.states=0-1 eval.num_envs=2"
 
 # name -> seeds, settings
@@ -80,8 +81,12 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "noise_pairs": ((1, 2), NOISE),
     "long_ppo": ((1, 2), f"{PPO} {LONG}"),
     "long_grpo": ((1, 2), f"{GRPO} {LONG} rollout.n_episodes=40"),
-    "suite_ppo": ((1, 2), f"{PPO} {TEN} --timesteps 1000000 rollout.num_envs=20"),
-    "suite_grpo": ((1, 2), f"{GRPO} {TEN} --timesteps 1000000 rollout.num_envs=16 rollout.n_episodes=160"),
+    "suite_ppo": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
+    "suite_grpo": (
+        (1, 2),
+        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 1000000 rollout.num_envs=16 rollout.n_episodes=160 "
+        f"algorithm.n_epochs=1 eval.interval=12 eval.states=0-4 {SUITE}",
+    ),
 }
 
 VARIANTS = {f"noise_{variant}": variant for variant in ("cooled", "first_actions", "pairs")}  # of noise.py
