@@ -292,6 +292,8 @@ def test_there_are_as_many_workers_as_can_work(monkeypatch, cores, num_envs, ove
 def test_simulators_are_kept_where_a_third_of_the_memory_has_room(num_envs, num_workers, num_tasks, gigabytes, kept):
     config = config_from_dict({"env": {"task_suite": "libero_90", "task_ids": list(range(num_tasks))}}, "test")
     assert simulators_kept(config, num_envs, num_workers, gigabytes * 10**9) == kept
+    at_once = min(num_tasks, num_envs // num_workers)  # a task of an evaluation is played to its end
+    assert simulators_kept(config, num_envs, num_workers, gigabytes * 10**9, evaluation=True) == at_once
 
 
 @pytest.mark.parametrize(("render", "cores", "given", "seen"), [

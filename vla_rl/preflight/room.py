@@ -62,8 +62,9 @@ def vectors(config: Config) -> list[tuple[int, int]]:
 def simulator_memory(config: Config, available: int) -> int:
     """Bytes of host memory of all workers once each has built the tasks that it keeps, of so many that are available."""
     gigabytes = 0.0
-    for num_envs, workers in vectors(config):
-        gigabytes += workers * (WORKER_GB + simulators_kept(config, num_envs, workers, available) * SIMULATOR_GB)
+    for (num_envs, workers), evaluation in zip(vectors(config), (False, True), strict=True):
+        kept = simulators_kept(config, num_envs, workers, available, evaluation)
+        gigabytes += workers * (WORKER_GB + kept * SIMULATOR_GB)
     return int(gigabytes * 1e9)
 
 

@@ -157,8 +157,8 @@ class EnvConfig(Section):
         None,
         ge=1,
         le=1000,
-        description="tasks that a worker keeps in memory (0.6 GB each); null: all that a third of the memory has room for, and at "
-        "least one an environment; fewer rebuild simulators at each turn, seconds each",
+        description="tasks that a worker keeps in memory (0.6 GB each); null: one an environment, and in "
+        "training all that a third of the memory has room for; fewer rebuild simulators at each turn, seconds each",
     )
     step_timeout_s: float | None = Field(
         None,

@@ -376,7 +376,7 @@ def make_vector_env(
         "bootstrap_truncated": config.algorithm.bootstrap_truncated,
     }
     num_workers = worker_count(config, num_envs, overlap)
-    kept = simulators_kept(config, num_envs, num_workers, available_memory())
+    kept = simulators_kept(config, num_envs, num_workers, available_memory(), evaluation)
     patience = Patience(env.step_timeout_s, env.build_timeout_s, env.worker_replacements)
     options = (kept, env.model_cache_gb, image_transform, config.logging.progress, patience)
     return LiberoVectorEnv(kwargs, num_envs, num_workers, *options)
@@ -388,14 +388,15 @@ def worker_count(config: Config, num_envs: int, overlap: bool = False) -> int:
     return min(asked, num_envs)
 
 
-def simulators_kept(config: Config, num_envs: int, num_workers: int, memory: int) -> int:
+def simulators_kept(config: Config, num_envs: int, num_workers: int, memory: int, evaluation: bool = False) -> int:
     """Tasks that each worker keeps: as many as were asked for, or all where a third of the memory has room for them (training and
     evaluation have a vector each, and the trainer grows), else what has room, but no fewer than its environments can play at once: a simulator built
-    anew at each turn is worse.
+    anew at each turn is worse. An evaluation plays a task to its end and does not come back to it, so it keeps no more than those.
 
     Args:
         memory: bytes that are available.
     """
     room = (memory / 3e9 / num_workers - WORKER_GB) / SIMULATOR_GB
-    asked = config.env.simulators_per_worker or max(-(-num_envs // num_workers), int(room))
+    at_once = -(-num_envs // num_workers)
+    asked = config.env.simulators_per_worker or (at_once if evaluation else max(at_once, int(room)))
     return min(len(config.env.task_ids), asked)
