@@ -1,8 +1,10 @@
-"""PPO and GRPO on a task of two placements, libero_10 0, from the same fine-tuned start: the figures of docs/experiments.md.
+"""PPO and GRPO on a task of two placements, libero_10 0, from the same fine-tuned start.
 
-python docs/experiments/long.py                  demonstrations, fine-tuning, success of the start
-python docs/experiments/run.py long_ppo long_grpo
-python docs/experiments/long.py halves runs/long_ppo_seed1 [--sampled]      which objects are placed, over the 50 fixed states
+    python docs/experiments/long.py                  demonstrations, fine-tuning, success of the start
+    python docs/experiments/run.py long_ppo long_grpo
+    python docs/experiments/long.py halves runs/long_ppo_seed1 [--sampled]      which objects are placed, over the 50 fixed states
+
+Not measured yet.
 """
 
 from __future__ import annotations

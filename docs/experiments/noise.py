@@ -2,11 +2,11 @@
 
     python docs/experiments/noise.py VARIANT ...       what follows are the flags of start_gae_ppo_training.py
 
-cooled         the temperature falls from the settings' to half of it in the last third of the timesteps
+cooled         the temperature falls from 1 to 1/2 in the last third of the timesteps
 first_actions  only the tokens of a chunk's first half are trained
 pairs          environments 2k and 2k+1 play the same placements, and an advantage loses what the other's episode says of the placement
 
-What they do is in docs/experiments.md, Less noise in an update.
+run.py has their runs (noise_*), beside those of settings that the trainer has. Not measured yet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ Trainer = OpenVLA_PPO.OpenVLAPPO
 
 
 class Cooled(Trainer):
-    """T = T_0 until two thirds of the timesteps, then in equal steps down to T_0 / 2 at the end."""
+    """T = 1 until two thirds of the timesteps, then in equal steps down to 1/2 at the end.
+
+    Not from the settings' temperature: a checkpoint keeps the present one, which a resume would take for the first.
+    """
 
     def train_iteration(self) -> None:
         self.cool()
@@ -39,9 +42,8 @@ class Cooled(Trainer):
         return super().evaluate()
 
     def cool(self) -> None:
-        self.start_temperature = getattr(self, "start_temperature", self.config.rollout.temperature)
         done = min(1.0, self.timesteps / self.config.run.timesteps)
-        temperature = self.start_temperature * (1 - 0.5 * max(0.0, 3 * done - 2))
+        temperature = 1 - 0.5 * max(0.0, 3 * done - 2)
         rollout = self.config.rollout.model_copy(update={"temperature": temperature})
         self.config = self.config.model_copy(update={"rollout": rollout})
 

@@ -92,18 +92,29 @@ def test_a_name_that_is_no_utf_8_is_an_error_of_one_line(tmp_path, reader):
 
 
 def test_a_file_in_which_the_library_hangs_is_named(tmp_path, reader):
+    assert len(list(reader.read(written(tmp_path / "b.hdf5"), 2, True, {}))) == 2  # the process is there
     reader.longest_s = 1.0
     path = endless(tmp_path / "a.hdf5")
     with pytest.raises(ConfigError, match=r"a.hdf5 is damaged, or its disk hangs: .* in 1 s; make or download it anew"):
         list(reader.read(path, 2, True, {}))
     reader.longest_s = 60
-    assert len(list(reader.read(written(tmp_path / "b.hdf5"), 2, True, {}))) == 2
+    assert len(list(reader.read(tmp_path / "b.hdf5", 2, True, {}))) == 2
 
 
-def test_a_file_over_which_the_library_crashes_is_named(tmp_path, reader):
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGSEGV, r"a.hdf5 is damaged: .* crashed in the HDF5 library \(SIGSEGV\)"),
+        (signal.SIGKILL, r"a.hdf5: .* was killed \(SIGKILL; often out of memory\)"),
+    ],
+)
+def test_a_file_over_which_the_process_ends_is_named(tmp_path, reader, number, message):
     sound = written(tmp_path / "b.hdf5")
     assert len(list(reader.read(sound, 2, True, {}))) == 2  # the process is there
-    threading.Timer(0.5, os.kill, (reader.process.pid, signal.SIGSEGV)).start()
-    with pytest.raises(ConfigError, match=r"a.hdf5 is damaged: .* crashed in the HDF5 library \(SIGSEGV\)"):
+    threading.Timer(0.5, os.kill, (reader.process.pid, number)).start()
+    with pytest.raises(ConfigError, match=message):
         list(reader.read(endless(tmp_path / "a.hdf5"), 2, True, {}))
+    assert len(list(reader.read(sound, 2, True, {}))) == 2
+    os.kill(reader.process.pid, number)  # between two files
+    reader.process.join()
     assert len(list(reader.read(sound, 2, True, {}))) == 2

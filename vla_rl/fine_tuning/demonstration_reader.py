@@ -43,6 +43,8 @@ class DemonstrationReader:
         self, path: Path, num_images: int, filter_no_ops: bool, instructions: Mapping[str, str]
     ) -> Iterator[Demonstration]:
         """As `read_demonstrations`; also a ConfigError where the library crashes or hangs."""
+        if self.process is not None and not self.process.is_alive():
+            self.close()
         if self.process is None:
             self.start()
         self.pipe.send((path, num_images, filter_no_ops, instructions))
@@ -73,6 +75,10 @@ class DemonstrationReader:
         except (EOFError, ConnectionError):
             self.process.join()
             code = self.process.exitcode
+            if code == -signal.SIGKILL:
+                raise ConfigError(
+                    f"{path}: the process that reads it was killed (SIGKILL; often out of memory); give it more, or fewer files"
+                ) from None
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise ConfigError(
                 f"{path} is damaged: the process that reads it crashed in the HDF5 library ({how}); make or download it anew"

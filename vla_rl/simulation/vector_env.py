@@ -391,7 +391,7 @@ def worker_count(config: Config, num_envs: int, overlap: bool = False) -> int:
 def simulators_kept(config: Config, num_envs: int, num_workers: int, memory: int, evaluation: bool = False) -> int:
     """Tasks that each worker keeps: as many as were asked for, or all where a third of the memory has room for them (training and
     evaluation have a vector each, and the trainer grows), else what has room, but no fewer than its environments can play at once: a simulator built
-    anew at each turn is worse. An evaluation plays a task to its end and does not come back to it, so it keeps no more than those.
+    anew at each turn is worse. An evaluation plays one task after another, so it keeps no more than those.
 
     Args:
         memory: bytes that are available.
