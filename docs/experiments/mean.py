@@ -39,15 +39,16 @@ def main() -> None:
         "--ema", type=float, metavar="BETA", help="of one run: weights beta^i, i = 0 for the newest checkpoint"
     )
     parser.add_argument("--sampled", action="store_true", help="instead of greedy")
-    sys.exit(end_of(lambda: play(parser.parse_args())))
+    args = parser.parse_args()
+    if args.ema is not None and len(args.runs) > 1:
+        parser.error("--ema is of one run")
+    sys.exit(end_of(lambda: play(args)))
 
 
 def play(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        if args.ema is None:
-            rank = write_mean([find_adapter(run, "") for run in args.runs], Path(folder))
-        else:
-            rank = write_ema(args.runs[0], args.ema, Path(folder))
+        found = [find_adapter(run, "") for run in args.runs]
+        rank = write_mean(found, Path(folder)) if args.ema is None else write_ema(args.runs[0], args.ema, Path(folder))
         config = load_config(args.runs[0] / "config.yaml")
         lora = config.policy.lora
         lora = lora.model_copy(update={"rank": rank, "alpha": lora.alpha / lora.rank * rank})
@@ -65,8 +66,7 @@ def play(args: argparse.Namespace) -> None:
 
 def write_ema(run: Path, beta: float, out: Path) -> int:
     """Writes the moving average of A and B, each by itself, as one that is kept during training; returns the rank."""
-    checkpoints = list_checkpoints(run / "checkpoints")
-    adapters = [read_adapter(folder / "adapter") for folder in reversed(checkpoints)]
+    adapters = [read_adapter(folder / "adapter") for folder in reversed(list_checkpoints(run / "checkpoints"))]
     weights = torch.tensor([beta**i for i in range(len(adapters))])
     weights /= weights.sum()
     shutil.copytree(adapters[0].folder, out, dirs_exist_ok=True)
