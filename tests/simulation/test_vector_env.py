@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -294,6 +295,14 @@ def test_simulators_are_kept_where_a_third_of_the_memory_has_room(num_envs, num_
     assert simulators_kept(config, num_envs, num_workers, gigabytes * 10**9) == kept
     at_once = min(num_tasks, num_envs // num_workers)  # a task of an evaluation is played to its end
     assert simulators_kept(config, num_envs, num_workers, gigabytes * 10**9, evaluation=True) == at_once
+
+
+@pytest.mark.parametrize(("evaluation", "kept"), [(False, 10), (True, 2)])
+def test_an_evaluation_keeps_fewer_simulators_than_the_training(monkeypatch, evaluation, kept):
+    monkeypatch.setattr("vla_rl.simulation.vector_env.available_memory", lambda: 64 * 10**9)
+    config = config_from_dict({"env": {"task_ids": list(range(10)), "num_workers": 2}}, "test")
+    with closing(make_vector_env(config, 4, evaluation=evaluation)) as envs:
+        assert envs.workers.makers[0]().simulators.limit == envs.simulators_per_worker == envs.held.limit == kept
 
 
 @pytest.mark.parametrize(("render", "cores", "given", "seen"), [
