@@ -146,6 +146,10 @@ class EnvConfig(Section):
         "exact",
         description="exact: stock LIBERO's images; fast: no reflections and no multi-sampling, for CPU rendering",
     )
+    physics: Literal["exact", "fast"] = Field(
+        "exact",
+        description="of training; exact: stock LIBERO's, bit for bit; fast: the same to rounding, a third faster. Evaluation is exact",
+    )
     num_workers: int | None = Field(
         None,
         ge=1,

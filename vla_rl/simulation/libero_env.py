@@ -57,6 +57,7 @@ class LiberoEnv(gymnasium.Env):
         num_images: K, 1 is the agent view, 2 adds the wrist camera.
         image_size: H = W, pixels.
         render: "exact" are stock LIBERO's images; "fast" leaves out reflections and multi-sampling.
+        physics: "exact" is stock LIBERO's to the bit; "fast" is the same to rounding.
         max_steps: simulator steps until truncation; None takes the suite's own limit.
         settle_steps: steps with a resting arm in `reset`; they do not count.
         reward: a key of vla_rl.simulation.rewards.REWARDS.
@@ -77,6 +78,7 @@ class LiberoEnv(gymnasium.Env):
         num_images: int = 1,
         image_size: int = 256,
         render: str = "exact",
+        physics: str = "exact",
         max_steps: int | None = None,
         settle_steps: int = 10,
         reward: str = "sparse",
@@ -86,14 +88,15 @@ class LiberoEnv(gymnasium.Env):
         simulators: Simulators | None = None,
     ):
         _, suite_limit = suite_size(task_suite)
-        if render not in ("exact", "fast"):
-            raise ValueError(f"render={render!r} is unknown; choose exact or fast")
+        for name, value in (("render", render), ("physics", physics)):
+            if value not in ("exact", "fast"):
+                raise ValueError(f"{name}={value!r} is unknown; choose exact or fast")
         if reward not in REWARDS:
             raise ValueError(f"reward={reward!r} is unknown; choose {' or '.join(REWARDS)}")
         self.reward, self.gamma, self.bootstrap_truncated = reward, gamma, bootstrap_truncated
         self.task_suite, self.default_task_id = task_suite, task_ids[0]
         self.chunk_size, self.cameras, self.image_size = chunk_size, CAMERAS[:num_images], image_size
-        self.render_quality, self.settle_steps, self.index = render, settle_steps, index
+        self.render_quality, self.physics, self.settle_steps, self.index = render, physics, settle_steps, index
         self.max_steps = max_steps or suite_limit
         self.observation_space = Dict(
             images=Box(0, 255, (num_images, image_size, image_size, 3), np.uint8),
@@ -231,7 +234,7 @@ class LiberoEnv(gymnasium.Env):
 
     def _shared(self, task_id: int) -> Shared:
         fast = self.render_quality == "fast"
-        return self._simulators.get(self.task_suite, task_id, self.cameras, self.image_size, fast)
+        return self._simulators.get(self.task_suite, task_id, self.cameras, self.image_size, fast, self.physics)
 
     def _start(self, episode: dict[str, Any], render: bool) -> None:
         with doing("reset", self.index):
@@ -326,7 +329,15 @@ class Simulators:
         self.limit, self.cache_gb, self.told = limit, cache_gb, told
         self.kept: OrderedDict[tuple, Shared] = OrderedDict()
 
-    def get(self, task_suite: str, task_id: int, cameras: Sequence[str], image_size: int, fast: bool) -> Shared:
+    def get(
+        self,
+        task_suite: str,
+        task_id: int,
+        cameras: Sequence[str],
+        image_size: int,
+        fast: bool,
+        physics: str,
+    ) -> Shared:
         """The simulator of a task; builds it if it is not there, which takes 2 to 5 s.
 
         Raises:
@@ -335,7 +346,7 @@ class Simulators:
             ModuleNotFoundError: a package is missing or not whole; says what to run.
             ConfigError: the task is of a suite of one's own, and its files are wrong.
         """
-        key = (task_suite, task_id, tuple(cameras), image_size, fast)
+        key = (task_suite, task_id, tuple(cameras), image_size, fast, physics)
         if key not in self.kept:
             while len(self.kept) >= self.limit:
                 self.kept.popitem(last=False)[1].simulator.close()
@@ -367,14 +378,20 @@ class Shared:
 
 
 def build_simulator(
-    task_suite: str, task_id: int, cameras: Sequence[str], image_size: int, fast: bool, cache_gb: float = 0
+    task_suite: str,
+    task_id: int,
+    cameras: Sequence[str],
+    image_size: int,
+    fast: bool,
+    physics: str = "exact",
+    cache_gb: float = 0,
 ) -> Simulator:
     """As Simulators.get, without sharing."""
     benchmark = load_benchmark(task_suite)
     check_task(task_suite, task_id)
     simulator = import_simulator()
     with naming_missing_modules(), blaming_own_task(task_suite, task_id):
-        built = simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, cache_gb)
+        built = simulator(benchmark.get_task_bddl_file_path(task_id), cameras, image_size, fast, physics, cache_gb)
         if task_suite in own_suites():
             built.check_states(fixed_states(task_suite, task_id))
     return built

@@ -67,7 +67,7 @@ def render_first_task(config: Config) -> Rendered:
     env, task_id = config.env, config.env.task_ids[0]
     fast, cache_gb = env.render == "fast", env.model_cache_gb
     cameras = CAMERAS[: config.policy.num_images]
-    sim = build_simulator(env.task_suite, task_id, cameras, env.image_size, fast, cache_gb)
+    sim = build_simulator(env.task_suite, task_id, cameras, env.image_size, fast, cache_gb=cache_gb)
     try:
         sim.reset(0, fixed_state(env.task_suite, task_id, 0), render=True)
         seconds = []

@@ -357,7 +357,7 @@ def make_vector_env(
     """The configured suite in `num_envs` environments.
 
     Args:
-        evaluation: images and length of an episode are eval's, not env's.
+        evaluation: images and length of an episode are eval's, not env's; the physics is exact.
         overlap: halves of the environments will step in turns; each should fill the workers.
         image_transform: the policy's (`policy.processor.image_transform`), done in the workers; None: images as rendered.
     """
@@ -369,6 +369,7 @@ def make_vector_env(
         "num_images": config.policy.num_images,
         "image_size": env.image_size,
         "render": (config.eval if evaluation else env).render,
+        "physics": "exact" if evaluation else env.physics,
         "max_steps": config.max_episode_steps(evaluation),
         "settle_steps": env.settle_steps,
         "reward": env.reward,
