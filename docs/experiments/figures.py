@@ -5,7 +5,11 @@
 
 runs/NAME_seedS.jsonl is the metrics.jsonl of a run, docs/experiments/run.py makes it. Thin lines are seeds: success of the last
 WINDOW training episodes (sampled, random placements; fewer at the start). Thick lines are means over the seeds, with a 95 % t
-interval from 3 seeds on. Crosses are the seeds' greedy evaluations over the fixed states.
+interval from 3 seeds on. Crosses are the seeds' greedy evaluations over the fixed states. Of runs of several tasks a second
+picture, FIGURE_tasks.png, has each task's last TASK_WINDOW episodes.
+
+Sample efficiency is the timesteps to 80 % of the way from the start, the success of all seeds' first iterations, to the ceiling, which
+is 1, by the mean of the last WINDOW episodes.
 """
 
 from __future__ import annotations
@@ -20,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from scipy import stats
 
-from vla_rl.reports.curves import GREEDY, evaluations, success_of_last_episodes
+from vla_rl.reports.curves import EPISODES, GREEDY, TRAINING, evaluations, success_of_last_episodes
 from vla_rl.reports.drawing import draw_seeds
-from vla_rl.reports.records import read_metrics
+from vla_rl.reports.records import Records, read_metrics
 
 HERE = Path(__file__).parent
-WINDOW = 160  # episodes
+WINDOW, TASK_WINDOW = 160, 40  # episodes
 
 # figure -> label -> runs NAME
 FIGURES: dict[str, dict[str, str]] = {
@@ -48,10 +52,21 @@ FIGURES: dict[str, dict[str, str]] = {
     "weak": {"GAE-PPO": "weak_sparse"},
     "weak_grpo": {"GAE-PPO": "weak_sparse", "GRPO, groups of 8": "weak_grpo"},
     "reward": {"sparse": "weak_sparse", "dense": "weak_dense"},
+    "suite": {"GAE-PPO": "suite_ppo", "GRPO": "suite_grpo"},
+    "task_6": {"GAE-PPO": "task_6_ppo", "GRPO": "task_6_grpo"},
+    "long": {"GAE-PPO": "long_ppo", "GRPO": "long_grpo"},
+    "noise": {
+        "base": "noise_base",
+        "16 environments": "noise_more",
+        "steps by KL": "noise_kl",
+        "cooled": "noise_cooled",
+        "first actions": "noise_first_actions",
+        "pairs": "noise_pairs",
+    },
 }
 
 # also against minutes; beside the ablations the machine had more or less other work
-TIMED = ("ppo", "grpo", "weak", "weak_grpo")
+TIMED = ("ppo", "grpo", "weak", "weak_grpo", "suite", "task_6", "long")
 
 
 def load(name: str) -> dict[str, list[dict]]:
@@ -77,6 +92,44 @@ def draw(figure: str, runs: dict[str, str]) -> None:
     canvas.tight_layout()
     canvas.savefig(HERE / f"{figure}.png", dpi=100)
     pyplot.close(canvas)
+
+
+def draw_tasks(figure: str, runs: dict[str, str]) -> None:
+    """A panel a task, against timesteps; nothing where the runs have one task."""
+    tasks = sorted({int(task) for name in runs.values() for s in load(name).values() for task in tasks_of(s)})
+    if len(tasks) < 2:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(5, len(tasks))
+    shape = -(-len(tasks) // columns), columns
+    canvas, axes = pyplot.subplots(*shape, figsize=(11, 2.1 * shape[0]), sharex=True, sharey=True, squeeze=False)
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        for label, name in runs.items():
+            curves = [success_of_last_episodes(of_task(s, task), TASK_WINDOW) for s in load(name).values()]
+            draw_seeds(axis, label, [(timesteps, success) for timesteps, _, success in curves])
+        axis.set_title(f"task {task}", fontsize=9)
+        axis.set(ylim=(-0.03, 1.03))
+        axis.tick_params(labelsize=7)
+    axes[0, 0].legend(fontsize=7, loc="lower right")
+    canvas.supxlabel("timesteps", fontsize=9)
+    canvas.tight_layout()
+    canvas.savefig(HERE / f"{figure}_tasks.png", dpi=100)
+    pyplot.close(canvas)
+
+
+def tasks_of(records: Records) -> list[str]:
+    prefix = f"{EPISODES}/task_"
+    return [key.removeprefix(prefix) for key in {key for r in records for key in r} if key.startswith(prefix)]
+
+
+def of_task(records: Records, task: int) -> Records:
+    """The records with the success of a task's episodes in the place of all."""
+    names = (EPISODES, TRAINING)
+    return [r | {name: r.get(f"{name}/task_{task}") for name in names} for r in records]
 
 
 def draw_axis(axis: Any, runs: dict[str, str], column: int) -> None:
@@ -155,6 +208,22 @@ def compare(base: str, *others: str) -> None:
         )
 
 
+def efficiency(runs: dict[str, str], share: float = 0.8) -> None:
+    """Prints the timesteps to a share of the way from the start to 1, of each seed, their mean and its 95 % t interval."""
+    curves = {label: [success_of_last_episodes(s, WINDOW) for s in load(name).values()] for label, name in runs.items()}
+    first = [next(r for r in s if r.get(EPISODES)) for name in runs.values() for s in load(name).values()]  # iterations
+    start = np.average([r[TRAINING] for r in first], weights=[r[EPISODES] for r in first])
+    level = start + share * (1 - start)
+    for label, seeds in curves.items():
+        reached = [first_at(timesteps, success, level) for timesteps, _, success in seeds]
+        line = f"timesteps from {start:.0%} to {level:.0%}, {share:.0%} of the way: {label} {', '.join(reached)}"
+        if "-" not in reached and len(reached) > 1:
+            at = np.array(reached, float)
+            half = stats.t.ppf(0.975, len(at) - 1) * at.std(ddof=1) / np.sqrt(len(at))
+            line += f"; mean {at.mean():.0f} ({at.mean() - half:.0f} to {at.mean() + half:.0f})"
+        print(f"{line}; at the end {', '.join(f'{success[-1]:.0%}' for _, _, success in seeds)}")
+
+
 def first_at(timesteps: np.ndarray, success: np.ndarray, level: float) -> str:
     reached = np.flatnonzero(success >= level)
     return f"{timesteps[reached[0]]:.0f}" if len(reached) else "-"
@@ -171,12 +240,16 @@ def main() -> None:
         missing = [name for name in FIGURES[figure].values() if not load(name)]
         if missing:
             print(f"{figure}: no runs; python docs/experiments/run.py {' '.join(missing)}")
+        runs = {label: name for label, name in FIGURES[figure].items() if name not in missing}
+        if not runs:
             continue
-        draw(figure, FIGURES[figure])
+        draw(figure, runs)
+        draw_tasks(figure, runs)
         print(f"{figure}\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-        for label, name in FIGURES[figure].items():
+        for label, name in runs.items():
             report(label, name)
-        compare(*FIGURES[figure].values())
+        compare(*runs.values())
+        efficiency(runs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes the runs of docs/experiments.md: each on a core of its own, as many at once as there are cores.
+"""Makes the runs of docs/experiments.md: each on a core of its own, as many at once as there are cores; suites on all cores.
 
     python docs/experiments/run.py ppo grpo                all seeds that are named for them
     python docs/experiments/run.py ppo --seeds 0           one
@@ -23,23 +23,22 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 
-COMMON = (
-    "--no-wandb run.torch_threads=1 env.num_workers=1 eval.modes=[greedy] eval.video=false "
-    "logging.checkpoint_interval=3 logging.progress=false"
-)
+ALONE = "--no-wandb eval.modes=[greedy] eval.video=false logging.checkpoint_interval=3 logging.progress=false"
+COMMON = f"{ALONE} run.torch_threads=1 env.num_workers=1"
 PPO, GRPO = "--config configs/tiny_gae_ppo.yaml", "--config configs/tiny_grpo.yaml"
 ABLATION = f"{PPO} --timesteps 64000 eval.interval=0"
 GRPO_TRIAL = f"{GRPO} --timesteps 64000 eval.interval=2"
 WEAK = "--task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled]"
 NOISE = (
-    f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled] "
+    f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled] env.physics=fast "
     "logging.checkpoint_interval=1 logging.keep_checkpoints=20"
 )
+TASK_6 = "--task-id 6 --timesteps 150000 eval.interval=0 eval.modes=[greedy,sampled] env.physics=fast"
 LONG = (
-    "--task-suite libero_10 --task-id 0 --checkpoint runs/long_sft/model --timesteps 200000 env.max_steps=320 eval.interval=0 "
+    "--task-suite libero_10 --task-id 0 --checkpoint runs/long_sft/model --timesteps 200000 env.max_steps=320 eval.interval=0 env.physics=fast "
     "eval.modes=[greedy,sampled]"
 )  # docs/experiments/long.py makes the checkpoint
-SUITE = "logging.keep_every=6 logging.checkpoint_interval=2"
+SUITE = "logging.keep_every=6 logging.checkpoint_interval=2 logging.keep_checkpoints=12"
 TEN = "--task-ids 0 1 2 3 4 5 6 7 8 9 eval.interval=0 eval.states=0-1 eval.num_envs=2"
 
 # name -> seeds, settings
@@ -81,14 +80,17 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "noise_pairs": ((1, 2), NOISE),
     "long_ppo": ((1, 2), f"{PPO} {LONG}"),
     "long_grpo": ((1, 2), f"{GRPO} {LONG} rollout.n_episodes=40"),
+    "task_6_ppo": ((1, 2), f"{PPO} {TASK_6}"),
+    "task_6_grpo": ((1, 2), f"{GRPO} {TASK_6}"),
     "suite_ppo": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
     "suite_grpo": (
         (1, 2),
-        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 1000000 rollout.num_envs=16 rollout.n_episodes=160 "
-        f"algorithm.n_epochs=1 eval.interval=12 eval.states=0-4 {SUITE}",
+        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 550000 rollout.num_envs=16 env.physics=fast eval.interval=0 "
+        f"eval.states=0-1 {SUITE}",
     ),
 }
 
+ON_ALL_CORES = ("suite_ppo", "suite_grpo")
 VARIANTS = {f"noise_{variant}": variant for variant in ("cooled", "first_actions", "pairs")}  # of noise.py
 
 
@@ -97,7 +99,7 @@ def command(name: str, seed: int) -> str:
     script = f"docs/experiments/noise.py {VARIANTS[name]}" if name in VARIANTS else "start_gae_ppo_training.py"
     if any((REPOSITORY / "runs" / run / "checkpoints").glob("iteration-*[0-9]")):
         return f"{script} --resume runs/{run} --no-wandb"
-    parts = f"{COMMON} {RUNS[name][1]}".split()
+    parts = f"{ALONE if name in ON_ALL_CORES else COMMON} {RUNS[name][1]}".split()
     settings = {
         part.partition("=")[0]: part for part in parts if "=" in part
     }  # those of the run in place of the common ones
@@ -112,49 +114,58 @@ def command(name: str, seed: int) -> str:
 
 
 class Cores:
-    """Takes runs from a queue, one at a time on each core."""
+    """Makes the runs for all cores first, then takes the others from a queue, one at a time on each core."""
 
     def __init__(self, runs: list[tuple[str, int]]):
+        self.first = [run for run in runs if run[0] in ON_ALL_CORES]
         self.waiting: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         for run in runs:
-            self.waiting.put(run)
-        self.processes: dict[int, subprocess.Popen] = {}
+            if run not in self.first:
+                self.waiting.put(run)
+        self.processes: dict[str, subprocess.Popen] = {}
         self.stopped = threading.Event()
         self.failed: list[str] = []
 
     def work_all(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self.stop())
-        threads = [threading.Thread(target=self.work, args=(core,)) for core in sorted(os.sched_getaffinity(0))]
+        cores = sorted(map(str, os.sched_getaffinity(0)))
+        for run in self.first:
+            if not self.stopped.is_set():
+                self.make(",".join(cores), *run)
+        threads = [threading.Thread(target=self.work, args=(core,)) for core in cores]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    def work(self, core: int) -> None:
+    def work(self, core: str) -> None:
         while not self.stopped.is_set():
             try:
-                name, seed = self.waiting.get_nowait()
+                run = self.waiting.get_nowait()
             except queue.Empty:
                 return
-            status = self.execute(core, name, seed)
-            keep_metrics(f"{name}_seed{seed}")
-            how = "stopped" if self.stopped.is_set() else "done" if status == 0 else f"exit status {status}"
-            print(f"{name}_seed{seed}: {how}", flush=True)
-            if how not in ("stopped", "done"):
-                self.failed.append(f"{name}_seed{seed}")
+            self.make(core, *run)
 
-    def execute(self, core: int, name: str, seed: int) -> int:
+    def make(self, cores: str, name: str, seed: int) -> None:
+        status = self.execute(cores, name, seed)
+        keep_metrics(f"{name}_seed{seed}")
+        how = "stopped" if self.stopped.is_set() else "done" if status == 0 else f"exit status {status}"
+        print(f"{name}_seed{seed}: {how}", flush=True)
+        if how not in ("stopped", "done"):
+            self.failed.append(f"{name}_seed{seed}")
+
+    def execute(self, cores: str, name: str, seed: int) -> int:
         (REPOSITORY / "runs").mkdir(exist_ok=True)
         with (REPOSITORY / "runs" / f"{name}_seed{seed}.log").open("a") as log:
             process = subprocess.Popen(
-                ["taskset", "-c", str(core), sys.executable, *command(name, seed).split()],
+                ["taskset", "-c", cores, sys.executable, *command(name, seed).split()],
                 cwd=REPOSITORY,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches it once, by stop()
             )
-            self.processes[core] = process
+            self.processes[cores] = process
             if self.stopped.is_set():
                 process.terminate()
             return process.wait()

@@ -4,7 +4,7 @@
 
 Stock is OffScreenRenderEnv in LIBERO's own SubprocVectorEnv as the official OpenVLA evaluation runs it: both default
 cameras rendered in every step at 256 pixels, a hard reset an episode. A second column gives stock our cameras. Each
-measurement runs in a fresh process; figures are medians over the rounds. The floor is what MuJoCo alone takes: one mj_step
+measurement runs in a fresh process; figures are medians over the rounds. "Fast" is render: fast, "fastest" physics: fast too; the floor is what MuJoCo alone takes: one mj_step
 a sub-step, and one rendering.
 
 An episode is a reset, 10 settle steps and 110 steps in chunks of 8 with random actions; each from another fixed state.
@@ -34,6 +34,7 @@ from vla_rl.simulation.vector_env import LiberoVectorEnv
 from vla_rl.types import Episode
 
 CHUNK, STEPS, SETTLE = 8, 110, 10
+KINDS = {"exact": ("exact", "exact"), "fast": ("fast", "exact"), "fastest": ("fast", "fast")}  # render, physics
 
 
 def main() -> None:
@@ -62,13 +63,13 @@ def measure_all(args: argparse.Namespace) -> dict[str, float]:
     measurements: dict[str, list] = {"floor": ["floor"]}
     for label, cameras, size in (("none", [], 0), ("one128", one, 128), ("two256", two, 256)):
         measurements[f"stock_{label}"] = ["stock", cameras, size]
-        for render in ("exact", "fast") if cameras else ("exact",):
-            measurements[f"{render}_{label}"] = ["ours", cameras, size, render]
+        for kind in KINDS if cameras else ("exact", "fastest"):
+            measurements[f"{kind}_{label}"] = ["ours", cameras, size, *KINDS[kind]]
     for workers in args.workers:
         measurements[f"stock_episodes{workers}"] = ["stock_episodes", two, 256, workers]
         measurements[f"equal_episodes{workers}"] = ["stock_episodes", one, 128, workers]
-        for render in ("exact", "fast"):
-            measurements[f"{render}_episodes{workers}"] = ["episodes", one, 128, render, workers]
+        for kind in KINDS:
+            measurements[f"{kind}_episodes{workers}"] = ["episodes", one, 128, *KINDS[kind], workers]
     measurements |= {f"memory{tasks}": ["memory", tasks] for tasks in (1, 4, 10)}
     results: dict[str, list[float]] = {}
     for number in range(args.rounds):
@@ -85,31 +86,31 @@ def measure_all(args: argparse.Namespace) -> dict[str, float]:
 
 def print_table(figures: dict[str, float], workers: list[int]) -> None:
     def row(name: str, unit: str, figure: str, *keys: str, higher: bool = False) -> None:
-        """keys: stock as evaluated, stock with our cameras, exact, fast, floor; "" where there is none."""
+        """keys: stock as evaluated, stock with our cameras, exact, fast, fastest, floor; "" where there is none."""
         values = [figures.get(f"{key}/{figure}") for key in keys]
         cells = ["-" if value is None else f"{value:.4g}" for value in values]
-        for ours in (values[2], values[3]):
+        for ours in values[2:5]:
             for stock in values[:2]:
                 known = ours is not None and stock is not None
                 cells.append(f"{(ours / stock if higher else stock / ours):.1f}x" if known else "-")
         print("| " + " | ".join([f"{name}, {unit}", *cells]) + " |")
 
-    print(
-        "| | stock | stock, our cameras | exact | fast | floor | exact: stock | our cameras | fast: stock | our cameras |"
-    )
-    print("|" + "---|" * 10)
-    row("control step, no camera", "ms", "step_ms", "", "stock_none", "exact_none", "", "floor")
-    row("control steps, no camera", "1/s", "steps_per_s", "", "stock_none", "exact_none", "", "floor", higher=True)
+    ratios = " | ".join(f"{kind}: stock | our cameras" for kind in KINDS)
+    print(f"| | stock | stock, our cameras | {' | '.join(KINDS)} | floor | {ratios} |")
+    print("|" + "---|" * 13)
+    keys = "", "stock_none", "exact_none", "", "fastest_none", "floor"
+    row("control step, no camera", "ms", "step_ms", *keys)
+    row("control steps, no camera", "1/s", "steps_per_s", *keys, higher=True)
     for label, text in (("one128", "one 128 px camera"), ("two256", "two 256 px cameras")):
-        keys = "stock_two256", f"stock_{label}", f"exact_{label}", f"fast_{label}", ""
+        keys = "stock_two256", f"stock_{label}", *(f"{kind}_{label}" for kind in KINDS), ""
         row(f"control steps, {text} a decision", "1/s", "steps_per_s", *keys, higher=True)
-    keys = "stock_two256", "stock_one128", "exact_one128", "fast_one128", ""
+    keys = "stock_two256", "stock_one128", *(f"{kind}_one128" for kind in KINDS), ""
     row("reset, without settling", "ms", "reset_ms", *keys)
     row("construct", "s", "construct_s", *keys)
     row("construct, model in the cache", "s", "construct_cached_s", "", "", *keys[2:])
     row("memory of the first environment", "GiB", "memory_gib", *keys)
     for count in workers:
-        keys = [f"{kind}_episodes{count}" for kind in ("stock", "equal", "exact", "fast")]
+        keys = [f"{kind}_episodes{count}" for kind in ("stock", "equal", *KINDS)]
         row(f"whole episodes, {count} workers", "steps/s", "steps_per_s", *keys, "", higher=True)
     for name in ("exact", "fast"):
         print(f"memory of one more environment in a worker ({name}), MiB: {figures[f'{name}_one128/more_mib']:.2f}")
@@ -189,7 +190,7 @@ def stock(suite: str, task_id: int, cameras: list[str], size: int) -> dict[str, 
     }
 
 
-def ours(suite: str, task_id: int, cameras: list[str], size: int, render: str) -> dict[str, float]:
+def ours(suite: str, task_id: int, cameras: list[str], size: int, render: str, physics: str) -> dict[str, float]:
     """One Simulator in this process."""
     prepare_simulator()
     import robosuite  # noqa: F401 (imports do not count)
@@ -198,7 +199,7 @@ def ours(suite: str, task_id: int, cameras: list[str], size: int, render: str) -
 
     before = resident_gib()
     kept = []
-    build = partial(build_simulator, suite, task_id, cameras, size or 16, render == "fast")
+    build = partial(build_simulator, suite, task_id, cameras, size or 16, render == "fast", physics)
     construct_s = seconds(lambda: kept.append(build()))
     sim = kept[0]
     state = fixed_state(suite, task_id, 0)
@@ -268,7 +269,9 @@ def stock_episodes(suite: str, task_id: int, cameras: list[str], size: int, work
     return {"seconds": taken, "steps_per_s": workers * STEPS / taken}
 
 
-def episodes(suite: str, task_id: int, cameras: list[str], size: int, render: str, workers: int) -> dict[str, float]:
+def episodes(
+    suite: str, task_id: int, cameras: list[str], size: int, render: str, physics: str, workers: int
+) -> dict[str, float]:
     """The same with LiberoVectorEnv, one environment a worker."""
     kwargs = {
         "task_suite": suite,
@@ -276,6 +279,7 @@ def episodes(suite: str, task_id: int, cameras: list[str], size: int, render: st
         "num_images": len(cameras),
         "image_size": size,
         "render": render,
+        "physics": physics,
     }
     envs = LiberoVectorEnv(kwargs | {"max_steps": STEPS}, workers, workers, cache_gb=3)
     envs.reset(options={"episodes": {i: Episode(task_id, 40 + i, 0) for i in range(workers)}})
