@@ -56,6 +56,13 @@ def test_torques_and_goals_are_robosuites(posed, turns):
     assert np.abs(expected).max() > 1  # Nm
 
 
+def test_fast_torques_are_the_exact_ones_to_rounding(posed):
+    sim, rng = posed
+    sim.arm.measure()
+    sim.arm.set_goal(rng.uniform(-1.5, 1.5, 6))
+    np.testing.assert_allclose(sim.arm.torques_to_rounding(), sim.arm.exact_torques(), rtol=1e-9, atol=1e-9)
+
+
 def test_fingers_follow_robosuites_gripper(sim):
     sim.reset(0, None, render=False)
     gripper = sim.robot.gripper

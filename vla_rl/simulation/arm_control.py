@@ -2,7 +2,8 @@
 
 robosuite 1.4.0 (controllers/osc.py, base_controller.py; Khatib 1987) looks up names, allocates arrays and computes each
 Jacobian twice in every one of the 25 sub-steps of a control step. Here the same numbers go through the same compiled
-functions, in the same memory layout: BLAS adds in another order where a matrix lies otherwise in memory.
+functions, in the same memory layout: BLAS adds in another order where a matrix lies otherwise in memory. With `exact` off they
+are the same numbers to rounding, from one compiled function.
 
 Not here: when the dynamics are computed (vla_rl.simulation.simulator).
 """
@@ -28,6 +29,8 @@ class ArmControl:
     Args:
         robot: robosuite's; it stands in its start pose and its OSC_POSE controller has just been made there.
     """
+
+    exact = True
 
     def __init__(self, robot: Any, model: mujoco.MjModel, data: mujoco.MjData):
         osc, gripper = robot.controller, robot.gripper
@@ -84,23 +87,38 @@ class ArmControl:
 
     def apply(self, gripper_action: float) -> None:
         """Commands of one sub-step. gripper_action: its sign opens (-1), holds (0) or closes (1)."""
-        data, osc, wrench = self.data, self.osc, self.wrench
-        force, torque, lambda_pos, lambda_ori, nullspace = operational_space(
-            osc.goal_pos, osc.goal_ori, osc.kp, osc.kd, osc.initial_joint,
-            self.ee_pos, self.ee_ori, self.ee_pos_vel, self.ee_ori_vel, self.joint_pos, self.joint_vel,
-            self.mass, self.J, self.J_pos, self.J_ori,
-        )  # fmt: skip
-        # products that robosuite leaves to NumPy stay with it: numba's go to SciPy's BLAS
-        np.dot(lambda_pos, force, out=wrench[:3])
-        np.dot(lambda_ori, torque, out=wrench[3:])
-        torques = np.dot(self.J.T, wrench) + data.qfrc_bias[self.dof_index]
-        torques += nullspace
+        data = self.data
+        torques = self.exact_torques() if self.exact else self.torques_to_rounding()
         data.ctrl[self.motor_index] = np.minimum(np.maximum(torques, self.torque_low), self.torque_high)
 
         step = self.finger_speed * float(np.sign(gripper_action))
         left, right = self.finger_command
         self.finger_command = (clip(left - step), clip(right + step))
         data.ctrl[self.finger_index] = self.finger_centre + self.finger_range * self.finger_command
+
+    def exact_torques(self) -> np.ndarray:
+        """[7], Nm, before the motors' limits."""
+        wrench = self.wrench
+        force, torque, lambda_pos, lambda_ori, nullspace = operational_space(
+            *self.goal_and_pose(), self.mass, self.J, self.J_pos, self.J_ori
+        )
+        # products that robosuite leaves to NumPy stay with it: numba's go to SciPy's BLAS
+        np.dot(lambda_pos, force, out=wrench[:3])
+        np.dot(lambda_ori, torque, out=wrench[3:])
+        torques = np.dot(self.J.T, wrench) + self.data.qfrc_bias[self.dof_index]
+        torques += nullspace
+        return torques
+
+    def torques_to_rounding(self) -> np.ndarray:
+        """The same to rounding."""
+        return operational_space_torques(*self.goal_and_pose(), self.mass, self.J) + self.data.qfrc_bias[self.dof_index]
+
+    def goal_and_pose(self) -> tuple[np.ndarray, ...]:
+        osc = self.osc
+        return (
+            osc.goal_pos, osc.goal_ori, osc.kp, osc.kd, osc.initial_joint,
+            self.ee_pos, self.ee_ori, self.ee_pos_vel, self.ee_ori_vel, self.joint_pos, self.joint_vel,
+        )  # fmt: skip
 
 
 @jit_decorator
@@ -113,11 +131,7 @@ def operational_space(
 
     robosuite 1.4.0, OperationalSpaceController.run_controller: F = kp e - kd v, and its own compiled helpers.
     """
-    ori_error = orientation_error(goal_ori, ee_ori)
-    force, torque = np.empty(3), np.empty(3)
-    for i in range(3):
-        force[i] = (goal_pos[i] - ee_pos[i]) * kp[i] + -ee_pos_vel[i] * kd[i]
-        torque[i] = ori_error[i] * kp[i + 3] + -ee_ori_vel[i] * kd[i + 3]
+    force, torque = desired_wrench(goal_pos, goal_ori, kp, kd, ee_pos, ee_ori, ee_pos_vel, ee_ori_vel)
     _, lambda_pos, lambda_ori, nullspace = opspace_matrices(mass, J, J_pos, J_ori)
     return (
         force,
@@ -126,6 +140,39 @@ def operational_space(
         lambda_ori,
         nullspace_torques(mass, nullspace, initial_joint, joint_pos, joint_vel),
     )
+
+
+@jit_decorator
+def desired_wrench(goal_pos, goal_ori, kp, kd, ee_pos, ee_ori, ee_pos_vel, ee_ori_vel):
+    ori_error = orientation_error(goal_ori, ee_ori)
+    force, torque = np.empty(3), np.empty(3)
+    for i in range(3):
+        force[i] = (goal_pos[i] - ee_pos[i]) * kp[i] + -ee_pos_vel[i] * kd[i]
+        torque[i] = ori_error[i] * kp[i + 3] + -ee_ori_vel[i] * kd[i + 3]
+    return force, torque
+
+
+@jit_decorator
+def operational_space_torques(
+    goal_pos, goal_ori, kp, kd, initial_joint,
+    ee_pos, ee_ori, ee_pos_vel, ee_ori_vel, joint_pos, joint_vel,
+    mass, J,
+):  # fmt: skip
+    """Torques [7] of the arm without gravity: J^T Lambda F + (1 - J^T Lambda J M^-1) M a, where Lambda^-1 = J M^-1 J^T.
+
+    Lambda is that of position and orientation apart for F, the full one in the nullspace (Khatib 1987, eq. 51 ff.). robosuite
+    takes pseudo-inverses; where they are inverses, which is where J has its full rank, this is the same.
+
+    a: of a spring to the initial joints with critical damping (robosuite 1.4.0, nullspace_torques, whose stiffness is 10).
+    """
+    force, torque = desired_wrench(goal_pos, goal_ori, kp, kd, ee_pos, ee_ori, ee_pos_vel, ee_ori_vel)
+    lambda_inverse = J @ np.linalg.solve(mass, J.T)
+    wrench = np.empty(6)
+    wrench[:3] = np.linalg.solve(lambda_inverse[:3, :3], force)
+    wrench[3:] = np.linalg.solve(lambda_inverse[3:, 3:], torque)
+    acceleration = 10 * (initial_joint - joint_pos) - 2 * np.sqrt(10.0) * joint_vel
+    wrench -= np.linalg.solve(lambda_inverse, J @ acceleration)
+    return J.T @ wrench + mass @ acceleration
 
 
 def consecutive(indices: list[int]) -> slice:

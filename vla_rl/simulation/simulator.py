@@ -95,7 +95,8 @@ class Simulator:
         cameras: names, K; with none there is no OpenGL either.
         image_size: H = W.
         fast: leave out reflections and multi-sampling.
-        physics: "exact" is stock's to the bit; "fast" solves once a sub-step in place of three times, with sparse matrices.
+        physics: "exact" is stock's to the bit; "fast" solves for the contacts once a sub-step in place of three times, with sparse
+            matrices, and for the arm's torques without pseudo-inverses.
         cache_gb: disk for compiled models (vla_rl.simulation.model_cache); 0 for none.
     """
 
@@ -143,6 +144,7 @@ class Simulator:
         self.finger_joints = self.robot._ref_gripper_joint_pos_indexes
         self.unit_qpos = np.empty_like(self.data.qpos)
         self.arm = self.env.prepare_start()
+        self.arm.exact = physics == "exact"
 
     # ----------------------------------------------------------------------------------------------------------- reset
 
