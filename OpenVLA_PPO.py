@@ -46,7 +46,7 @@ from vla_rl.learning.micro_batches import MicroBatches, naming_what_fits
 from vla_rl.learning.no_signal import SignalWatch
 from vla_rl.learning.optimizer import adamw, clip_gradient
 from vla_rl.learning.rollout_buffer import Decision, Minibatch, RolloutBuffer, shuffled_rows
-from vla_rl.learning.schedule import ActorSchedule
+from vla_rl.learning.schedule import ActorSchedule, cooled
 from vla_rl.learning.trainer_state import TrainerState
 from vla_rl.model.value_head import ValueHead
 from vla_rl.reports.metrics import MetricsLogger
@@ -143,6 +143,15 @@ class OpenVLAPPO:
         """The settings of this process's environments and its part of a minibatch."""
         return share_of(self.config, self.ranks.size)
 
+    @property
+    def temperature(self) -> float:
+        """Of this iteration's rollout and update."""
+        rollout = self.config.rollout
+        if rollout.final_temperature is None:
+            return rollout.temperature
+        done, total = self.boundary.timesteps, self.config.run.timesteps
+        return cooled(rollout.temperature, rollout.final_temperature, done, total)
+
     # ---------------------------------------------------------------------------------------------------------- train
 
     def train(self) -> bool:
@@ -204,6 +213,7 @@ class OpenVLAPPO:
         metrics |= {
             "rollout/env_steps_per_s": metrics["rollout/env_steps"] / rollout_s,
             "rollout/render": self.config.env.render,
+            "rollout/temperature": self.temperature,
             "time/rollout_s": rollout_s,
             "time/update_s": iteration_s - rollout_s,
             "system/peak_memory_gib": self.ranks.largest(progress.peak_memory_gib(self.device)),
@@ -298,7 +308,7 @@ class OpenVLAPPO:
         self.check_stop()
         seen, generators = self.obs.rows(playing), [source.generator_of(i) for i in playing]
         with self.finite.acting(seen):
-            output = self.policy.act(seen, temperature=self.config.rollout.temperature, generator=generators)
+            output = self.policy.act(seen, temperature=self.temperature, generator=generators)
             hidden = self.hidden_of(output)  # [N, D]
             values = self.predict_values(hidden)  # [N]
             check_finite("a log-probability of the rollout", output.logprobs)
@@ -404,13 +414,12 @@ class OpenVLAPPO:
         train_actor = self.schedule.steps_in(self.iteration)
         scored: dict[str, float] = {}
         if algorithm.recompute_logprobs and train_actor:
-            old_logprobs = self.micro_batches.score(batch, self.policy.logprobs, self.ranks)
+            old_logprobs = self.micro_batches.score(batch, self.policy.logprobs, self.temperature, self.ranks)
             scored = check_rescored(batch, old_logprobs, self.policy.chunk_size, self.config.policy.dtype)
             batch = replace(batch, old_logprobs=old_logprobs)
         if algorithm.kl_coef > 0 and train_actor:
-            batch = replace(
-                batch, reference_logprobs=self.micro_batches.score(batch, self.policy.reference_logprobs, self.ranks)
-            )
+            reference = self.micro_batches.score(batch, self.policy.reference_logprobs, self.temperature, self.ranks)
+            batch = replace(batch, reference_logprobs=reference)
         steps_planned = algorithm.n_epochs * -(-len(batch) // algorithm.minibatch_size)
         bar = progress_bar("update", steps_planned, "step", self.config.logging.progress)
         history: list[dict[str, float]] = []  # metrics of each minibatch
@@ -520,9 +529,7 @@ class OpenVLAPPO:
             The loss, actor/* metrics (sums that add up over micro-batches), and the hidden state [B, D] of this forward.
         """
         algorithm = self.config.algorithm
-        evaluation = self.policy.evaluate_actions(
-            micro.inputs, micro.action_tokens, temperature=self.config.rollout.temperature
-        )
+        evaluation = self.policy.evaluate_actions(micro.inputs, micro.action_tokens, temperature=self.temperature)
         tokens = losses.token_mask(micro.steps, self.policy.chunk_size, ACTION_DIM)
         trained = losses.of_dims(tokens, algorithm.action_dims, ACTION_DIM)
         logprobs, mask = losses.sum_to_level(evaluation.logprobs, trained, algorithm.logprob_level, ACTION_DIM)

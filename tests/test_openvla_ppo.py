@@ -74,6 +74,26 @@ def test_the_actors_learning_rate_falls_linearly_with_the_timesteps(tmp_path):
     assert [group["lr"] for group in trainer.critic_optimizer.param_groups] == [0.003]
 
 
+def test_the_temperature_falls_in_the_last_third_and_a_resume_goes_on_with_it(tmp_path):
+    """The rollout's and the update's are the same: the first minibatch's ratios are 1."""
+    run, rollout = {"timesteps": 600}, {"temperature": 1.0, "final_temperature": 0.5}
+    trainer = make_trainer(tmp_path / "a", run=run, rollout=rollout)
+    began, metrics = [], []
+    while trainer.timesteps < 600:
+        began.append(trainer.timesteps)
+        trainer.train_iteration()
+        metrics.append(read_metrics(tmp_path / "a" / "metrics.jsonl")[-1])
+        assert metrics[-1]["actor/first_minibatch_ratio_error"] < 1e-5
+        if trainer.timesteps < 500:
+            saved = trainer.save_checkpoint()
+    temperatures = [m["rollout/temperature"] for m in metrics]
+    assert temperatures == pytest.approx([1 - 0.5 * max(0, 3 * t / 600 - 2) for t in began])
+    assert temperatures[0] == 1 and 0.5 < temperatures[-1] < 0.9
+    resumed = make_trainer(tmp_path / "b", run=run, rollout=rollout)
+    resumed.load_checkpoint(saved)
+    assert resumed.temperature == temperatures[began.index(resumed.timesteps)]
+
+
 @pytest.mark.parametrize("level", ["token", "chunk"])
 def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(tmp_path, level):
     """15 rows in micro-batches of 4, 4, 4 and 3 with masked tokens, against one of 15."""
@@ -86,7 +106,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(tmp_path, level):
         assert (batch.steps < CHUNK).any()  # an episode that ended inside a chunk
         with torch.no_grad():
             trainer.policy.adapter.add_(0.05)  # ratios away from 1
-        reference = trainer.micro_batches.score(batch, trainer.policy.reference_logprobs, trainer.ranks)
+        reference = trainer.micro_batches.score(batch, trainer.policy.reference_logprobs, 1.0, trainer.ranks)
         metrics = trainer.minibatch_gradients(
             type(batch)(**vars(batch) | {"reference_logprobs": reference}), train_actor=True, score_actor=True
         )
@@ -152,7 +172,7 @@ def test_entropy_bonus_and_kl_penalty_are_of_the_dimensions_that_are_learned(tmp
             **vars(batch)
             | {
                 "reference_logprobs": trainer.micro_batches.score(
-                    batch, trainer.policy.reference_logprobs, trainer.ranks
+                    batch, trainer.policy.reference_logprobs, 1.0, trainer.ranks
                 )
             }
         )

@@ -2,7 +2,6 @@
 
     python docs/experiments/noise.py VARIANT ...       what follows are the flags of start_gae_ppo_training.py
 
-cooled         the temperature falls from 1 to 1/2 in the last third of the timesteps
 first_actions  only the tokens of a chunk's first half are trained
 pairs          environments 2k and 2k+1 play the same placements, and an advantage loses what the other's episode says of the placement
 
@@ -25,27 +24,6 @@ from vla_rl.learning import estimators, losses
 from vla_rl.learning.advantages import compute_gae
 
 Trainer = OpenVLA_PPO.OpenVLAPPO
-
-
-class Cooled(Trainer):
-    """T = 1 until two thirds of the timesteps, then in equal steps down to 1/2 at the end.
-
-    Not from the settings' temperature: a checkpoint keeps the present one, which a resume would take for the first.
-    """
-
-    def train_iteration(self) -> None:
-        self.cool()
-        super().train_iteration()
-
-    def evaluate(self) -> dict:
-        self.cool()  # eval.temperature=null takes the present one
-        return super().evaluate()
-
-    def cool(self) -> None:
-        done = min(1.0, self.timesteps / self.config.run.timesteps)
-        temperature = 1 - 0.5 * max(0.0, 3 * done - 2)
-        rollout = self.config.rollout.model_copy(update={"temperature": temperature})
-        self.config = self.config.model_copy(update={"rollout": rollout})
 
 
 def of_first_actions(mask: Tensor, action_dims: list[int], action_dim: int) -> Tensor:
@@ -124,7 +102,7 @@ def surprises_of_partners(ended: Tensor, rewards: Tensor, values: Tensor, first_
 
 
 def main() -> int:
-    variants = {"cooled": Cooled, "first_actions": Trainer, "pairs": Pairs}
+    variants = {"first_actions": Trainer, "pairs": Pairs}
     if len(sys.argv) < 2 or sys.argv[1] not in variants:
         print(__doc__.strip(), file=sys.stderr)
         return 2

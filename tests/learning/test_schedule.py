@@ -10,7 +10,7 @@ import torch
 
 from tests.fakes import CHUNK
 from tests.trainers import final_state, make_trainer, training_lines, with_values
-from vla_rl.learning.schedule import ActorSchedule, adapted_to_kl, linear
+from vla_rl.learning.schedule import ActorSchedule, adapted_to_kl, cooled, linear
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.run.checkpoint import find_checkpoint
 from vla_rl.run.settings import LoraConfig
@@ -23,6 +23,10 @@ def test_linear_goes_from_the_whole_rate_to_nothing():
     assert linear(3e-3, 50_000, 150_000) == pytest.approx(2e-3)
     assert linear(3e-3, 150_000, 150_000) == 0
     assert linear(3e-3, 149_000, 150_000) == pytest.approx(2e-5)
+
+
+def test_cooled_stays_for_two_thirds_and_ends_where_it_should():
+    assert [cooled(1.0, 0.5, t, 300) for t in (0, 199, 200, 250, 300, 310)] == [1, 1, 1, 0.75, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -191,11 +191,13 @@ class FiniteGuard:
         which = f"_rank{trainer.ranks.rank}" if trainer.ranks.size > 1 else ""
         path = trainer.logger.folder / f"nonfinite_iteration_{trainer.iteration + 1:06d}{which}.pt"
         head = trainer.value_head
+        settings = trainer.config.model_dump(mode="json")
+        settings["rollout"] |= {"temperature": trainer.temperature, "final_temperature": None}
         values = {
             "version": DUMP_VERSION,
             "name": name,
             "kind": kind,
-            "settings": trainer.config.model_dump(mode="json"),
+            "settings": settings,
             "adapter": [parameter.detach().cpu() for parameter in trainer.actor_parameters],
             "value_head": {name: tensor.cpu() for name, tensor in head.state_dict().items()}
             if head is not None

@@ -52,7 +52,6 @@ class MicroBatches:
     def __init__(self, config: Config, policy: Policy):
         asked = config.algorithm.micro_batch_size
         self.policy, self.sharded = policy, config.distributed.shard
-        self.temperature = config.rollout.temperature
         self.rows = min(config.algorithm.minibatch_size, CPU_ROWS) if asked == "auto" else asked
 
     @property
@@ -98,13 +97,13 @@ class MicroBatches:
             self.use(self.smaller(min(self.rows, len(batch)), said))
             log.warning("%s The update goes on with %s", said, self.choice)
 
-    def score(self, batch: Minibatch, logprobs: Callable[..., Tensor], ranks: Ranks) -> Tensor:
+    def score(self, batch: Minibatch, logprobs: Callable[..., Tensor], temperature: float, ranks: Ranks) -> Tensor:
         """Log-probabilities [R, A] of the rows' tokens, on the CPU, by a method of the policy; each process scores its share."""
 
         @torch.no_grad()
         def of_share(share: Minibatch) -> Tensor:
             parts = share.split(self.rows)
-            return torch.cat([logprobs(m.inputs, m.action_tokens, temperature=self.temperature).cpu() for m in parts])
+            return torch.cat([logprobs(m.inputs, m.action_tokens, temperature=temperature).cpu() for m in parts])
 
         shares = ranks.gather(self.run(of_share, batch.share(torch.arange(len(batch)), ranks)))
         return torch.stack(shares, dim=1).flatten(0, 1)[: len(batch)]

@@ -1,4 +1,4 @@
-"""Whether the actor steps, and how far: its learning rate over a run, and its waiting for the first reward.
+"""Whether the actor steps, how far and how hot: its learning rate and temperature over a run, its waiting for the first reward.
 
 Not here: what the gradient is (vla_rl.learning.losses); when an update ends early (algorithm.target_kl, OpenVLA_PPO).
 """
@@ -26,6 +26,17 @@ def linear(learning_rate: float, timesteps: int, total: int) -> float:
         total: T, run.timesteps.
     """
     return learning_rate * (1 - timesteps / total)
+
+
+def cooled(temperature: float, final: float, timesteps: int, total: int) -> float:
+    """T until two thirds of the timesteps, then linearly in them to T_end: T + (T_end - T) max(0, 3 t / total - 2).
+
+    Args:
+        temperature, final: T, T_end.
+        timesteps: t, before the iteration.
+        total: run.timesteps.
+    """
+    return temperature + (final - temperature) * min(1.0, max(0.0, 3 * timesteps / total - 2))
 
 
 def adapted_to_kl(learning_rate: float, kl: float, target: float, lowest: float, highest: float) -> float:

@@ -173,12 +173,10 @@ class CudaGraphs:
         self.function, self.pool, self.stream = function, pool, stream
         self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | None], tuple[Tensor, ...]]] = {}
 
-    def __call__(self, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-        """Args: options: constants of a graph, such as the temperature."""
-        shapes = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in tensors)
-        key = (shapes, tuple(sorted(options.items())))
+    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        key = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in tensors)
         if key not in self.captured:
-            self.captured[key] = self.capture(tensors, options)
+            self.captured[key] = self.capture(tensors)
         graph, inputs, outputs = self.captured[key]
         for kept, tensor in zip(inputs, tensors, strict=True):
             if kept is not None:
@@ -186,14 +184,14 @@ class CudaGraphs:
         graph.replay()
         return tuple(output.clone() for output in outputs)
 
-    def capture(self, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> tuple:
+    def capture(self, tensors: Sequence[Tensor | None]) -> tuple:
         inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for _ in range(self.WARMUPS):
-                self.function(*inputs, **options)
+                self.function(*inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            outputs = self.function(*inputs, **options)
+            outputs = self.function(*inputs)
         return graph, inputs, outputs

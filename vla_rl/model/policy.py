@@ -34,7 +34,7 @@ from vla_rl.model.find_checkpoint import TINY_RANDOM, check_use, find_and_check
 from vla_rl.model.prismatic import Prismatic, Prompt, arrange_prompt, load_network
 from vla_rl.model.processor import Processor
 from vla_rl.model.quantization import check_quantization, dense_parameters
-from vla_rl.model.sampling import check_finite, check_temperature, check_tensor, draw_noise, gather, pick
+from vla_rl.model.sampling import check_finite, check_temperature, check_tensor, draw_noise, gather, pick, tempered
 from vla_rl.model.trained_as import warn_of_other_use
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import (
@@ -144,7 +144,7 @@ class OpenVLAPolicy:
         """Loads a checkpoint.
 
         Args:
-            path: a folder in the official layout, a Hugging Face id, "tiny-openvla" or "tiny-openvla-random".
+            path: a folder in the official layout, a Hugging Face id, "tiny-openvla", "tiny-openvla-ppo" or "tiny-openvla-random".
             decoder: "autoregressive" (OpenVLA, C = 1) or "parallel" (OpenVLA-OFT).
             num_images: K, 1 or 2.
             use_proprio: feed the proprioception; the checkpoint must have a proprio projector.
@@ -233,7 +233,8 @@ class OpenVLAPolicy:
             shape = (self.num_tokens, self.action_tokenizer.n_bins)
             noise = draw_noise(shape, generator, rows).to(self.device, non_blocking=True)
         inputs = self.arrange(input_ids, attention_mask, pixel_values, proprio)
-        outputs = self.decide(*self.fill_rows([*inputs, noise]), temperature=temperature)
+        temperatures = torch.full((rows,), temperature, device=self.device)  # no constant of a CUDA graph
+        outputs = self.decide(*self.fill_rows([*inputs, noise, temperatures]))
         tokens, logprobs, hidden, finite = (output[:rows] for output in outputs)
         check_finite(finite.cpu())
         return tokens.cpu(), logprobs.cpu(), hidden
@@ -245,8 +246,7 @@ class OpenVLAPolicy:
         pixel_values: Tensor,
         proprio: Tensor | None,
         noise: Tensor | None,
-        *,
-        temperature: float,
+        temperatures: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of what `arrange` gives: tokens and log-probs [B, A], hidden [B, D], whether a row's distributions are finite [B].
 
@@ -254,13 +254,14 @@ class OpenVLAPolicy:
 
         Args:
             noise: [B, A, 256] of draw_noise; None: greedy.
+            temperatures: float32 [B].
         """
         network, first_id = self.network, self.action_tokenizer.first_id
 
         def choose(noise: Tensor | None, hidden: Tensor) -> Tensor:  # [..., 256], [..., D] -> int64 [...]
             if noise is None:
                 return network.vocabulary_logits(hidden).argmax(dim=-1)
-            return first_id + pick(torch.softmax(network.action_logits(hidden) / temperature, dim=-1), noise)
+            return first_id + pick(tempered(network.action_logits(hidden), temperatures).softmax(dim=-1), noise)
 
         prompt = network.embed(ids, valid, pixel_values, proprio)
         if self.decoder == "parallel":
@@ -270,7 +271,7 @@ class OpenVLAPolicy:
             tokens, hidden = network.decode(
                 prompt, self.num_tokens, lambda k, hidden: choose(None if noise is None else noise[:, k], hidden)
             )
-        all_logprobs = torch.log_softmax(network.action_logits(hidden) / temperature, dim=-1)  # [B, A, 256]
+        all_logprobs = tempered(network.action_logits(hidden), temperatures).log_softmax(dim=-1)  # [B, A, 256]
         index = tokens - first_id
         inside = (index >= 0) & (index < all_logprobs.shape[-1])
         logprobs = gather(all_logprobs, index.where(inside, 0)).where(inside, torch.nan)
@@ -301,7 +302,8 @@ class OpenVLAPolicy:
         check_temperature(temperature)
         index = self.action_index(inputs, action_tokens)
         hidden = self.action_hidden(inputs, index + self.action_tokenizer.first_id)
-        all_logprobs = torch.log_softmax(self.network.action_logits(hidden) / temperature, dim=-1)  # [B, A, 256]
+        temperatures = torch.full((1,), temperature, device=self.device)
+        all_logprobs = tempered(self.network.action_logits(hidden), temperatures).log_softmax(dim=-1)  # [B, A, 256]
         entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)  # [B, A]
         return ActionEvaluation(gather(all_logprobs, index), entropy, hidden[:, 0].float())
 

@@ -52,6 +52,12 @@ def check_finite(finite: Tensor) -> None:
         )
 
 
+def tempered(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """logits [B, ..., 256] / T. T is a tensor, [B] or [1], as a number would be a constant of a CUDA graph, and CUDA would
+    multiply by its inverse, which rounds otherwise."""
+    return logits / temperatures.view(-1, *[1] * (logits.ndim - 1))
+
+
 def check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}; expected above 0 (for the most likely token use greedy=True)")

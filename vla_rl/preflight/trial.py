@@ -271,7 +271,9 @@ class Trial:
         self.step_s = self.seconds(lambda: trainer.optimizer_steps(train_actor=True))
         self.score_s = 0.0
         if config.algorithm.kl_coef > 0 or config.algorithm.recompute_logprobs:
-            scored_s = self.seconds(lambda: trainer.micro_batches.score(minibatch, trainer.policy.logprobs, ONE))
+            scored_s = self.seconds(
+                lambda: trainer.micro_batches.score(minibatch, trainer.policy.logprobs, trainer.temperature, ONE)
+            )
             self.score_s = scored_s / len(minibatch)
         self.critic_step_s = 0.0
         if self.has_critic and config.algorithm.critic_epochs > 0:

@@ -58,7 +58,7 @@ class PolicyConfig(Section):
     checkpoint: str = Field(
         "tiny-openvla",
         description="a folder in the official layout, a Hugging Face id, tiny-openvla (in the repository, solves libero_spatial "
-        "now and then) or tiny-openvla-random",
+        "now and then), tiny-openvla-ppo (after PPO on it) or tiny-openvla-random",
     )
     decoder: Literal["autoregressive", "parallel"] = Field(
         "parallel",
@@ -201,6 +201,12 @@ class RolloutConfig(Section):
     )
     temperature: float = Field(
         1.0, gt=0, le=1000, description="of the sampling; log-probabilities are of the same distribution"
+    )
+    final_temperature: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="to which the temperature goes in equal steps in the last third of the timesteps; null: it stays",
     )
 
 
