@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vla_rl.evaluation.play import evaluate_policy, evaluation_episodes
 from vla_rl.model import tiny_openvla
+from vla_rl.model.find_checkpoint import check_checkpoint
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network
 from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla, write_tiny_openvla
@@ -129,14 +130,16 @@ def test_action_distribution_is_broad_but_not_uniform_and_depends_on_what_is_see
     assert logits[0].std(dim=0).mean() > 0.3  # the slots differ, though all their embeddings are zero
 
 
-# the trained one, in the repository
+# the trained ones, in the repository
 
 
-def test_the_trained_checkpoint_is_small_and_of_the_same_network(folder):
-    names = {path.name for path in TRAINED.iterdir()}
+@pytest.mark.parametrize("name", ["tiny-openvla", "tiny-openvla-ppo"])
+def test_the_trained_checkpoints_are_small_and_of_the_same_network(folder, name):
+    found = check_checkpoint(name, use_proprio=True)
+    names = {path.name for path in found.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "dataset_statistics.json"} <= names
-    assert sum(path.stat().st_size for path in TRAINED.rglob("*")) <= 15e6
-    trained, random = load_file(TRAINED / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert sum(path.stat().st_size for path in found.rglob("*")) <= 15e6
+    trained, random = load_file(found / "model.safetensors"), load_file(folder / "model.safetensors")
     assert {n: t.shape for n, t in trained.items()} == {n: t.shape for n, t in random.items()}
     assert not torch.equal(trained["language_model.lm_head.weight"], random["language_model.lm_head.weight"])
 

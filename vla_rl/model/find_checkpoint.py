@@ -9,11 +9,12 @@ import torch
 from vla_rl.model.checkpoint_folder import check_folder, find_folder
 from vla_rl.model.execution import can_compile
 from vla_rl.model.prismatic import build_network
-from vla_rl.model.tiny_openvla import TRAINED, ensure_tiny_openvla
+from vla_rl.model.tiny_openvla import TRAINED, TRAINED_BY_PPO, ensure_tiny_openvla
 from vla_rl.model.trained_as import read_trained_as
 from vla_rl.run.settings import ConfigError
 
 TINY = "tiny-openvla"  # the checkpoint in the repository, fine-tuned on libero_spatial
+TINY_PPO = "tiny-openvla-ppo"  # likewise, the same after PPO on libero_spatial
 TINY_RANDOM = "tiny-openvla-random"  # what it was before: made on first use
 
 
@@ -21,8 +22,8 @@ def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
     """The folder of a checkpoint, after checking that what the policy needs is in it; loads no weights.
 
     Args:
-        path: a folder, a Hugging Face id (downloaded if it is not in the cache), "tiny-openvla", or "tiny-openvla-random"
-            (made if needed).
+        path: a folder, a Hugging Face id (downloaded if it is not in the cache), "tiny-openvla", "tiny-openvla-ppo", or
+            "tiny-openvla-random" (made if needed).
 
     Raises:
         ConfigError: says where it looked and how to get the checkpoint, or what is missing or torn in it.
@@ -32,7 +33,7 @@ def check_checkpoint(path: str | Path, use_proprio: bool = False) -> Path:
 
 def find_and_check(path: str | Path, use_proprio: bool) -> tuple[Path, list[str]]:
     """`check_checkpoint`, and the names of the files beside the model, also of those that are not downloaded."""
-    made_here = {TINY: lambda: TRAINED, TINY_RANDOM: ensure_tiny_openvla}
+    made_here = {TINY: lambda: TRAINED, TINY_PPO: lambda: TRAINED_BY_PPO, TINY_RANDOM: ensure_tiny_openvla}
     try:
         folder, names = find_folder(str(made_here[path]() if path in made_here else path))
         check_folder(folder, use_proprio)

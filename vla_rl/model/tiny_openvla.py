@@ -28,6 +28,7 @@ from vla_rl.run.task_suites import BASE_SUITES
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TRAINED = ASSETS / "tiny_openvla"  # in the repository: fine-tuned on libero_spatial, see its README.md
+TRAINED_BY_PPO = ASSETS / "tiny_openvla_ppo"  # likewise: the same after configs/tiny_suite.yaml
 FOLDER = ASSETS / "tiny_openvla_random"  # made on first use
 RECIPE = 1  # raise it when anything below changes what is written; an older folder is then made anew
 SEED = 0

@@ -29,7 +29,11 @@ ConfigKind = TypeVar("ConfigKind", Config, SftConfig, WarmstartConfig)
 MAX_FILE_BYTES = 100_000  # ours have 3,000
 MAX_VALUES = 10_000  # of a file, its aliases written out; ours have 150
 PATHS = ("policy.checkpoint", "policy.adapter", "run.output_dir", "data.files")
-NO_PATHS = ("tiny-openvla", "tiny-openvla-random")  # names of policy.checkpoint, also beside a folder of that name
+NO_PATHS = (
+    "tiny-openvla",
+    "tiny-openvla-ppo",
+    "tiny-openvla-random",
+)  # names of policy.checkpoint, also beside a folder of that name
 STR, INT, FLOAT, NULL, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "null", "merge"))
 
 SHORT = reprlib.Repr()  # what came, in a message: a few anchors make gigabytes of lists in lists
