@@ -75,14 +75,18 @@ def test_the_actors_learning_rate_falls_linearly_with_the_timesteps(tmp_path):
 
 
 def test_the_temperature_falls_in_the_last_third_and_a_resume_goes_on_with_it(tmp_path):
-    """The rollout's and the update's are the same: the first minibatch's ratios are 1."""
+    """The rollout's and the update's are the same: the first minibatch's ratios are 1. And it is a dump's."""
     run, rollout = {"timesteps": 600}, {"temperature": 1.0, "final_temperature": 0.5}
-    trainer = make_trainer(tmp_path / "a", run=run, rollout=rollout)
+    trainer, acted = make_trainer(tmp_path / "a", run=run, rollout=rollout), []
+    act = trainer.policy.act
+    trainer.policy.act = lambda *args, **kwargs: acted.append(kwargs["temperature"]) or act(*args, **kwargs)
     began, metrics = [], []
     while trainer.timesteps < 600:
         began.append(trainer.timesteps)
         trainer.train_iteration()
         metrics.append(read_metrics(tmp_path / "a" / "metrics.jsonl")[-1])
+        assert {*acted} == {metrics[-1]["rollout/temperature"]}
+        acted.clear()
         assert metrics[-1]["actor/first_minibatch_ratio_error"] < 1e-5
         if trainer.timesteps < 500:
             saved = trainer.save_checkpoint()
@@ -92,6 +96,8 @@ def test_the_temperature_falls_in_the_last_third_and_a_resume_goes_on_with_it(tm
     resumed = make_trainer(tmp_path / "b", run=run, rollout=rollout)
     resumed.load_checkpoint(saved)
     assert resumed.temperature == temperatures[began.index(resumed.timesteps)]
+    dumped = torch.load(resumed.finite.dump("a loss", "update", {}), weights_only=True)["settings"]["rollout"]
+    assert (dumped["temperature"], dumped["final_temperature"]) == (resumed.temperature, None)
 
 
 @pytest.mark.parametrize("level", ["token", "chunk"])

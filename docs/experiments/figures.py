@@ -211,7 +211,7 @@ def compare(base: str, *others: str) -> None:
 def efficiency(runs: dict[str, str], share: float = 0.8) -> None:
     """Prints the timesteps to a share of the way from the start to 1, of each seed, their mean and its 95 % t interval."""
     curves = {label: [success_of_last_episodes(s, WINDOW) for s in load(name).values()] for label, name in runs.items()}
-    first = [next(r for r in s if r.get(EPISODES)) for name in runs.values() for s in load(name).values()]  # iterations
+    first = [next(r for r in s if r.get(EPISODES)) for name in runs.values() for s in load(name).values()]
     start = np.average([r[TRAINING] for r in first], weights=[r[EPISODES] for r in first])
     level = start + share * (1 - start)
     for label, seeds in curves.items():

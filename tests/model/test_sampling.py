@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vla_rl.model.sampling import draw_noise, pick
+from vla_rl.model.sampling import draw_noise, pick, tempered
 
 
 def test_a_row_with_its_own_generator_draws_what_it_draws_alone():
@@ -25,6 +25,14 @@ def test_a_row_with_its_own_generator_draws_what_it_draws_alone():
     assert draw(once, generators()).tolist() == [[3, 250]] * 3
     with pytest.raises(ValueError, match=r"2 generators for 3 rows"):
         draw(probs, generators()[:2])
+
+
+@pytest.mark.parametrize("shape", [(3, 256), (3, 5, 256)])
+def test_each_row_has_its_own_temperature_or_all_have_one(shape):
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    each = tempered(logits, torch.tensor([1.0, 0.5, 0.7]))
+    assert all(each[i].equal(logits[i] / t) for i, t in enumerate((1.0, 0.5, 0.7)))
+    assert tempered(logits, torch.tensor([0.7])).equal(logits / 0.7)
 
 
 @pytest.mark.parametrize("rows", [1, 4])

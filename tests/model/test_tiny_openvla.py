@@ -152,11 +152,12 @@ def test_the_trained_checkpoint_has_the_statistics_of_its_data():
 
 
 @pytest.mark.libero
-def test_the_trained_checkpoint_solves_task_0_now_and_then():
+@pytest.mark.parametrize(("checkpoint", "task"), [("tiny-openvla", 0), ("tiny-openvla-ppo", 2)])
+def test_the_trained_checkpoints_solve_a_task_now_and_then(checkpoint, task):
     config = load_config(Path(__file__).parents[2] / "configs/tiny_gae_ppo.yaml")
     settings = config.policy
     policy = OpenVLAPolicy.from_checkpoint(
-        settings.checkpoint,
+        checkpoint,
         settings.decoder,
         use_proprio=settings.use_proprio,
         chunk_size=settings.chunk_size,
@@ -164,6 +165,6 @@ def test_the_trained_checkpoint_solves_task_0_now_and_then():
         unnorm_key="libero_spatial",
     )
     with closing(make_vector_env(config, 2)) as envs:
-        episodes = evaluation_episodes([0], range(2))
+        episodes = evaluation_episodes([task], range(2))
         results = evaluate_policy(policy, envs, episodes, greedy=True, temperature=1.0, seed=0, progress=False)
     assert sum(result.success for result in results) >= 1

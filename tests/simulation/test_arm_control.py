@@ -4,6 +4,7 @@ import mujoco
 import numpy as np
 import pytest
 
+from vla_rl.simulation import arm_control
 from vla_rl.simulation.arm_control import consecutive
 from vla_rl.simulation.libero_env import build_simulator
 
@@ -61,6 +62,18 @@ def test_fast_torques_are_the_exact_ones_to_rounding(posed):
     sim.arm.measure()
     sim.arm.set_goal(rng.uniform(-1.5, 1.5, 6))
     np.testing.assert_allclose(sim.arm.torques_to_rounding(), sim.arm.exact_torques(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_stretched_arm_has_the_exact_torques(sim):
+    """All joints at 0, as after MuJoCo has put back a scene that blew up: the Jacobian has lost a rank."""
+    sim.reset(0, None, render=False)
+    sim.data.qpos[sim.arm.qpos_index] = 0
+    mujoco.mj_forward(sim.model, sim.data)
+    sim.arm.measure()
+    sim.arm.set_goal(np.full(6, 0.5))
+    with pytest.raises(np.linalg.LinAlgError):
+        arm_control.operational_space_torques(*sim.arm.goal_and_pose(), sim.arm.mass, sim.arm.J)
+    np.testing.assert_array_equal(sim.arm.torques_to_rounding(), sim.arm.exact_torques())
 
 
 def test_fingers_follow_robosuites_gripper(sim):

@@ -166,8 +166,11 @@ def test_quaternions_that_normalising_would_move_are_noticed_and_left_alone(stov
     stove.data.qpos[:] = before
 
 
+@pytest.mark.parametrize("physics", ["exact", "fast"])
 @pytest.mark.parametrize("speed", [1e5, np.inf, np.nan])
-def test_physics_that_blows_up_is_told_and_a_reset_mends_it(stove, speed, capfd, caplog):
+def test_physics_that_blows_up_is_told_and_a_reset_mends_it(stove, speed, physics, monkeypatch, capfd, caplog):
+    monkeypatch.setattr(stove, "physics", physics)
+    monkeypatch.setattr(stove.arm, "exact", physics == "exact")
     episode, actions = Episode(7, 3, seed=1), random_actions(8, 3)
     reset(stove, "libero_goal", episode)
     for action in actions:

@@ -239,7 +239,7 @@ def test_wrong_numbers_are_refused():
 def test_settings_reach_the_environments():
     values = {"task_suite": "libero_goal", "task_ids": [3, 1], "image_size": 72, "settle_steps": 4, "render": "fast"}
     values |= {"max_steps": 77, "num_workers": 2, "simulators_per_worker": 3, "model_cache_gb": 1.5}
-    values |= {"step_timeout_s": 7, "build_timeout_s": 70, "worker_replacements": 2}
+    values |= {"physics": "fast", "step_timeout_s": 7, "build_timeout_s": 70, "worker_replacements": 2}
     config = config_from_dict(
         {
             "env": values,
@@ -248,7 +248,7 @@ def test_settings_reach_the_environments():
         },
         "test",
     )
-    for evaluation, render, max_steps in ((False, "fast", 77), (True, "exact", 300)):
+    for evaluation, quality, max_steps in ((False, "fast", 77), (True, "exact", 300)):
         envs = make_vector_env(config, 5, evaluation=evaluation)
         assert envs.num_workers == len(envs.processes) == 2
         assert envs.workers.patience == Patience(step_s=7, build_s=70, replacements=2)
@@ -260,7 +260,7 @@ def test_settings_reach_the_environments():
         assert envs.single_action_space.shape == (5, 7)
         assert (env.task_suite, env.default_task_id, env.settle_steps) == ("libero_goal", 3, 4)
         assert (env.max_steps, env.gamma, env.bootstrap_truncated) == (max_steps, 0.9, False)
-        assert env.render_quality == render and envs.shown == Shown()
+        assert (env.render_quality, env.physics) == (quality, quality) and envs.shown == Shown()
         envs.close()
     transform = OpenVLAImageTransform(56, center_crop=False)
     envs = make_vector_env(config, 2, image_transform=transform)

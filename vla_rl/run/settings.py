@@ -148,7 +148,7 @@ class EnvConfig(Section):
     )
     physics: Literal["exact", "fast"] = Field(
         "exact",
-        description="of training; exact: stock LIBERO's, bit for bit; fast: the same to rounding, a third faster. Evaluation is exact",
+        description="of training; exact: stock LIBERO's, bit for bit; fast: the same to rounding, a step in half the time. Evaluation is exact",
     )
     num_workers: int | None = Field(
         None,

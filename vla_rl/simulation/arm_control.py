@@ -111,7 +111,11 @@ class ArmControl:
 
     def torques_to_rounding(self) -> np.ndarray:
         """The same to rounding."""
-        return operational_space_torques(*self.goal_and_pose(), self.mass, self.J) + self.data.qfrc_bias[self.dof_index]
+        try:
+            torques = operational_space_torques(*self.goal_and_pose(), self.mass, self.J)
+        except np.linalg.LinAlgError:  # a stretched arm: only a pseudo-inverse is left
+            return self.exact_torques()
+        return torques + self.data.qfrc_bias[self.dof_index]
 
     def goal_and_pose(self) -> tuple[np.ndarray, ...]:
         osc = self.osc
@@ -129,7 +133,7 @@ def operational_space(
 ):  # fmt: skip
     """Desired force and torque, the inertia matrices that turn them into wrenches, and the nullspace torques.
 
-    robosuite 1.4.0, OperationalSpaceController.run_controller: F = kp e - kd v, and its own compiled helpers.
+    robosuite 1.4.0, OperationalSpaceController.run_controller and its own compiled helpers.
     """
     force, torque = desired_wrench(goal_pos, goal_ori, kp, kd, ee_pos, ee_ori, ee_pos_vel, ee_ori_vel)
     _, lambda_pos, lambda_ori, nullspace = opspace_matrices(mass, J, J_pos, J_ori)
@@ -144,6 +148,7 @@ def operational_space(
 
 @jit_decorator
 def desired_wrench(goal_pos, goal_ori, kp, kd, ee_pos, ee_ori, ee_pos_vel, ee_ori_vel):
+    """Force and torque [3] each: kp e - kd v."""
     ori_error = orientation_error(goal_ori, ee_ori)
     force, torque = np.empty(3), np.empty(3)
     for i in range(3):
@@ -161,7 +166,8 @@ def operational_space_torques(
     """Torques [7] of the arm without gravity: J^T Lambda F + (1 - J^T Lambda J M^-1) M a, where Lambda^-1 = J M^-1 J^T.
 
     Lambda is that of position and orientation apart for F, the full one in the nullspace (Khatib 1987, eq. 51 ff.). robosuite
-    takes pseudo-inverses; where they are inverses, which is where J has its full rank, this is the same.
+    takes pseudo-inverses; where they are inverses, which is where J has its full rank, this is the same. Elsewhere it raises
+    LinAlgError.
 
     a: of a spring to the initial joints with critical damping (robosuite 1.4.0, nullspace_torques, whose stiffness is 10).
     """

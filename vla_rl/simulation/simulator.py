@@ -1,5 +1,5 @@
 """One LIBERO task, compiled once: its physics, resets and cameras are stock LIBERO's bit for bit, at a fraction of the time.
-Or, asked for it, the same physics to rounding, in two thirds of that.
+Or, asked for it, the same physics to rounding in half of that.
 
 Stock is libero's OffScreenRenderEnv with a hard reset an episode, on robosuite 1.4.0 and MuJoCo 2.3.7. LIBERO's own code
 still builds the scene, draws the placements and judges success; what is replaced is robosuite's control loop and reset.
