@@ -112,8 +112,8 @@ def test_a_signal_to_all_processes_leaves_the_one_that_removes_shared_memory():
         from vla_rl.run.interruption import Stop, Stopped
 
         with Stop().on_signals(), Stop().at_steps():
-            print("ready", flush=True)
             try:
+                print("ready", flush=True)
                 time.sleep(60)
             except Stopped:
                 tracker = resource_tracker._resource_tracker._pid

@@ -64,6 +64,14 @@ def test_fast_torques_are_the_exact_ones_to_rounding(posed):
     np.testing.assert_allclose(sim.arm.torques_to_rounding(), sim.arm.exact_torques(), rtol=1e-9, atol=1e-9)
 
 
+def test_what_goes_to_blas_is_aligned_as_numpys_own_arrays_are(sim):
+    """On some processors (a Xeon with AMX) memory between multiples of 16 bytes is added up in another order."""
+    arm = sim.arm
+    arm.measure()
+    measured = [getattr(arm, name) for name in arm_control.MEASURED]
+    assert {array.ctypes.data % 16 for array in (*arm.scene_jacobian, arm.scene_mass, *measured)} == {0}
+
+
 def test_a_stretched_arm_has_the_exact_torques(sim):
     """All joints at 0, as after MuJoCo has put back a scene that blew up: the Jacobian has lost a rank."""
     sim.reset(0, None, render=False)

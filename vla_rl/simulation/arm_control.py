@@ -47,11 +47,12 @@ class ArmControl:
         self.finger_centre, self.finger_range = 0.5 * (high + low), 0.5 * (high - low)
         self.finger_speed = gripper.speed  # of the command, per sub-step
 
-        self.scene_jacobian = np.zeros((2, 3, model.nv))  # of every joint of the scene: position, orientation
+        # of every joint of the scene: position, orientation. Two arrays: on some processors BLAS adds in another order where
+        # memory is not aligned to 16 bytes, as that of every array of NumPy's own is and the second half of one need not be
+        self.scene_jacobian = np.zeros((3, model.nv)), np.zeros((3, model.nv))
         self.scene_mass = np.zeros((model.nv, model.nv))
         self.J_pos, self.J_ori = np.zeros((3, JOINTS), order="F"), np.zeros((3, JOINTS), order="F")
         self.J, self.mass = np.zeros((6, JOINTS), order="F"), np.zeros((JOINTS, JOINTS), order="F")
-        self.wrench = np.zeros(6)
         self.measure()
         self.start = {name: getattr(self, name) for name in MEASURED} | {"goal_ori": np.array(osc.goal_ori)}
         self.restart()
@@ -98,13 +99,11 @@ class ArmControl:
 
     def exact_torques(self) -> np.ndarray:
         """[7], Nm, before the motors' limits."""
-        wrench = self.wrench
         force, torque, lambda_pos, lambda_ori, nullspace = operational_space(
             *self.goal_and_pose(), self.mass, self.J, self.J_pos, self.J_ori
         )
         # products that robosuite leaves to NumPy stay with it: numba's go to SciPy's BLAS
-        np.dot(lambda_pos, force, out=wrench[:3])
-        np.dot(lambda_ori, torque, out=wrench[3:])
+        wrench = np.concatenate([np.dot(lambda_pos, force), np.dot(lambda_ori, torque)])
         torques = np.dot(self.J.T, wrench) + self.data.qfrc_bias[self.dof_index]
         torques += nullspace
         return torques

@@ -336,7 +336,7 @@ class Simulators:
         cameras: Sequence[str],
         image_size: int,
         fast: bool,
-        physics: str,
+        physics: str = "exact",
     ) -> Shared:
         """The simulator of a task; builds it if it is not there, which takes 2 to 5 s.
 
