@@ -85,7 +85,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "suite_ppo": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
     "suite_grpo": (
         (1, 2),
-        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 320000 rollout.num_envs=16 env.physics=fast eval.interval=0 "
+        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 480000 rollout.num_envs=16 env.physics=fast eval.interval=0 "
         f"eval.states=0-1 {SUITE}",
     ),
 }
