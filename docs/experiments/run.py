@@ -82,15 +82,16 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "long_grpo": ((1, 2), f"{GRPO} {LONG} rollout.n_episodes=40"),
     "task_6_ppo": ((1, 2), f"{PPO} {TASK_6}"),
     "task_6_grpo": ((1, 2), f"{GRPO} {TASK_6}"),
-    "suite_ppo": ((2, 3), f"--config configs/tiny_suite.yaml {SUITE}"),
+    "suite_ppo": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
+    "suite_3e-3": ((2,), f"--config configs/tiny_suite.yaml --timesteps 480000 {SUITE} actor.learning_rate=3e-3"),
     "suite_grpo": (
         (1, 2),
-        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 480000 rollout.num_envs=16 rollout.final_temperature=0.5 env.physics=fast "
+        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 260000 actor.learning_rate=1.5e-3 rollout.num_envs=16 rollout.final_temperature=0.5 env.physics=fast "
         f"eval.interval=0 eval.states=0-1 {SUITE}",
     ),
 }
 
-ON_ALL_CORES = ("suite_ppo", "suite_grpo")
+ON_ALL_CORES = ("suite_ppo", "suite_3e-3", "suite_grpo")
 VARIANTS = {f"noise_{variant}": variant for variant in ("first_actions", "pairs")}  # of noise.py
 
 
