@@ -83,6 +83,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "task_6_ppo": ((1, 2), f"{PPO} {TASK_6}"),
     "task_6_grpo": ((1, 2), f"{GRPO} {TASK_6}"),
     "suite_ppo": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
+    "suite_dense": ((1, 2), f"--config configs/tiny_suite.yaml --timesteps 560000 {SUITE} env.reward=dense"),
     "suite_3e-3": ((2,), f"--config configs/tiny_suite.yaml --timesteps 480000 {SUITE} actor.learning_rate=3e-3"),
     "suite_grpo": (
         (1, 2),
@@ -91,7 +92,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     ),
 }
 
-ON_ALL_CORES = ("suite_ppo", "suite_3e-3", "suite_grpo")
+ON_ALL_CORES = ("suite_ppo", "suite_dense", "suite_3e-3", "suite_grpo")
 VARIANTS = {f"noise_{variant}": variant for variant in ("first_actions", "pairs")}  # of noise.py
 
 
