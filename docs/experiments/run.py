@@ -87,8 +87,8 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "suite_3e-3": ((2,), f"--config configs/tiny_suite.yaml --timesteps 480000 {SUITE} actor.learning_rate=3e-3"),
     "suite_grpo": (
         (1, 2),
-        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 260000 actor.learning_rate=1.5e-3 rollout.num_envs=16 rollout.final_temperature=0.5 env.physics=fast "
-        f"eval.interval=0 eval.states=0-1 {SUITE}",
+        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 260000 actor.learning_rate=1.5e-3 rollout.num_envs=16 "
+        f"rollout.final_temperature=0.5 env.physics=fast eval.interval=0 eval.states=0-1 {SUITE}",
     ),
 }
 
