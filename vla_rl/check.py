@@ -33,6 +33,7 @@ from vla_rl.preflight.estimate import Estimate, Pieces, estimate
 from vla_rl.preflight.trial import Trial, trial_settings
 from vla_rl.reports.metrics import MetricsLogger
 from vla_rl.run.command_line import TINY_CONFIG, end_of, new_run_settings, parse, settings_parser
+from vla_rl.run.failures import say
 from vla_rl.run.logs import seconds_text
 from vla_rl.run.machine import available_memory
 from vla_rl.run.run_folder import check_run_folder
@@ -347,18 +348,18 @@ def check_and_report(config: Config, resumed: bool = False) -> int:
     with Visit(config, resumed) as visit:
         for result in CHECKS.run(visit):
             results.append(result)
-            print("\n".join(lines_of(result, encoding)), flush=True)
+            say("\n".join(lines_of(result, encoding)))
         failed = [result.name for result in results if not result.ok]
         if visit.estimate is not None:
-            print("\n".join(estimate_lines(config, visit.estimate, visit.pieces, visit.available)))
+            say("\n".join(estimate_lines(config, visit.estimate, visit.pieces, visit.available)))
     seconds = time.perf_counter() - start
     for stack in filter(None, (result.stack for result in results)):
-        print(stack, file=sys.stderr)
+        say(stack, sys.stderr)
     if failed:
         crosses = [result.name for result in results if result.ok is False]
-        print(f"{len(crosses)} of {len(results)} checks failed: {', '.join(crosses)} ({seconds:.0f} s)")
+        say(f"{len(crosses)} of {len(results)} checks failed: {', '.join(crosses)} ({seconds:.0f} s)")
         return 1
-    print(f"all {len(results)} checks passed ({seconds:.0f} s)")
+    say(f"all {len(results)} checks passed ({seconds:.0f} s)")
     return 0
 
 

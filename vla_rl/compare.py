@@ -39,6 +39,7 @@ from vla_rl.reports.drawing import plot_comparison
 from vla_rl.reports.records import METRICS_FILE, Records, read_metrics
 from vla_rl.reports.report import as_text
 from vla_rl.run.command_line import Parser, end_of
+from vla_rl.run.failures import say
 from vla_rl.run.files import write_whole
 from vla_rl.run.load_settings import config_from_dict, expand, list_settings, read_yaml, way_out
 from vla_rl.run.run_folder import newest_settings, setting
@@ -355,14 +356,13 @@ def compare(args: argparse.Namespace) -> None:
             if curves:
                 drawn.setdefault(quantity, {})[label] = curves
     text = table(groups, args.window) + "\n\n" + "\n".join(f"- {note}" for note in notes(groups)) + "\n"
-    print(text)
 
     pictures = [out / "compare.png", out / "compare.svg"] if drawn else []
     for picture in pictures:
         plot_comparison(drawn, picture)
     shown = "![success against timesteps and minutes](compare.png)\n\n" if drawn else ""
     write_whole(out / "compare.md", shown + text)
-    print(f"in {out}: {', '.join(path.name for path in [*pictures, out / 'compare.md'])}")
+    say(f"{text}\nin {out}: {', '.join(path.name for path in [*pictures, out / 'compare.md'])}")
 
 
 def make_out(text: str) -> Path:

@@ -33,6 +33,7 @@ import numpy as np
 from vla_rl.fine_tuning.demonstration_file import CAMERAS, SPARE_BYTES, DemonstrationFile, has_suffix
 from vla_rl.fine_tuning.recorders import Job, Recorders
 from vla_rl.run.command_line import Parser, end_of
+from vla_rl.run.failures import say
 from vla_rl.run.load_settings import expand
 from vla_rl.run.logs import progress_bar
 from vla_rl.run.section import parse_indices
@@ -422,7 +423,7 @@ def collect(args: argparse.Namespace, states: str | list[int]) -> None:
                 after.enter_context(removed_after_a_kill(file.unfinished))
                 for task_id in task_ids:
                     collect_task(pool, file, args, states, task_id, ahead=2 * workers)
-            print(f"{path}: {file.count} demonstrations, {file.total} steps, {path.stat().st_size / 1e6:.0f} MB")
+            say(f"{path}: {file.count} demonstrations, {file.total} steps, {path.stat().st_size / 1e6:.0f} MB")
 
 
 @contextlib.contextmanager
@@ -452,7 +453,7 @@ def collect_task(
                 kept, steps = kept + 1, steps + len(outcome.arrays["actions"])
                 bar.update()
             bar.set_postfix_str(f"succ={kept / tried:.0%}, len={steps / max(1, kept):.0f}")
-    print(f"{name}: {kept} of {tried} episodes succeeded, {steps / kept:.0f} steps each")
+    say(f"{name}: {kept} of {tried} episodes succeeded, {steps / kept:.0f} steps each")
 
 
 def main(argv: list[str] | None = None) -> int:

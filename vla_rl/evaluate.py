@@ -56,7 +56,7 @@ from vla_rl.evaluation.subject import (
 from vla_rl.evaluation.videos import Recording, write_grid, write_replays
 from vla_rl.run.checkpoint import locked
 from vla_rl.run.command_line import Parser, end_of, parse
-from vla_rl.run.failures import one_line
+from vla_rl.run.failures import one_line, say
 from vla_rl.run.files import write_whole
 from vla_rl.run.interruption import Stop
 from vla_rl.run.load_settings import expand, from_root
@@ -267,12 +267,8 @@ def play_and_report(evaluation: Evaluation) -> dict[str, Any]:
             for mode in subject.config.eval.modes:
                 played = play(evaluation, suite, mode, policy, predict_values, make, journal)
                 if played and (suite, mode) != (evaluation.suites[-1], subject.config.eval.modes[-1]):
-                    print(
-                        tables.suite_table(
-                            journal.rows, suite, subject.config.eval.modes, task_languages(suite)
-                        ).text(),
-                        "\n",
-                    )
+                    table = tables.suite_table(journal.rows, suite, subject.config.eval.modes, task_languages(suite))
+                    say(f"{table.text()}\n")
             make_videos(evaluation, suite, make, journal, policy.chunk_size)
     return write_reports(evaluation, journal)
 
@@ -464,7 +460,7 @@ def write_reports(evaluation: Evaluation, journal: Journal) -> dict[str, Any]:
         )
     write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     write_whole(folder / "results.md", "\n\n".join([*(t.markdown() for t in shown), *notes]) + "\n")
-    print("\n\n".join([*(table.text() for table in shown), "\n".join(notes)]))
+    say("\n\n".join([*(table.text() for table in shown), "\n".join(notes)]))
     log.info("results in %s", folder)
     return results
 

@@ -27,7 +27,7 @@ from vla_rl.learning.parts import build_policy, build_value_head
 from vla_rl.learning.rollout_buffer import Minibatch
 from vla_rl.reports.metrics import SilentLogger
 from vla_rl.run.command_line import end_of, parse
-from vla_rl.run.failures import one_line
+from vla_rl.run.failures import one_line, say
 from vla_rl.run.files import load_torch
 from vla_rl.run.load_settings import config_from_dict, merge
 from vla_rl.run.settings import Config, ConfigError
@@ -51,13 +51,13 @@ def replay(path: Path, overrides: Sequence[str]) -> int:
     dump = read_dump(path)
     changes = ["distributed.shard=false", "policy.compile=false", "policy.adapter=null", *overrides]
     config = config_from_dict(merge(dump["settings"], changes), str(path))
-    print(f"{path}: {dump['name']}, {dump['kind']} ({KINDS[dump['kind']]})")
+    say(f"{path}: {dump['name']}, {dump['kind']} ({KINDS[dump['kind']]})")
     try:
         (replay_step if dump["kind"] == "step" else replay_network)(config, dump)
     except NonFiniteError as error:
-        print(f"again: {error}")
+        say(f"again: {error}")
         return 0
-    print("not again: all that was computed is finite")
+    say("not again: all that was computed is finite")
     return 1
 
 

@@ -193,6 +193,7 @@ def main() -> int:
     args = parser.parse_args()
     runs = [(name, seed) for name in args.names for seed in args.seeds or RUNS[name][0]]
     if args.print:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # run.py ... --print | head
         print(*(f"python {command(*run)}" for run in runs), sep="\n")
         return 0
     cores = Cores(runs)

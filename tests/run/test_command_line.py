@@ -1,8 +1,13 @@
 """Flags and overrides become the settings of a run (the rest is in tests/test_start_gae_ppo_training.py)."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from vla_rl.run.command_line import ROOT, TINY_CONFIG, end_of, find_config, new_run_settings, parse, settings_parser
+from vla_rl.run.interruption import STOPPED
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import SimulatorDied
 
@@ -81,3 +86,41 @@ def test_work_that_ends_well_is_0_or_what_it_says_and_a_bug_keeps_its_stack():
     assert (end_of(lambda: None), end_of(lambda: 1)) == (0, 1)
     with pytest.raises(ZeroDivisionError):
         end_of(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        ("return None", 0),
+        ("raise ConfigError('run.seed')", 2),
+        ("raise Stopped", STOPPED),
+        ("raise SimulatorDied('of it')", 1),
+        ("raise KeyboardInterrupt", 130),
+    ],
+)
+def test_a_reader_that_has_gone_changes_neither_the_work_nor_its_status(tmp_path, ends, status):
+    """`| head` has read enough; a `tee` got the signal that stops the run, before a scheduler asks for its status."""
+    code = f"""
+import logging, pathlib
+from vla_rl.run.command_line import end_of
+from vla_rl.run.failures import say
+from vla_rl.run.interruption import Stopped
+from vla_rl.run.interruption import STOPPED
+from vla_rl.run.settings import ConfigError
+from vla_rl.types import SimulatorDied
+
+def work():
+    for i in range(3):
+        say(f"line {{i}}")
+        logging.getLogger("vla_rl").info("a line of the log")
+    pathlib.Path({str(tmp_path / "done")!r}).touch()
+    {ends}
+
+raise SystemExit(end_of(work))
+"""
+    read, written = os.pipe()
+    os.close(read)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=written, stderr=written)
+    os.close(written)
+    assert process.wait(60) == status
+    assert (tmp_path / "done").exists()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from vla_rl.run.checkpoint import save_tensors, save_torch
-from vla_rl.run.failures import explain, is_out_of_memory, one_line, warn_of_failure
+from vla_rl.run.failures import explain, is_out_of_memory, one_line, say, warn_of_failure
 from vla_rl.simulation.vector_env import KILLED_HINT
 from vla_rl.types import InvariantError, NonFiniteError, NoSignal, OutOfMemory, RenderingError, SimulatorDied
 
@@ -59,3 +60,9 @@ def test_what_must_not_end_a_run_is_a_warning_of_one_line(caplog):
     warn_of_failure("no picture", lambda a, b: a / b, 1, 0)
     warn_of_failure("no list", list, (1, 2))
     assert [record.getMessage() for record in caplog.records] == ["no picture: division by zero"]
+
+
+def test_what_is_said_goes_to_stdout_or_the_stream(capsys):
+    say("the table")
+    say("error: the disk", sys.stderr)
+    assert capsys.readouterr() == ("the table\n", "error: the disk\n")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vla_rl.run.failures import report
+from vla_rl.run.failures import report, say
 from vla_rl.run.interruption import STOPPED, Stop, Stopped
 from vla_rl.run.load_settings import expand, load_config, settings_help
 from vla_rl.run.logs import configure_logging
@@ -124,13 +124,13 @@ def end_of(work: Callable[[], int | None], interrupted: str = "stopped", stop: S
         with logging_redirect_tqdm(), (stop or Stop()).on_signals():
             return work() or 0
     except ConfigError as error:
-        print(f"{who()}error: {error}", file=sys.stderr)
+        say(f"{who()}error: {error}", sys.stderr)
         return 2
     except Stopped:
-        print(f"{who()}{interrupted}", file=sys.stderr)
+        say(f"{who()}{interrupted}", sys.stderr)
         return 0 if launched() else STOPPED
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        say(interrupted, sys.stderr)
         return 130
     except Exception as error:
         return report(error)

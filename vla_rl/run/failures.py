@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from vla_rl.run.machine import who
 
@@ -18,7 +19,7 @@ def report(error: Exception) -> int:
     hint = explain(error)
     if hint is None:
         raise error
-    print(f"{who()}error: {hint}", file=sys.stderr)
+    say(f"{who()}error: {hint}", sys.stderr)
     return 1
 
 
@@ -65,6 +66,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = ("out of memory", "OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED")
     told = isinstance(error, RuntimeError) and any(text in str(error) for text in said)
     return isinstance(error, torch.OutOfMemoryError) or (told and not isinstance(error, (OutOfMemory, SimulatorDied)))
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints to stdout or the stream. Once nothing reads it any more (`| head`, a `tee` that got the same signal) it shows nothing
+    from then on, and the work and its exit status stay as they are."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def one_line(error: BaseException | str, most: int = 300) -> str:
