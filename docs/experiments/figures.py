@@ -52,7 +52,12 @@ FIGURES: dict[str, dict[str, str]] = {
     "weak": {"GAE-PPO": "weak_sparse"},
     "weak_grpo": {"GAE-PPO": "weak_sparse", "GRPO, groups of 8": "weak_grpo"},
     "reward": {"sparse": "weak_sparse", "dense": "weak_dense"},
-    "suite": {"GAE-PPO": "suite_ppo", "GAE-PPO, 3e-3": "suite_3e-3", "GRPO": "suite_grpo"},
+    "suite": {
+        "GAE-PPO, dense": "suite_dense",
+        "sparse": "suite_ppo",
+        "sparse, 3e-3": "suite_3e-3",
+        "GRPO": "suite_grpo",
+    },
     "task_6": {"GAE-PPO": "task_6_ppo", "GRPO": "task_6_grpo"},
     "long": {"GAE-PPO": "long_ppo", "GRPO": "long_grpo"},
     "noise": {

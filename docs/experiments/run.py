@@ -82,12 +82,15 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "long_grpo": ((1, 2), f"{GRPO} {LONG} rollout.n_episodes=40"),
     "task_6_ppo": ((1, 2), f"{PPO} {TASK_6}"),
     "task_6_grpo": ((1, 2), f"{GRPO} {TASK_6}"),
-    "suite_ppo": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
-    "suite_dense": ((1, 2), f"--config configs/tiny_suite.yaml --timesteps 560000 {SUITE} env.reward=dense"),
-    "suite_3e-3": ((2,), f"--config configs/tiny_suite.yaml --timesteps 480000 {SUITE} actor.learning_rate=3e-3"),
+    "suite_dense": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
+    "suite_ppo": ((1, 2), f"--config configs/tiny_suite.yaml --timesteps 260000 {SUITE} env.reward=sparse"),
+    "suite_3e-3": (
+        (2,),
+        f"--config configs/tiny_suite.yaml --timesteps 480000 {SUITE} env.reward=sparse actor.learning_rate=3e-3",
+    ),
     "suite_grpo": (
         (1, 2),
-        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 260000 actor.learning_rate=1.5e-3 rollout.num_envs=16 "
+        f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 --timesteps 560000 actor.learning_rate=1.5e-3 rollout.num_envs=16 "
         f"rollout.final_temperature=0.5 env.physics=fast eval.interval=0 eval.states=0-1 {SUITE}",
     ),
 }
