@@ -105,7 +105,6 @@ import logging, pathlib
 from vla_rl.run.command_line import end_of
 from vla_rl.run.failures import say
 from vla_rl.run.interruption import Stopped
-from vla_rl.run.interruption import STOPPED
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import SimulatorDied
 
