@@ -48,7 +48,12 @@ def test_the_commands_of_the_experiments_are_taken(monkeypatch):
     spec = importlib.util.spec_from_file_location("experiments_run", Path("docs/experiments/run.py"))
     experiments = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(experiments)
-    for name, (seeds, _) in experiments.RUNS.items():
+    for name, (seeds, settings) in experiments.RUNS.items():
+        if name in experiments.GOES_ON_FROM:
+            settings_from(parse_args(["--config", "configs/tiny_suite.yaml", *settings.split()]))
+            assert f"--resume runs/{name}_seed{seeds[0]} " in experiments.command(name, seeds[0])
+            assert seeds == experiments.RUNS[experiments.GOES_ON_FROM[name]][0][: len(seeds)]
+            continue
         script = 2 if name in experiments.VARIANTS else 1
         config, _ = settings_from(parse_args(experiments.command(name, seeds[0]).split()[script:]))
         assert (config.run.name, config.run.seed) == (f"{name}_seed{seeds[0]}", seeds[0])

@@ -83,6 +83,8 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "task_6_ppo": ((1, 2), f"{PPO} {TASK_6}"),
     "task_6_grpo": ((1, 2), f"{GRPO} {TASK_6}"),
     "suite_dense": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
+    "suite_longer": ((1,), "--timesteps 900000"),
+    "suite_cooled": ((1,), "--timesteps 1000000 rollout.final_temperature=0.2"),
     "suite_ppo": ((1, 2), f"--config configs/tiny_suite.yaml --timesteps 260000 {SUITE} env.reward=sparse"),
     "suite_3e-3": (
         (2,),
@@ -95,12 +97,15 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     ),
 }
 
-ON_ALL_CORES = ("suite_ppo", "suite_dense", "suite_3e-3", "suite_grpo")
+ON_ALL_CORES = tuple(name for name in RUNS if name.startswith("suite_"))
+GOES_ON_FROM = {"suite_longer": "suite_dense", "suite_cooled": "suite_longer"}  # a copy of that run, resumed
 VARIANTS = {f"noise_{variant}": variant for variant in ("first_actions", "pairs")}  # of noise.py
 
 
 def command(name: str, seed: int) -> str:
     run = f"{name}_seed{seed}"
+    if name in GOES_ON_FROM:
+        return f"start_gae_ppo_training.py --resume runs/{run} --no-wandb logging.progress=false {RUNS[name][1]}"
     script = f"docs/experiments/noise.py {VARIANTS[name]}" if name in VARIANTS else "start_gae_ppo_training.py"
     if any((REPOSITORY / "runs" / run / "checkpoints").glob("iteration-*[0-9]")):
         return f"{script} --resume runs/{run} --no-wandb"
@@ -162,6 +167,8 @@ class Cores:
 
     def execute(self, cores: str, name: str, seed: int) -> int:
         (REPOSITORY / "runs").mkdir(exist_ok=True)
+        if not begin_with_copy(name, seed):
+            return 2
         with (REPOSITORY / "runs" / f"{name}_seed{seed}.log").open("a") as log:
             process = subprocess.Popen(
                 ["taskset", "-c", cores, sys.executable, *command(name, seed).split()],
@@ -179,6 +186,21 @@ class Cores:
         self.stopped.set()
         for process in list(self.processes.values()):
             process.terminate()  # it saves
+
+
+def begin_with_copy(name: str, seed: int) -> bool:
+    """Copies the run that one of GOES_ON_FROM goes on from, once; whether it can begin."""
+    run = REPOSITORY / "runs" / f"{name}_seed{seed}"
+    if name not in GOES_ON_FROM or run.exists():
+        return True
+    before = run.with_name(f"{GOES_ON_FROM[name]}_seed{seed}")
+    if not before.is_dir():
+        print(f"{run.name} goes on from runs/{before.name}, which is not there: make it first", file=sys.stderr)
+        return False
+    part = run.with_name(f"{run.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    Path(shutil.copytree(before, part)).rename(run)
+    return True
 
 
 def keep_metrics(run: str) -> None:
