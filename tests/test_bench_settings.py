@@ -43,18 +43,36 @@ def test_growth_is_told_of_the_worker_that_grew_most_in_its_own_life():
     assert start.growth() is None
 
 
-def test_the_commands_of_the_experiments_are_taken(monkeypatch):
+@pytest.fixture
+def experiments(monkeypatch):
     monkeypatch.chdir(find_config(TINY_CONFIG).parents[1])
     spec = importlib.util.spec_from_file_location("experiments_run", Path("docs/experiments/run.py"))
-    experiments = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(experiments)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_commands_of_the_experiments_are_taken(experiments):
     for name, (seeds, settings) in experiments.RUNS.items():
         if name in experiments.GOES_ON_FROM:
             settings_from(parse_args(["--config", "configs/tiny_suite.yaml", *settings.split()]))
             assert f"--resume runs/{name}_seed{seeds[0]} " in experiments.command(name, seeds[0])
-            assert seeds == experiments.RUNS[experiments.GOES_ON_FROM[name]][0][: len(seeds)]
             continue
         script = 2 if name in experiments.VARIANTS else 1
         config, _ = settings_from(parse_args(experiments.command(name, seeds[0]).split()[script:]))
         assert (config.run.name, config.run.seed) == (f"{name}_seed{seeds[0]}", seeds[0])
     assert experiments.command("weak_sparse", 0).split().count("eval.modes=[greedy,sampled]") == 1
+
+
+def test_an_experiment_that_goes_on_from_another_begins_as_its_copy_once(experiments, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(experiments, "REPOSITORY", tmp_path)
+    assert not experiments.begin_with_copy("suite_longer", 1)
+    assert "goes on from runs/suite_dense_seed1, which is not there" in capsys.readouterr().err
+    before, run = (tmp_path / "runs" / f"{name}_seed1" for name in ("suite_dense", "suite_longer"))
+    before.mkdir(parents=True)
+    (before / "metrics.jsonl").write_text("before")
+    run.with_name(f"{run.name}.part").mkdir()  # of a copy that was killed
+    assert experiments.begin_with_copy("suite_longer", 1)
+    assert (run / "metrics.jsonl").read_text() == "before" and set(run.parent.iterdir()) == {before, run}
+    (run / "metrics.jsonl").write_text("longer")
+    assert experiments.begin_with_copy("suite_longer", 1) and (run / "metrics.jsonl").read_text() == "longer"

@@ -224,7 +224,7 @@ def main() -> int:
     cores = Cores(runs)
     cores.work_all()
     if cores.failed:
-        print(f"failed: {', '.join(cores.failed)}; runs/NAME.log says why", file=sys.stderr)
+        print(f"failed: {', '.join(cores.failed)}; the line above or runs/NAME.log says why", file=sys.stderr)
     return 130 if cores.stopped.is_set() else 1 if cores.failed else 0
 
 
