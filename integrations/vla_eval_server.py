@@ -21,7 +21,7 @@ import logging
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from vla_rl.evaluation.play import sampling_generators
 from vla_rl.evaluation.subject import Subject, build_subject, of_checkpoint, of_run
 from vla_rl.preflight.needs import check_device, check_policy
 from vla_rl.run.command_line import Parser, end_of, parse
+from vla_rl.run.section import TEMPERED, Mode
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import PROPRIO_DIM, Episode, Observation
 
@@ -125,19 +126,18 @@ def decide(
     policy: OpenVLAPolicy,
     observations: Sequence[Mapping[str, Any]],
     image_size: int,
-    temperature: float | None = None,
+    mode: Mode = "greedy",
+    temperature: float = 1.0,
     generators: Sequence[torch.Generator] | None = None,
 ) -> np.ndarray:
     """The policy's chunk for each of vla-eval's observations: float32 [N, C, 7], -1..1, gripper -1 (opens) or 1.
 
     Args:
-        temperature: of the sampling; None is greedy.
-        generators: one an observation, for the sampling.
+        mode, temperature: see OpenVLAPolicy.act.
+        generators: one an observation, if it is sampled.
     """
     obs = to_observation(observations, policy.num_images, policy.use_proprio, image_size)
-    if temperature is None:
-        return policy.act(obs, greedy=True).actions
-    return policy.act(obs, temperature=temperature, generator=generators).actions
+    return policy.act(obs, mode=mode, temperature=temperature, generator=generators).actions
 
 
 def is_of_suite(suite: str, task_suite: str) -> bool:
@@ -155,7 +155,7 @@ class OpenVLAServer(PredictModelServer):
         policy: ready to act.
         task_suite: that will be played; episodes of another one are refused, since its statistics are others.
         image_size: side in pixels of the images that the policy was trained on.
-        temperature: of the sampling; None is greedy.
+        mode, temperature: see OpenVLAPolicy.act.
         seed: of the sampling. An episode draws what it draws in vla_rl.evaluation.play with this seed.
         max_batch_size: most observations of different sessions that share a forward.
     """
@@ -165,13 +165,14 @@ class OpenVLAServer(PredictModelServer):
         policy: OpenVLAPolicy,
         task_suite: str,
         image_size: int,
-        temperature: float | None = None,
+        mode: Mode = "greedy",
+        temperature: float = 1.0,
         seed: int = 0,
         max_batch_size: int = 1,
     ):
         super().__init__(chunk_size=policy.chunk_size, max_batch_size=max_batch_size)
         self.policy, self.task_suite, self.image_size = policy, task_suite, image_size
-        self.temperature, self.seed = temperature, seed
+        self.mode, self.temperature, self.seed = mode, temperature, seed
         self.generators: dict[str, torch.Generator] = {}  # session -> of its episode
         self.refused: dict[str, str] = {}  # session -> why
         self.warned_of_size = False
@@ -210,11 +211,11 @@ class OpenVLAServer(PredictModelServer):
                 f"the episode is of {suite}, the server was started for {self.task_suite}; start it with --task-suite {suite} "
                 "(and policy.unnorm_key=... if the checkpoint has no statistics of that name)"
             )
-        elif self.temperature is not None and not all(isinstance(index, int) for index in indices):
+        elif self.mode == "sampled" and not all(isinstance(index, int) for index in indices):
             self.refused[ctx.session_id] = (
                 f"the episode names no task_id and episode_idx, which seed its sampling: {task}"
             )
-        elif self.temperature is not None:
+        elif self.mode == "sampled":
             task_id, state = indices
             episode = Episode(task_id, state, seed=0, resets=state + 1)  # as evaluation_episodes
             self.generators[ctx.session_id] = sampling_generators([episode], self.seed)[0]
@@ -241,16 +242,16 @@ class OpenVLAServer(PredictModelServer):
                 *(rendered[0], self.image_size),
             )
         generators = None
-        if self.temperature is not None:
+        if self.mode == "sampled":
             generators = [self.generators[ctx.session_id] for ctx in ctx_batch]
-        chunks = decide(self.policy, obs_batch, self.image_size, self.temperature, generators)
+        chunks = decide(self.policy, obs_batch, self.image_size, self.mode, self.temperature, generators)
         return [{"actions": chunk} for chunk in chunks]
 
     def warm_up(self) -> None:
         """One decision of the largest batch: what is wrong shows before the harness counts it as failed episodes."""
         policy, side, rows = self.policy, self.image_size, self.max_batch_size
         black = np.zeros((rows, policy.num_images, side, side, 3), np.uint8)
-        policy.act(Observation(black, np.zeros((rows, PROPRIO_DIM), np.float32), ("do nothing",) * rows), greedy=True)
+        policy.act(Observation(black, np.zeros((rows, PROPRIO_DIM), np.float32), ("do nothing",) * rows), mode="greedy")
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -259,7 +260,7 @@ class OpenVLAServer(PredictModelServer):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m integrations.vla_eval_server",
-        description="Serve a checkpoint to vla-eval, which evaluates it on LIBERO. Greedy unless --temperature is given.",
+        description="Serve a checkpoint to vla-eval, which evaluates it on LIBERO.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -271,7 +272,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--adapter", metavar="FOLDER", help="a LoRA adapter in peft's format, on --checkpoint")
     add("--task-suite", metavar="SUITE", help="that will be played, and whose statistics hold (env.task_suite)")
-    add("--temperature", type=float, metavar="T", help="sample at this temperature; else the most likely actions")
+    add("--mode", choices=get_args(Mode), default="greedy", help="how actions are taken (default %(default)s)")
+    add("--temperature", type=float, metavar="T", help="of the modes sampled and mean_action (default 1)")
     add("--device", choices=("cpu", "cuda"), help="(run.device; default: a GPU if there is one)")
     add("--host", default="127.0.0.1", help="address to listen at (default %(default)s; 0.0.0.0 for other machines)")
     add("--port", type=int, default=8000, help="(default %(default)s)")
@@ -303,7 +305,9 @@ def check(args: argparse.Namespace) -> None:
     if PredictModelServer is object:
         raise ConfigError("vla-eval is not installed; run: pip install -r requirements-vla-eval.txt")
     if args.temperature is not None and not 0 < args.temperature < float("inf"):
-        raise ConfigError(f"--temperature {args.temperature}: expected a number above 0; leave it out for greedy")
+        raise ConfigError(f"--temperature {args.temperature}: expected a number above 0")
+    if args.temperature is not None and args.mode not in TEMPERED:
+        raise ConfigError(f"--temperature {args.temperature:g} says nothing to --mode {args.mode}; give --mode sampled")
     if args.max_batch_size < 1:
         raise ConfigError(f"--max-batch-size {args.max_batch_size}: expected 1 or more")
     try:
@@ -326,17 +330,17 @@ def run_server(args: argparse.Namespace) -> None:
     from vla_eval.model_servers.serve import serve
 
     config, env = subject.config, subject.config.env
-    if args.temperature is not None and config.policy.head == "l1":
-        raise ConfigError(f"--temperature {args.temperature:g} with an L1 head, which has one action; leave it out")
+    if args.mode != "greedy" and config.policy.head == "l1":
+        raise ConfigError(f"--mode {args.mode} with an L1 head, which has one action; leave it out")
     check_device(config)
     check_policy(config, resumed=subject.run is not None)
     if env.render != "exact":
         log.warning("the policy was trained on images rendered %s; vla-eval renders exact ones", env.render)
     policy, _ = build_subject(subject)
-    sampling = args.temperature, config.run.seed, args.max_batch_size
+    sampling = args.mode, args.temperature or 1.0, config.run.seed, args.max_batch_size
     server = OpenVLAServer(policy, env.task_suite, env.image_size, *sampling)
     server.warm_up()
-    how = "greedy" if args.temperature is None else f"sampled at temperature {args.temperature:g}"
+    how = f"{args.mode} at temperature {server.temperature:g}" if args.mode in TEMPERED else args.mode
     log.info(
         "serving %s for %s, %s, at ws://%s:%d",
         *(subject.name, env.task_suite, how, args.host, args.port),

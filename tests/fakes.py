@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vla_rl.model.sampling import draw_noise, pick
+from vla_rl.model.sampling import draw_noise, mean_index, pick
 from vla_rl.types import ACTION_DIM, ActionEvaluation, Episode, Observation, PolicyInputs, PolicyOutput
 
 CHUNK = 2
@@ -238,16 +238,16 @@ class FakePolicy:
     def prepare(self, obs: Observation) -> PolicyInputs:
         return PolicyInputs(torch.from_numpy(obs.images), torch.from_numpy(obs.proprio), obs.instructions)
 
-    def act(self, obs, *, temperature=1.0, greedy=False, generator=None) -> PolicyOutput:
+    def act(self, obs, *, mode="sampled", temperature=1.0, generator=None) -> PolicyOutput:
         inputs = self.prepare(obs)
         with torch.no_grad():
             logits, hidden = self.forward(inputs, self.adapter)
         logprobs = (logits / temperature).log_softmax(-1)
-        tokens = (
-            logits.argmax(-1)
-            if greedy
-            else pick(logprobs.exp(), draw_noise(logprobs.shape[1:], generator, len(logprobs)))
-        )
+        tokens = {
+            "greedy": lambda: logits.argmax(-1),
+            "mean_action": lambda: mean_index(logprobs.exp()),
+            "sampled": lambda: pick(logprobs.exp(), draw_noise(logprobs.shape[1:], generator, len(logprobs))),
+        }[mode]()
         actions = (tokens.float() - (BINS - 1) / 2) / (BINS / 2)  # -0.75 .. 0.75
         return PolicyOutput(
             action_tokens=tokens,

@@ -191,6 +191,16 @@ def test_an_l1_head_is_evaluated_greedily_alone(tmp_path, capsys, monkeypatch):
     assert "give --modes greedy" in error.splitlines()[-1]
 
 
+def test_the_mean_action_is_a_mode_of_its_own(tmp_path):
+    modes = ["--modes", "greedy", "mean_action"]
+    assert run(tmp_path / "a", *modes, "eval.temperature=0.5") == 0
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert [mode for mode in ("greedy", "mean_action") for _ in range(20)] == [e["mode"] for e in results["episodes"]]
+    assert "Temperature of mean_action 0.5." in (tmp_path / "a/results.md").read_text()
+    baseline = ["--baseline", str(tmp_path / "a/results.json")]
+    assert run(tmp_path / "b", *modes, *baseline) == 2  # at temperature 1
+
+
 # a family of suites
 
 

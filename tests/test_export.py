@@ -127,7 +127,7 @@ def test_a_merged_checkpoint_succeeds_where_base_and_adapter_do(tmp_path, states
     with closing(make_vector_env(config, min(2, len(states)), evaluation=True, image_transform=transform)) as envs:
         for policy in policies:
             episodes = evaluation_episodes([0], states)
-            results = evaluate_policy(policy, envs, episodes, greedy=True, seed=0, progress=False, temperature=1)
+            results = evaluate_policy(policy, envs, episodes, mode="greedy", seed=0, progress=False, temperature=1)
             played.append([(r.episode.initial_state, r.success, r.length) for r in results])
     assert played[0] == played[1] and any(success for _, success, _ in played[0])
 

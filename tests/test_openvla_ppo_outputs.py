@@ -70,9 +70,9 @@ def evaluation_of(folder, **changes):
 def test_evaluation_plays_the_modes_and_states_that_are_set(tmp_path):
     line, seen = evaluation_of(tmp_path / "a", eval={"modes": ["sampled"], "states": "3-7"})
     assert line["eval/episodes_sampled"] == 5 and "eval/success_rate_greedy" not in line
-    assert not any(kwargs["greedy"] for kwargs in seen)
+    assert {kwargs["mode"] for kwargs in seen} == {"sampled"}
     line, seen = evaluation_of(tmp_path / "b", eval={"modes": ["greedy"]}, env={"task_ids": [0, 2]})
-    assert line["eval/episodes_greedy"] == 8 and all(kwargs["greedy"] for kwargs in seen)
+    assert line["eval/episodes_greedy"] == 8 and {kwargs["mode"] for kwargs in seen} == {"greedy"}
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 1.0), ({"temperature": 0.6}, 0.6), ({"temperature": None}, 1.5)])

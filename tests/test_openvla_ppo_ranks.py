@@ -64,11 +64,11 @@ def evaluate(trainer, stopped):
     played, sampled = [], []
     add, act = trainer.kept.add, trainer.policy.act
 
-    def watched(*args, greedy, **kwargs):
-        sampled.extend([] if greedy else [1])
+    def watched(*args, mode, **kwargs):
+        sampled.extend([1] if mode == "sampled" else [])
         if stopped and len(sampled) == 5:
             trainer.request_stop()
-        return act(*args, greedy=greedy, **kwargs)
+        return act(*args, mode=mode, **kwargs)
 
     trainer.policy.act = watched
     trainer.kept.add = lambda mode, result: (add(mode, result), played.append([mode, *vars(result.episode).values()]))

@@ -102,14 +102,14 @@ def test_grpo_trains_on_what_it_would_have_played_without_the_faults(tmp_path, o
     torch.testing.assert_close(whole.old_logprobs, other.old_logprobs)
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-def test_an_evaluation_gives_the_results_that_it_gives_without_the_faults(greedy):
+@pytest.mark.parametrize("mode", ["greedy", "sampled"])
+def test_an_evaluation_gives_the_results_that_it_gives_without_the_faults(mode):
     episodes, policy = evaluation_episodes([0, 1], range(4)), FakePolicy()
     results = []
     for breaks in ({}, {("step", 0): [0], ("step", 2): [0, 1], ("reset", 2): [0, 1]}):
         envs = make_envs(2)
         make_flaky(envs, breaks)
-        results.append(evaluate_policy(policy, envs, episodes, greedy=greedy, temperature=1.0, seed=1, progress=False))
+        results.append(evaluate_policy(policy, envs, episodes, mode=mode, temperature=1.0, seed=1, progress=False))
     assert len(results[1]) == 8
     for whole, other in zip(*results, strict=True):
         assert (whole.episode, whole.success, whole.length) == (other.episode, other.success, other.length)
@@ -119,7 +119,7 @@ def test_an_evaluation_gives_the_results_that_it_gives_without_the_faults(greedy
 def test_an_episode_that_always_loses_its_simulator_is_left_out_of_an_evaluation(caplog):
     episodes, envs = evaluation_episodes([0], range(3)), make_envs(1)
     make_flaky(envs, {("step", n): [0] for n in range(TRIES)})
-    settings = {"greedy": True, "temperature": 1.0, "seed": 1, "progress": False}
+    settings = {"mode": "greedy", "temperature": 1.0, "seed": 1, "progress": False}
     results = evaluate_policy(FakePolicy(), envs, episodes, **settings)
     assert [result.episode.initial_state for result in results] == [1, 2]
     assert "initial_state=0" in caplog.text and f"left out: broken off {TRIES} times" in caplog.text

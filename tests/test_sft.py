@@ -117,7 +117,7 @@ def test_an_l1_head_learns_what_the_picture_and_the_instruction_tell_and_is_the_
     images = np.stack([np.full((1, 16, 16, 3), grey, np.uint8) for grey in (60, 180)] * 2)
     texts = ("close the box", "close the box", "open the box", "open the box")
     proprio = np.tile(np.array(policy.statistics["proprio"]["mean"], np.float32), (4, 1))
-    actions = policy.act(Observation(images, proprio, texts), greedy=True).actions[:, 0]
+    actions = policy.act(Observation(images, proprio, texts), mode="greedy").actions[:, 0]
     np.testing.assert_allclose(actions[:, 0], [-0.4, 0.4, -0.1, 0.7], atol=0.25)
     assert actions[:, 6].tolist() == [-1, -1, 1, 1]
     # a further fine-tuning goes on from that head

@@ -21,6 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ import numpy as np
 
 from vla_rl.reports.curves import (
     EPISODES,
-    GREEDY,
-    SAMPLED,
+    EVALUATED,
     TRAINING,
     evaluations,
     success_of_last_episodes,
@@ -183,7 +183,7 @@ def check_numbers(file: Path, records: Records) -> None:
     """
     for number, record in enumerate(records, start=1):
         wanted = ("timesteps", TRAINING) if record.get(EPISODES) else ("timesteps",)
-        for name in ("timesteps", EPISODES, TRAINING, GREEDY, SAMPLED, "time/rollout_s", "time/update_s"):
+        for name in ("timesteps", EPISODES, TRAINING, *EVALUATED.values(), "time/rollout_s", "time/update_s"):
             value = record.get(name)
             if (value is None and name in wanted) or not (value is None or is_number(value)):
                 raise ConfigError(
@@ -271,14 +271,16 @@ def automatic_labels(runs: list[Run]) -> Callable[[Run], str]:
 
 def table(groups: dict[str, list[Run]], window: int) -> str:
     """Markdown: a row for each setting."""
-    columns = ("setting", "seeds", "timesteps", "greedy success", "sampled success")
+    known = [run.records for runs in groups.values() for run in runs]
+    modes = {title: name for title, name in EVALUATED.items() if any(len(evaluations(r, name)[0]) for r in known)}
+    columns = ("setting", "seeds", "timesteps", *modes)
     columns += (f"training success, last {window} episodes", "minutes")
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for label, runs in groups.items():
         curves = [success_of_last_episodes(run.records, window) for run in runs]
         cells = [label.replace("|", "\\|"), ", ".join(run.seed for run in runs)]
         cells.append(span([run.records[-1]["timesteps"] for run in runs]))
-        cells += [over_seeds([last(run.records, name) for run in runs]) for name in (GREEDY, SAMPLED)]
+        cells += [over_seeds([last(run.records, name) for run in runs]) for name in modes.values()]
         cells.append(over_seeds([curve[2][-1] if len(curve[2]) else None for curve in curves]))
         cells.append(span([round(curve[1][-1]) if len(curve[1]) else 0 for curve in curves]))
         lines.append(f"| {' | '.join(cells)} |")
@@ -331,7 +333,7 @@ def notes(groups: dict[str, list[Run]]) -> list[str]:
 
 def ended_early(run: Run) -> bool:
     done = run.records[-1]["timesteps"]
-    return any(len(e := evaluations(run.records, name)[0]) and e[-1] < done for name in (GREEDY, SAMPLED))
+    return any(len(e := evaluations(run.records, name)[0]) and e[-1] < done for name in EVALUATED.values())
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -346,8 +348,7 @@ def compare(args: argparse.Namespace) -> None:
         f"training success, last {args.window} episodes": lambda records: success_of_last_episodes(
             records, args.window
         ),
-        "greedy success": lambda records: evaluations(records, GREEDY),
-        "sampled success": lambda records: evaluations(records, SAMPLED),
+        **{title: partial(evaluations, name=name) for title, name in EVALUATED.items()},
     }
     drawn: dict[str, dict[str, list]] = {}
     for quantity, curve_of in quantities.items():

@@ -24,7 +24,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vla_rl.evaluation import tables
 from vla_rl.evaluation.play import (
@@ -61,6 +61,7 @@ from vla_rl.run.files import write_whole
 from vla_rl.run.interruption import Stop
 from vla_rl.run.load_settings import expand, from_root
 from vla_rl.run.machine import versions
+from vla_rl.run.section import Mode
 from vla_rl.run.settings import ConfigError
 from vla_rl.run.task_suites import NUM_FIXED_STATES, TASK_SUITES, own_suites, suite_size
 from vla_rl.simulation.suites import task_languages
@@ -69,7 +70,6 @@ from vla_rl.types import Episode
 
 log = logging.getLogger("vla_rl.evaluate")
 
-MODES = ("greedy", "sampled")
 KEPT = (
     "stopped; what was played is kept, and the same command goes on (of a run that is still trained: name the checkpoint, "
     "--run RUN/checkpoints/iteration-N)"
@@ -113,7 +113,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--states", metavar="0-49", help="fixed initial states of each task (default: all, or the run's eval.states)")
     add("--episodes", type=int, metavar="N", help="episodes a task in each mode: the first N of --states")
-    add("--modes", nargs="+", choices=MODES, help="default: both, or the run's")
+    add("--modes", nargs="+", choices=get_args(Mode), help="default: greedy sampled, or the run's")
     add("--out", metavar="DIR", help="default: RUN/evaluations/NAME, or runs/evaluations/NAME of a checkpoint")
     add("--baseline", metavar="RESULTS", help="results.json of another evaluation, compared state by state")
     add(
@@ -179,7 +179,7 @@ def with_modes_of_head(subject: Subject) -> Subject:
         return subject
     if "greedy" not in config.eval.modes:
         raise ConfigError(
-            "--modes sampled with policy.head=l1, which has one action for an observation; give --modes greedy"
+            f"--modes {' '.join(config.eval.modes)} with policy.head=l1, which has one action for an observation; give --modes greedy"
         )
     log.info("policy.head=l1 has one action for an observation: evaluated greedily alone")
     evaluation = config.eval.model_copy(update={"modes": ["greedy"]})
@@ -322,7 +322,7 @@ def play(
         policy,
         envs,
         list(episodes.values()),
-        greedy=mode == "greedy",
+        mode=mode,
         temperature=evaluation.subject.temperature,
         seed=config.run.seed,
         predict_values=predict_values,

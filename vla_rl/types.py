@@ -163,7 +163,7 @@ class PolicyOutput:
     """One decision of each environment, all from one forward."""
 
     action_tokens: Tensor  # int64 [N, A], CPU
-    logprobs: Tensor  # float32 [N, A], CPU, of the sampling distribution; NaN for a greedy token outside the action ids
+    logprobs: Tensor  # float32 [N, A], CPU, of the tempered distribution; NaN for a greedy token outside the action ids
     actions: np.ndarray  # float32 [N, C, 7], environment units, -1..1
     hidden: Tensor | None  # float32 [N, D], no gradient: final hidden state of the last prompt token
     inputs: PolicyInputs
@@ -189,8 +189,8 @@ class Policy(Protocol):
         self,
         obs: Observation,
         *,
+        mode: str = "sampled",  # vla_rl.run.section.Mode
         temperature: float = 1.0,
-        greedy: bool = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,  # a sequence: one a row
     ) -> PolicyOutput: ...
 

@@ -177,7 +177,7 @@ def build(
                 teacher if head == "l1" else student,
                 eval_envs,
                 episodes,
-                greedy=mode != "sampled",
+                mode="greedy" if mode == "l1" else mode,
                 temperature=config.eval.temperature or config.collection.temperature,
                 seed=config.run.seed,
                 progress=config.logging.progress,

@@ -69,7 +69,7 @@ def play(env: LiberoEnv, policy, episode: Episode, sampled: bool) -> list[bool]:
     held, over = [False] * len(goals), False
     while not over:
         seen = Observation(obs["images"][None], obs["proprio"][None], (obs["instruction"],))
-        actions = policy.act(seen, greedy=not sampled, generator=[generator]).actions[0]
+        actions = policy.act(seen, mode="sampled" if sampled else "greedy", generator=[generator]).actions[0]
         obs, _, terminated, truncated, _ = env.step(actions)
         held = [before or holds(env.simulator, goal) for before, goal in zip(held, goals, strict=True)]
         over = terminated or truncated

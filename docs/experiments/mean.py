@@ -1,9 +1,9 @@
-"""Success over the fixed states of the policy whose weight change is the mean of several runs', greedy or sampled.
+"""Success over the fixed states of the policy whose weight change is the mean of several runs'.
 
     python docs/experiments/mean.py runs/ppo_seed0 runs/ppo_seed1 runs/ppo_seed2
     python docs/experiments/mean.py runs/ppo_seed0                one run alone: its newest checkpoint
     python docs/experiments/mean.py runs/ppo_seed0 --scale 0.6    its weight change times 0.6
-    python docs/experiments/mean.py runs/ppo_seed0 --sampled      at the temperature of training
+    python docs/experiments/mean.py runs/ppo_seed0 --mode sampled          at the temperature of training
     python docs/experiments/mean.py runs/ppo_seed0 --ema 0.75     of its checkpoints, an exponential moving average
 
 The mean is that of python -m vla_rl.export --average, an adapter of the summed rank.
@@ -17,6 +17,7 @@ import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,6 +29,7 @@ from vla_rl.model.adapter import ADAPTER_FILES, read_adapter, write_mean
 from vla_rl.run.checkpoint import find_adapter, list_checkpoints, save_tensors
 from vla_rl.run.command_line import end_of
 from vla_rl.run.load_settings import load_config
+from vla_rl.run.section import Mode
 from vla_rl.simulation.vector_env import make_vector_env
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--ema", type=float, metavar="BETA", help="of one run: weights beta^i, i = 0 for the newest checkpoint"
     )
-    parser.add_argument("--sampled", action="store_true", help="instead of greedy")
+    parser.add_argument("--mode", choices=get_args(Mode), default="greedy", help="as eval.modes (default: greedy)")
     args = parser.parse_args()
     if args.ema is not None and len(args.runs) > 1:
         parser.error("--ema is of one run")
@@ -60,7 +62,7 @@ def play(args: argparse.Namespace) -> None:
     with closing(make_vector_env(config, config.eval.num_envs, evaluation=True)) as envs:
         episodes = evaluation_episodes(config.env.task_ids, range(50))
         temperature = config.rollout.temperature
-        results = evaluate_policy(policy, envs, episodes, greedy=not args.sampled, temperature=temperature, seed=0)
+        results = evaluate_policy(policy, envs, episodes, mode=args.mode, temperature=temperature, seed=0)
     print(f"{sum(r.success for r in results)} of {len(results)}")
 
 

@@ -76,21 +76,23 @@ class ScriptedVectorEnv:
 class OnesPolicy:
     """Acts 1 everywhere, and notes what it was asked."""
 
+    chunk_size = 8
+
     def __init__(self):
         self.calls = []
 
-    def act(self, obs, *, temperature, greedy, generator):
+    def act(self, obs, *, mode, temperature, generator):
         n = len(obs)
         assert len(generator) == n, "one generator a row"
         fill = torch.Generator().initial_seed()  # of rows that are copies
         draws = [None if g.initial_seed() == fill else torch.rand(1, generator=g).item() for g in generator]
-        self.calls.append((obs.instructions, temperature, greedy, draws))
+        self.calls.append((obs.instructions, temperature, mode, draws))
         return PolicyOutput(torch.zeros(n, 56), torch.zeros(n, 56), np.ones((n, 8, 7), np.float32), None, None)
 
 
 def play(num_envs: int, episodes, policy=None, **more) -> tuple[list[EpisodeResult], ScriptedVectorEnv]:
     envs = ScriptedVectorEnv(num_envs)
-    settings = {"greedy": True, "temperature": 1.0, "seed": 0, "progress": False} | more
+    settings = {"mode": "greedy", "temperature": 1.0, "seed": 0, "progress": False} | more
     return evaluate_policy(policy or OnesPolicy(), envs, episodes, **settings), envs
 
 
@@ -148,14 +150,14 @@ def test_an_evaluation_may_be_stopped_before_any_decision():
 
 def test_mode_and_temperature_reach_the_policy():
     policy = OnesPolicy()
-    play(1, EPISODES[:1], policy, greedy=False, temperature=1.6)
-    assert {(temperature, greedy) for _, temperature, greedy, _ in policy.calls} == {(1.6, False)}
+    play(1, EPISODES[:1], policy, mode="sampled", temperature=1.6)
+    assert {(temperature, mode) for _, temperature, mode, _ in policy.calls} == {(1.6, "sampled")}
 
 
 def drawn(num_envs: int, episodes, seed: int = 0) -> dict[str, list[list[float]]]:
     """What each episode drew, decision by decision."""
     policy, draws = OnesPolicy(), {}
-    play(num_envs, episodes, policy, greedy=False, seed=seed)
+    play(num_envs, episodes, policy, mode="sampled", seed=seed)
     for instructions, *_, numbers in policy.calls:
         for instruction, number in zip(instructions, numbers, strict=True):
             if number is not None:  # a copy that fills the batch
@@ -190,7 +192,7 @@ def test_a_sampled_evaluation_is_the_same_in_any_number_of_environments():
 
     def run(num_envs, wanted):
         with closing(make_envs(num_envs)) as envs:
-            results = evaluate_policy(policy, envs, wanted, greedy=False, temperature=1.0, seed=5, progress=False)
+            results = evaluate_policy(policy, envs, wanted, mode="sampled", temperature=1.0, seed=5, progress=False)
         return [(r.success, r.length) for r in results]
 
     alone = run(1, episodes)
@@ -202,7 +204,7 @@ def test_a_sampled_evaluation_is_the_same_in_any_number_of_environments():
 def test_sampling_is_of_the_seed_and_touches_no_global_state():
     def draws(seed):
         policy = OnesPolicy()
-        play(2, EPISODES, policy, greedy=False, seed=seed)
+        play(2, EPISODES, policy, mode="sampled", seed=seed)
         return [draw for *_, draw in policy.calls]
 
     before = torch.get_rng_state()
@@ -215,13 +217,13 @@ def test_a_sampled_evaluation_of_the_small_policy_repeats_itself_and_touches_no_
     episodes = evaluation_episodes([0, 1], range(6))
     envs = make_envs(3)
 
-    def run(seed, greedy=False):
-        results = evaluate_policy(policy, envs, episodes, greedy=greedy, temperature=1.0, seed=seed, progress=False)
+    def run(seed, mode="sampled"):
+        results = evaluate_policy(policy, envs, episodes, mode=mode, temperature=1.0, seed=seed, progress=False)
         return [(r.success, r.length) for r in results]
 
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     first = run(3)
-    assert run(3) == first and run(0, greedy=True) == run(1, greedy=True)
+    assert run(3) == first and run(0, mode="greedy") == run(1, mode="greedy")
     assert any(run(seed) != first for seed in range(4, 9))
     assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
     envs.close()
@@ -287,7 +289,7 @@ def test_without_a_value_head_there_are_no_values():
 def test_every_forward_has_a_row_for_each_environment_and_the_fill_draws_from_no_episode():
     for num_envs in (4, 12):  # of 9 episodes
         policy = OnesPolicy()
-        results, _ = play(num_envs, EPISODES, policy, greedy=False)
+        results, _ = play(num_envs, EPISODES, policy, mode="sampled")
         assert {len(instructions) for instructions, *_ in policy.calls} == {num_envs}
         assert [(r.success, r.length) for r in results] == [(r.success, r.length) for r in play(1, EPISODES)[0]]
 
@@ -323,6 +325,18 @@ def test_a_mode_leaves_a_video_of_a_success_and_of_a_failure_at_the_speed_of_the
     assert {n.rpartition("_")[2] for n in names if "sampled" in n} == {"success.mp4", "failure.mp4"} and len(names) <= 4
 
 
+@pytest.mark.parametrize(("mode", "temperature"), [("greedy", None), ("mean_action", 0.5), ("sampled", 0.5)])
+def test_each_mode_asks_the_policy_for_its_own_and_names_a_temperature_that_matters(tmp_path, mode, temperature):
+    policy = OnesPolicy()
+    config = settings(eval={"states": "0-1", "video": False, "modes": [mode], "temperature": 0.5})
+    metrics = evaluate_modes(policy, ScriptedVectorEnv(2), config, tmp_path, "", lambda: None)
+    assert {(asked[2], asked[1]) for asked in policy.calls} == {(mode, 0.5)}
+    assert (
+        metrics[f"eval/episodes_{mode}"] == 2 * len(config.env.task_ids)
+        and metrics.get("eval/temperature") == temperature
+    )
+
+
 def test_a_stop_ends_the_evaluation_before_a_replay(tmp_path):
     calls, config = [], settings(eval={"states": "0-7", "video": True, "modes": ["sampled"]})
 
@@ -352,7 +366,7 @@ def test_greedy_episodes_are_the_same_for_any_number_of_workers_and_can_be_playe
     for number in workers:
         config = config.model_copy(update={"env": config.env.model_copy(update={"num_workers": number})})
         with closing(make_vector_env(config, 4, evaluation=True, image_transform=transform)) as envs:
-            results = evaluate_policy(policy, envs, episodes, greedy=True, temperature=1.0, seed=0, progress=False)
+            results = evaluate_policy(policy, envs, episodes, mode="greedy", temperature=1.0, seed=0, progress=False)
             played.append([(r.success, r.length, r.actions.tobytes()) for r in results])
             assert [r.length for r in results] == [24] * 6 and len({r.actions.tobytes() for r in results}) == 6
             (frames, success, _), *_ = envs.replay([(r.episode, r.actions) for r in results[:1]])

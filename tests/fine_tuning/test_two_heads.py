@@ -93,7 +93,7 @@ def test_a_checkpoint_brings_both_parts_back_and_one_of_another_kind_is_refused(
     assert again.fingerprint() == student.fingerprint() != make(checkpoint, train_head=False)[1].fingerprint()
     again.load(tmp_path / "c")
     for obs in (make_obs(2), make_obs(2, seed=1)):
-        ours, theirs = student.act(obs, greedy=True), again.act(obs, greedy=True)
+        ours, theirs = student.act(obs, mode="greedy"), again.act(obs, mode="greedy")
         assert torch.equal(ours.action_tokens, theirs.action_tokens) and torch.equal(ours.logprobs, theirs.logprobs)
     (tmp_path / "c" / ROWS_FILE).write_bytes(b"torn")
     with pytest.raises(ConfigError, match=ROWS_FILE):
@@ -111,6 +111,6 @@ def test_the_model_acts_by_tokens_as_the_student_did_and_has_no_l1_head(checkpoi
     trained_as = read_trained_as(tmp_path / "model")
     assert (trained_as["head"], trained_as["use_proprio"], trained_as["render"]) == ("tokens", True, "fast")
     model = OpenVLAPolicy.from_checkpoint(tmp_path / "model", "parallel", use_proprio=True, chunk_size=1)
-    ours, theirs = student.act(obs, greedy=True), model.act(obs, greedy=True)
+    ours, theirs = student.act(obs, mode="greedy"), model.act(obs, mode="greedy")
     torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=2e-4, rtol=0)
     assert (ours.action_tokens == theirs.action_tokens).float().mean() > 0.95  # ties aside

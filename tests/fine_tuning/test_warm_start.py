@@ -46,7 +46,7 @@ class Teacher:
     def __init__(self):
         self.asked = 0
 
-    def act(self, obs, *, temperature, greedy, generator):
+    def act(self, obs, *, mode, temperature, generator):
         self.asked += len(obs)
         right = obs.images[:, 0, 0, 0, 2] > 0
         tokens = torch.from_numpy(np.where(right, BINS - 1, 0))[:, None].expand(-1, CHUNK * ACTION_DIM)
@@ -62,9 +62,9 @@ class Student(FakePolicy):
         super().__init__()
         self.acted = self.steps = 0
 
-    def act(self, obs, *, temperature, greedy, generator):
+    def act(self, obs, *, mode, temperature, generator):
         self.acted += len(obs)
-        return super().act(obs, temperature=temperature, greedy=greedy, generator=generator)
+        return super().act(obs, mode=mode, temperature=temperature, generator=generator)
 
     def parameters(self):
         return [self.adapter]
@@ -97,7 +97,7 @@ def make(folder: Path, student=None, stop=lambda: None, **changes) -> WarmStart:
                 actor,
                 eval_envs,
                 evaluation_episodes(config.env.task_ids, config.eval.states),
-                greedy=mode != "sampled",
+                mode="greedy" if mode == "l1" else mode,
                 temperature=1.0,
                 seed=0,
                 progress=False,

@@ -121,7 +121,7 @@ def test_what_our_environment_shows_gives_the_chunk_that_the_policy_acts(policy)
         shown, _ = env.reset(options={"episode": evaluation_episodes([0], [0])[0]})
     obs = Observation(shown["images"][None], shown["proprio"][None], (shown["instruction"],))
     chunk = decide(policy, as_sent(obs), 128)
-    assert chunk.shape == (1, 8, 7) and np.array_equal(chunk, policy.act(obs, greedy=True).actions)
+    assert chunk.shape == (1, 8, 7) and np.array_equal(chunk, policy.act(obs, mode="greedy").actions)
     assert np.abs(chunk).max() <= 1 and set(np.unique(chunk[..., 6])) <= {-1.0, 1.0}
     large = [
         obs | {"images": {"agentview": obs["images"]["agentview"].repeat(2, 0).repeat(2, 1)}} for obs in as_sent(obs)
@@ -142,7 +142,7 @@ def test_a_checkpoint_is_served_as_it_was_trained_with_its_adapter(tmp_path, lor
     policy, _ = build_subject(served)
     obs = make_obs(2)
     assert np.array_equal(
-        decide(policy, as_sent(obs), served.config.env.image_size), trained.act(obs, greedy=True).actions
+        decide(policy, as_sent(obs), served.config.env.image_size), trained.act(obs, mode="greedy").actions
     )
     with pytest.raises(ConfigError, match="--adapter goes with --checkpoint"):
         subject("--run", str(tmp_path), "--adapter", "x")
@@ -160,6 +160,7 @@ def test_mistakes_end_with_status_2_before_anything_is_loaded(monkeypatch, capsy
         for arguments, said in (
             (["--port", port], f"cannot listen at 127.0.0.1:{port}"),
             (["--temperature", "0"], "expected a number above 0"),
+            (["--temperature", "0.5"], "says nothing to --mode greedy; give --mode sampled"),
             (["--max-batch-size", "0"], "expected 1 or more"),
         ):
             assert vla_eval_server.main(["--checkpoint", "tiny-openvla", *arguments]) == 2
@@ -230,7 +231,7 @@ def test_an_episode_draws_what_it_draws_in_our_evaluation(policy):
             actions.append((await connection.act(row))["actions"])
         return actions
 
-    actions = play(OpenVLAServer(policy, "libero_spatial", 128, temperature=1.0, seed=5), talk)
+    actions = play(OpenVLAServer(policy, "libero_spatial", 128, mode="sampled", seed=5), talk)
     assert np.array_equal(actions, expected) and not np.array_equal(*actions)
 
 
@@ -255,7 +256,7 @@ def test_sessions_share_forwards_and_each_gets_its_own_action(policy):
     from vla_eval.api import serve_background
     from vla_eval.connection import Connection
 
-    server = OpenVLAServer(policy, "libero_spatial", 128, temperature=1.0, max_batch_size=4)
+    server = OpenVLAServer(policy, "libero_spatial", 128, mode="sampled", max_batch_size=4)
     server.warm_up()
     rows, actions, sizes = as_sent(make_obs(3)), {}, []
     predict = server.predict_batch
@@ -275,7 +276,7 @@ def test_sessions_share_forwards_and_each_gets_its_own_action(policy):
         anyio.run(all_at_once, handle.url)
     assert sum(sizes) == 6  # two decisions of each
     for index, generator in enumerate(sampling_generators(evaluation_episodes([0], range(3)), 0)):
-        alone = [decide(policy, [rows[index]], 128, 1.0, [generator])[0, 0] for _ in range(2)]
+        alone = [decide(policy, [rows[index]], 128, "sampled", 1.0, [generator])[0, 0] for _ in range(2)]
         assert np.allclose(actions[index], alone, atol=1e-6)  # rows beside it change rounding
 
 

@@ -232,7 +232,7 @@ def test_an_evaluation_that_is_not_finite_leaves_no_checkpoint_of_its_weights(tm
     trainer = make_trainer(tmp_path, evaluate=True, eval={"interval": 1})
 
     def act(*args, **kwargs):
-        if trainer.iteration == 2 and kwargs.get("greedy"):
+        if trainer.iteration == 2 and kwargs.get("mode") == "greedy":
             raise NonFiniteError("the policy's action distribution is not finite")
         return real(*args, **kwargs)
 

@@ -30,7 +30,7 @@ def policies():
 
 
 def decide(policy, times):
-    return [policy.act(make_obs(), greedy=True).hidden.tolist() for _ in range(times)]
+    return [policy.act(make_obs(), mode="greedy").hidden.tolist() for _ in range(times)]
 
 
 def run_sharded(ranks, folder):

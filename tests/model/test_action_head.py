@@ -109,7 +109,7 @@ def test_a_policy_acts_by_the_head_on_the_hidden_states_that_predict_the_tokens(
         hidden = policy.action_hidden(inputs, torch.zeros(3, 56, dtype=torch.int64))
         expected = policy.action_head(hidden)
         torch.testing.assert_close(policy.forward_l1(*tensors), expected)
-    output = policy.act(make_obs(3), greedy=True)
+    output = policy.act(make_obs(3), mode="greedy")
     assert policy.head == "l1" and output.actions.shape == (3, 8, 7)
     wanted = l1_output(
         expected, hidden[:, 0], inputs, policy.action_tokenizer, policy.statistics["action"]
@@ -120,13 +120,13 @@ def test_a_policy_acts_by_the_head_on_the_hidden_states_that_predict_the_tokens(
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(l1_checkpoint):
     policy = make_l1(l1_checkpoint)
-    together, alone = policy.act(make_obs(3), greedy=True), policy.act(make_obs(3).rows([1]), greedy=True)
+    together, alone = policy.act(make_obs(3), mode="greedy"), policy.act(make_obs(3).rows([1]), mode="greedy")
     np.testing.assert_allclose(together.actions[1], alone.actions[0], atol=1e-5)  # prompts of three lengths
 
 
 def test_an_l1_policy_neither_samples_nor_scores(l1_checkpoint):
     policy = make_l1(l1_checkpoint)
-    output = policy.act(make_obs(1), greedy=True)
+    output = policy.act(make_obs(1), mode="greedy")
     for call in (
         lambda: policy.act(make_obs(1)),
         lambda: policy.evaluate_actions(output.inputs, output.action_tokens, temperature=1.0),
@@ -203,8 +203,8 @@ def test_a_file_that_is_none_is_named_in_one_line_before_the_weights_load(l1_che
 def test_merged_weights_keep_the_head_only_where_it_is_of_them(l1_checkpoint, tmp_path):
     write_trained_as(l1_checkpoint, {"decoder": "parallel", "head": "l1"})
     make_l1(l1_checkpoint).save_merged(tmp_path / "l1")
-    same = make_l1(tmp_path / "l1").act(make_obs(2), greedy=True)
-    np.testing.assert_array_equal(same.actions, make_l1(l1_checkpoint).act(make_obs(2), greedy=True).actions)
+    same = make_l1(tmp_path / "l1").act(make_obs(2), mode="greedy")
+    np.testing.assert_array_equal(same.actions, make_l1(l1_checkpoint).act(make_obs(2), mode="greedy").actions)
     assert read_trained_as(tmp_path / "l1")["head"] == "l1"
     adapted = OpenVLAPolicy.from_checkpoint(
         l1_checkpoint, "parallel", use_proprio=True, lora=LoraConfig(rank=2, alpha=4)

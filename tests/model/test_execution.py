@@ -216,6 +216,16 @@ def fake_cuda(monkeypatch):
     return captures
 
 
+def replayed(function) -> CudaGraphs:
+    class Replayed(CudaGraphs):
+        def capture(self, arguments):
+            graph, inputs, outputs = super().capture(arguments)
+            graph.function, graph.inputs, graph.outputs = self.function, inputs, outputs
+            return graph, inputs, outputs
+
+    return Replayed(function, "pool", torch.cuda.Stream())
+
+
 def test_a_graph_is_captured_once_for_each_shape(fake_cuda):
     weight, calls = torch.ones(2), []
 
@@ -223,13 +233,7 @@ def test_a_graph_is_captured_once_for_each_shape(fake_cuda):
         calls.append(len(x))
         return (2 * x * weight if y is None else x + y,)
 
-    class Replayed(CudaGraphs):
-        def capture(self, tensors):
-            graph, inputs, outputs = super().capture(tensors)
-            graph.function, graph.inputs, graph.outputs = self.function, inputs, outputs
-            return graph, inputs, outputs
-
-    graphs = Replayed(function, "pool", torch.cuda.Stream())
+    graphs = replayed(function)
     first = graphs(torch.tensor([1.0, 2.0]), None)
     assert calls == [2] * 4  # two to warm up, the capture, the first replay
     weight.mul_(10)  # in place, as an optimizer does
@@ -239,3 +243,9 @@ def test_a_graph_is_captured_once_for_each_shape(fake_cuda):
     assert graphs(torch.ones(2), torch.ones(2))[0].tolist() == [2, 2]
     assert graphs(torch.ones(1), torch.ones(1))[0].tolist() == [2]
     assert fake_cuda == [("pool", torch.cuda.Stream)] * 3
+
+
+def test_a_graph_is_captured_once_for_each_text(fake_cuda):
+    graphs = replayed(lambda mode, x: (x + len(mode),))
+    results = [graphs(mode, torch.tensor([x]))[0].item() for mode, x in (("a", 1), ("ab", 1), ("a", 5), ("ab", 5))]
+    assert results == [2, 3, 6, 7] and len(fake_cuda) == 2

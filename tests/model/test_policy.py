@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tests.model.policies import DATA, DECODERS, RECORDED, TASKS, make_obs, make
 from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.prismatic import load_network
 from vla_rl.model.tiny_openvla import ensure_tiny_openvla
+from vla_rl.run.section import Mode
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import NonFiniteError, Observation, PolicyInputs
 
@@ -34,7 +36,7 @@ def official_inputs(policy, official, case: str):
 
 @pytest.mark.parametrize("case", ["a", "b", "c"])
 def test_greedy_decoding_gives_the_official_tokens_logprobs_and_action(recorded, official, case):
-    tokens, logprobs, hidden = recorded.generate(*official_inputs(recorded, official, case), greedy=True)
+    tokens, logprobs, hidden = recorded.generate(*official_inputs(recorded, official, case), mode="greedy")
     assert tokens[0].tolist() == official[f"{case}/action_token_ids"].tolist()
     expected = official[f"{case}/logp_action256"]  # NaN where the token is no action token
     np.testing.assert_allclose(logprobs[0], expected, atol=2e-5, rtol=0)  # cached keys; teacher forcing holds 1e-5
@@ -145,13 +147,35 @@ def test_sampling_repeats_with_its_generator(policy):
 
 def test_greedy_takes_the_most_likely_token_of_the_whole_vocabulary(parallel):
     obs = make_obs()
-    tokens = parallel.act(obs, greedy=True).action_tokens
+    tokens = parallel.act(obs, mode="greedy").action_tokens
     prompt = parallel.embed(*parallel.tensors(parallel.prepare(obs)))
     logits = parallel.network.vocabulary_logits(parallel.network.forward_slots(prompt, 56))
     assert tokens.equal(logits.argmax(dim=-1))
     outside = (tokens < 704) | (tokens >= 960)
     assert outside.any()  # random weights: 768 of 1024 ids are no actions
-    assert parallel.act(obs, greedy=True).logprobs.isnan().equal(outside)
+    assert parallel.act(obs, mode="greedy").logprobs.isnan().equal(outside)
+
+
+def test_the_mean_action_is_the_bin_nearest_to_the_mean_of_the_tempered_distribution(parallel):
+    obs = make_obs()
+    output = parallel.act(obs, mode="mean_action", temperature=0.5)
+    prompt = parallel.embed(*parallel.tensors(parallel.prepare(obs)))
+    logits = parallel.network.action_logits(parallel.network.forward_slots(prompt, 56)).double()
+    mean = torch.einsum("nab,b->na", (2 * logits).softmax(dim=-1), torch.arange(256.0, dtype=torch.float64))
+    assert ((output.action_tokens - 704) - mean).abs().max() < 0.5001
+    scored = parallel.evaluate_actions(output.inputs, output.action_tokens, temperature=0.5)
+    torch.testing.assert_close(output.logprobs, scored.logprobs.detach())
+    assert output.action_tokens.equal(parallel.act(obs, mode="mean_action", temperature=0.5).action_tokens)
+    flat, sharp = (parallel.act(obs, mode="mean_action", temperature=t).action_tokens for t in (1e6, 1e-6))
+    assert ((flat - 704) - 127.5).abs().max() < 1
+    assert (sharp - 704).equal(logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_both_decoders_act_in_each_mode(decoder):
+    policy, obs = make_policy(decoder=decoder), make_obs()
+    tokens = {mode: policy.act(obs, mode=mode, temperature=1e-6).action_tokens for mode in ("mean_action", "sampled")}
+    assert tokens["mean_action"].equal(tokens["sampled"])  # all of a distribution is in one bin
 
 
 def test_proprio_and_the_second_image_are_read():
@@ -213,9 +237,9 @@ def test_nan_in_the_weights_is_named_when_acting():
     with torch.no_grad():
         policy.network.language_model.model.norm.weight[0] = torch.nan
     obs = Observation(np.zeros((1, 1, 64, 64, 3), np.uint8), np.zeros((1, 8), np.float32), ("pick up the bowl",))
-    for greedy in (False, True):
+    for mode in get_args(Mode):
         with pytest.raises(NonFiniteError, match="action distribution is not finite"):
-            policy.act(obs, greedy=greedy)
+            policy.act(obs, mode=mode)
 
 
 def test_fingerprint_tells_models_decoders_and_adapter_shapes_apart(tmp_path):
@@ -254,6 +278,8 @@ def test_bad_inputs_are_named(policy):
         policy.evaluate_actions(inputs, tokens - 400, temperature=1.0)
     with pytest.raises(ValueError, match="temperature=0"):
         policy.act(make_obs(), temperature=0)
+    with pytest.raises(ValueError, match="mode='best'; expected one of greedy, mean_action, sampled"):
+        policy.act(make_obs(), mode="best")
     with pytest.raises(ValueError, match=r"temperature=-1"):
         policy.evaluate_actions(inputs, tokens, temperature=-1)
     with pytest.raises(ValueError, match=r"3 rows of 1 images, got \[3, 2\]"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vla_rl.model.sampling import draw_noise, pick, tempered
+from vla_rl.model.sampling import draw_noise, mean_index, pick, tempered
 
 
 def test_a_row_with_its_own_generator_draws_what_it_draws_alone():
@@ -46,3 +46,16 @@ def test_what_is_picked_is_what_torch_multinomial_draws(rows):
     expected = torch.multinomial(probs.flatten(0, 1), 1).view(rows, 56)
     torch.manual_seed(2)
     assert pick(probs, draw_noise((56, 256), None, rows)).equal(expected)
+
+
+def test_the_mean_index_is_that_of_a_long_row_of_draws():
+    probs = torch.softmax(3 * torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
+    draws = torch.multinomial(
+        probs.flatten(0, 1), 100_000, replacement=True, generator=torch.Generator().manual_seed(1)
+    )
+    error = 5 * 256 / 12**0.5 / 100_000**0.5  # of a mean of draws that are wider than these
+    assert (mean_index(probs).flatten() - draws.double().mean(dim=-1)).abs().max() < 0.5 + error
+    two = torch.zeros(256)
+    two[[10, 21]] = torch.tensor([0.25, 0.75])
+    assert mean_index(two).item() == 18  # 18.25
+    assert mean_index(torch.eye(256)).equal(torch.arange(256))

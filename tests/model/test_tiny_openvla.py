@@ -166,5 +166,5 @@ def test_the_trained_checkpoints_solve_a_task_now_and_then(checkpoint, task):
     )
     with closing(make_vector_env(config, 2)) as envs:
         episodes = evaluation_episodes([task], range(2))
-        results = evaluate_policy(policy, envs, episodes, greedy=True, temperature=1.0, seed=0, progress=False)
+        results = evaluate_policy(policy, envs, episodes, mode="greedy", temperature=1.0, seed=0, progress=False)
     assert sum(result.success for result in results) >= 1

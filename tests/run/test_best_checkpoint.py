@@ -59,6 +59,8 @@ def test_greedy_success_counts_and_sampled_where_greedy_is_not_evaluated():
         300,
     )
     assert evaluation_of(entry(3, sampled=0.9), EvalConfig())["metric"] == "eval/success_rate_sampled"
+    without = evaluation_of(entry(3, sampled=0.9, mean_action=0.5), EvalConfig())
+    assert without["metric"] == "eval/success_rate_mean_action" and without["measured"]["temperature"] == 1
 
 
 def test_of_equals_the_later_one_is_the_best():

@@ -110,7 +110,7 @@ def test_an_episode_is_as_long_as_the_suite_says_unless_set(suite, limit):
         ("env.model_cache_gb=-1", "env.model_cache_gb: input should be greater than or equal to 0"),
         ("eval.render=null", "eval.render: input should be 'exact' or 'fast'"),
         ("env.render=nice", "env.render: input should be 'exact' or 'fast', got 'nice'"),
-        ("eval.modes=[best]", "eval.modes: input should be 'greedy' or 'sampled', got 'best'"),
+        ("eval.modes=[best]", "eval.modes: input should be 'greedy', 'mean_action' or 'sampled', got 'best'"),
         ("eval.modes=[]", "eval.modes: list should have at least 1 item"),
         ("env.task_ids=[]", "env.task_ids: list should have at least 1 item"),
         ("env.initial_states=[]", "env.initial_states"),

@@ -26,6 +26,7 @@ from vla_rl.learning.episodes import EpisodeQueue, reset_finished, step_argument
 from vla_rl.reports.statistics import wilson_interval
 from vla_rl.run.distributed import ONE, Ranks
 from vla_rl.run.logs import progress_bar
+from vla_rl.run.section import TEMPERED, Mode
 from vla_rl.run.settings import Config
 from vla_rl.types import Episode, Observation, Policy, SimulatorDied
 
@@ -68,7 +69,7 @@ def evaluate_policy(
     envs: VectorEnv,
     episodes: Sequence[Episode],
     *,
-    greedy: bool,
+    mode: Mode,
     temperature: float,
     seed: int,
     predict_values: Callable[[Tensor], Tensor] | None = None,
@@ -87,7 +88,7 @@ def evaluate_policy(
 
     Args:
         envs: N environments; more than episodes are left idle.
-        temperature: of the sampled mode; greedy ignores it.
+        temperature: of the sampled and the mean action; greedy ignores it.
         seed: of the sampling, 0 or more.
         predict_values: hidden states [N, D] -> V [N]; None keeps no values.
         on_decision: called before each decision, and while simulators are waited for; may raise to stop the evaluation.
@@ -107,7 +108,7 @@ def evaluate_policy(
     envs.on_wait = on_decision
 
     def play() -> dict[int, EpisodeResult]:
-        settings = (greedy, temperature, predict_values, progress, on_decision, on_result, list(results.values()))
+        settings = (mode, temperature, predict_values, progress, on_decision, on_result, list(results.values()))
         return play_queue(policy, envs, queue, *settings)
 
     if missing:
@@ -121,7 +122,7 @@ def play_queue(
     policy: Policy,
     envs: VectorEnv,
     queue: EpisodeQueue,
-    greedy: bool,
+    mode: Mode,
     temperature: float,
     predict_values: Callable[[Tensor], Tensor] | None,
     progress: bool,
@@ -139,7 +140,7 @@ def play_queue(
     actions: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
     values: list[list[float]] = [[] for _ in range(envs.num_envs)]
     results: dict[int, EpisodeResult] = {}
-    description = "evaluate greedy" if greedy else f"evaluate T={temperature:g}"
+    description = f"evaluate {mode}" + (f" T={temperature:g}" if mode in TEMPERED else "")
     outcomes = [result.success for result in known]
     bar = progress_bar(description, len(known) + len(queue.episodes), "ep", progress, initial=len(known))
 
@@ -151,8 +152,8 @@ def play_queue(
             rows = [index if index in queue.playing else playing[0] for index in range(envs.num_envs)]
             output = policy.act(
                 obs.rows(rows),
+                mode=mode,
                 temperature=temperature,
-                greedy=greedy,
                 generator=[
                     queue.generator_of(index) if index in queue.playing else unused for index in range(envs.num_envs)
                 ],
@@ -212,7 +213,7 @@ def evaluate_modes(
     ranks: Ranks = ONE,
     kept: Kept | None = None,
 ) -> dict[str, Any]:
-    """Every task from the fixed states that eval.states names, greedy and sampled as eval.modes says: eval/* metrics.
+    """Every task from the fixed states that eval.states names, in each of eval.modes: eval/* metrics.
 
     Args:
         videos: folder for an MP4 of one success and one failure of each mode, if eval.video.
@@ -223,7 +224,7 @@ def evaluate_modes(
     """
     settings, temperature = config.eval, sampling_temperature(config)
     metrics: dict[str, Any] = {"eval/render": settings.render}
-    if "sampled" in settings.modes:
+    if TEMPERED.intersection(settings.modes):
         metrics["eval/temperature"] = temperature
     shown: list[Recording] = []
     for mode in settings.modes:
@@ -231,7 +232,7 @@ def evaluate_modes(
             policy,
             envs,
             evaluation_episodes(config.env.task_ids, settings.states),
-            greedy=mode == "greedy",
+            mode=mode,
             temperature=temperature,
             seed=config.run.seed,
             predict_values=predict_values,
@@ -251,7 +252,7 @@ def evaluate_modes(
 
 
 def sampling_temperature(config: Config) -> float:
-    """Of the sampled mode in a training run."""
+    """Of the modes TEMPERED in a training run."""
     return config.eval.temperature or config.rollout.temperature
 
 
@@ -269,7 +270,7 @@ def recording(result: EpisodeResult, prefix: str, label: str, chunk_size: int) -
 
 
 def success_metrics(results: Sequence[EpisodeResult], mode: str) -> dict[str, float]:
-    """eval/* of one mode ("greedy" or "sampled"): rate, interval, length, and each task's rate if there are several."""
+    """eval/* of one mode ("greedy", or "l1" of a warm start): rate, interval, length, and each task's rate if there are several."""
     successes = [r.success for r in results]
     low, high = wilson_interval(sum(successes), len(successes))
     metrics = {

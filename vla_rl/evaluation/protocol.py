@@ -23,7 +23,7 @@ def measured(config: Config, temperature: float, suites: Sequence[str], num_envs
     """The protocol: all that the outcome of an episode depends on, but for the policy's weights.
 
     Args:
-        temperature: of the sampled mode.
+        temperature: of the modes TEMPERED.
         num_envs: rows of a forward.
     """
     env, policy, evaluation = config.env, config.policy, config.eval

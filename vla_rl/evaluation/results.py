@@ -24,6 +24,7 @@ from pydantic import Field
 from vla_rl.evaluation.play import EpisodeResult
 from vla_rl.run.failures import one_line
 from vla_rl.run.files import Count, Finite, Lines, Strict, checked, read_bytes, read_json, refuse_depth, write_whole
+from vla_rl.run.section import TEMPERED
 from vla_rl.run.settings import ConfigError
 from vla_rl.types import ACTION_DIM, Episode
 
@@ -39,7 +40,7 @@ class Key(NamedTuple):
     """Names an episode of an evaluation."""
 
     task_suite: str
-    mode: str  # greedy or sampled
+    mode: str  # vla_rl.run.section.Mode
     task_id: int
     initial_state: int
 
@@ -338,7 +339,7 @@ def read_baseline(path: Path, protocol: Mapping[str, Any]) -> Baseline:
         for s in shared
         if limits[s] != protocol["max_steps"][s]
     ]
-    if "sampled" in modes and "sampled" in protocol["modes"] and temperature != protocol["temperature"]:
+    if TEMPERED.intersection(modes, protocol["modes"]) and temperature != protocol["temperature"]:
         other.append(f"temperature {temperature}; {protocol['temperature']}")
     if other:
         raise ConfigError(

@@ -71,7 +71,7 @@ class Subject:
 
     @property
     def temperature(self) -> float:
-        """Of the sampled mode."""
+        """Of the modes TEMPERED."""
         return self.config.eval.temperature or EVALUATION_TEMPERATURE
 
 

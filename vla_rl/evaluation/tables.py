@@ -11,6 +11,7 @@ from typing import Any
 
 from vla_rl.evaluation.results import Key
 from vla_rl.reports.statistics import mcnemar_exact, paired_difference, unpaired_difference, wilson_interval
+from vla_rl.run.section import TEMPERED
 
 Rows = Mapping[Key, Mapping[str, Any]]  # "success" and "length" of each episode
 
@@ -201,7 +202,8 @@ def protocol_text(protocol: Mapping[str, Any], policy: Mapping[str, Any], time: 
     states = ranges(protocol["states"])
     limits = ", ".join(f"{suite} {steps}" for suite, steps in protocol["max_steps"].items())
     speed = f" {time['env_steps_per_s']:.0f} simulator steps a second." if time["env_steps_per_s"] else ""
-    temperature = f" Sampled at temperature {protocol['temperature']:g}." if "sampled" in protocol["modes"] else ""
+    tempered = " and ".join(mode for mode in protocol["modes"] if mode in TEMPERED)
+    temperature = f" Temperature of {tempered} {protocol['temperature']:g}." if tempered else ""
     return (
         f"{policy['name']}: success in % with 95 % Wilson intervals, from the fixed initial states {states} of each task; steps are "
         f"the mean length of the successes. Rendered {protocol['render']} at {protocol['image_size']} px,"

@@ -23,6 +23,7 @@ from vla_rl.model.policy import OpenVLAPolicy
 from vla_rl.model.trained_as import USE, write_trained_as
 from vla_rl.run.checkpoint import load_tensors, loading, save_tensors
 from vla_rl.run.files import folder_written_whole
+from vla_rl.run.section import Mode
 from vla_rl.types import Observation, PolicyInputs, PolicyOutput
 
 ROWS_FILE = "token_rows.safetensors"
@@ -31,7 +32,7 @@ ROWS_FILE = "token_rows.safetensors"
 class Head(Protocol):
     """What plays."""
 
-    def act(self, obs: Observation, *, temperature: float, greedy: bool, generator: Any) -> PolicyOutput: ...
+    def act(self, obs: Observation, *, mode: Mode, temperature: float, generator: Any) -> PolicyOutput: ...
 
 
 class Student(Head, Protocol):
@@ -59,11 +60,11 @@ class L1Teacher:
         self.policy = policy
 
     def act(
-        self, obs: Observation, *, temperature: float = 1.0, greedy: bool = True, generator: Any = None
+        self, obs: Observation, *, mode: Mode = "greedy", temperature: float = 1.0, generator: Any = None
     ) -> PolicyOutput:
         """Its actions, and the tokens that say the same; always greedy."""
         with self.policy.require_adapter().switched_off():
-            return self.policy.act(obs, greedy=True)
+            return self.policy.act(obs, mode="greedy")
 
 
 class TokenStudent:
@@ -88,11 +89,11 @@ class TokenStudent:
         return self.policy.network.language_model.lm_head.weight[self.ids]
 
     def act(
-        self, obs: Observation, *, temperature: float = 1.0, greedy: bool = False, generator: Any = None
+        self, obs: Observation, *, mode: Mode = "sampled", temperature: float = 1.0, generator: Any = None
     ) -> PolicyOutput:
         policy = self.policy
         inputs = policy.prepare(obs)
-        options = {"temperature": temperature, "greedy": greedy, "generator": generator}
+        options = {"mode": mode, "temperature": temperature, "generator": generator}
         tokens, logprobs, hidden = policy.generate(*policy.tensors(inputs), **options)
         return PolicyOutput(tokens, logprobs, policy.decode_actions(tokens), hidden, inputs)
 

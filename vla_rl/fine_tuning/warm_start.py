@@ -62,7 +62,12 @@ from vla_rl.types import NonFiniteError, Observation
 log = logging.getLogger(__name__)
 
 # whose success is told, by the end of its metrics' names
-HEADS = {"l1": "L1 head", "greedy": "token head greedy", "sampled": "token head sampled"}
+HEADS = {
+    "l1": "L1 head",
+    "greedy": "token head greedy",
+    "mean_action": "token head mean action",
+    "sampled": "token head sampled",
+}
 DATA_FILE = "data.json"  # in a checkpoint: which files of RUN/data it was trained on
 
 
@@ -201,7 +206,7 @@ class WarmStart:
                 self.stop()
                 playing = sorted(queue.playing)
                 seen = obs.rows(playing)
-                label = self.teacher.act(seen, temperature=1.0, greedy=True, generator=None)
+                label = self.teacher.act(seen, mode="greedy", temperature=1.0, generator=None)
                 rows.append(LabelledDecisions(label.inputs, label.action_tokens))
                 actions = self.choose(seen, label.actions, [queue.generator_of(i) for i in playing], share)
                 self.envs.step_async(*step_arguments(actions, playing, self.envs.action_space.shape))
@@ -246,7 +251,7 @@ class WarmStart:
                 actions[row] = pushed(actions[row], push)
         if student_rows:
             own = [generators[row] for row in student_rows]
-            options = {"temperature": settings.temperature, "greedy": False, "generator": own}
+            options = {"mode": "sampled", "temperature": settings.temperature, "generator": own}
             actions[student_rows] = self.student.act(seen.rows(student_rows), **options).actions
         return actions
 

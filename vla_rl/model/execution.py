@@ -157,7 +157,7 @@ def keep_compilations() -> None:
 
 
 class CudaGraphs:
-    """A function of CUDA tensors, replayed as one graph for each set of shapes: the CPU launches once, not once a kernel.
+    """A function of CUDA tensors, replayed as one graph for each set of shapes (and texts): the CPU launches once, not once a kernel.
 
     The function must read the same memory each time (weights change in place), wait for nothing and draw nothing. Results
     are copied out of the graphs, whose memory is shared: one replay at a time.
@@ -171,21 +171,21 @@ class CudaGraphs:
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], pool: Any, stream: torch.cuda.Stream):
         self.function, self.pool, self.stream = function, pool, stream
-        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | None], tuple[Tensor, ...]]] = {}
+        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | str | None], tuple[Tensor, ...]]] = {}
 
-    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        key = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in tensors)
+    def __call__(self, *arguments: Tensor | str | None) -> tuple[Tensor, ...]:
+        key = tuple((tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t for t in arguments)
         if key not in self.captured:
-            self.captured[key] = self.capture(tensors)
+            self.captured[key] = self.capture(arguments)
         graph, inputs, outputs = self.captured[key]
-        for kept, tensor in zip(inputs, tensors, strict=True):
-            if kept is not None:
-                kept.copy_(tensor)
+        for kept, given in zip(inputs, arguments, strict=True):
+            if isinstance(kept, Tensor):
+                kept.copy_(given)
         graph.replay()
         return tuple(output.clone() for output in outputs)
 
-    def capture(self, tensors: Sequence[Tensor | None]) -> tuple:
-        inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
+    def capture(self, arguments: Sequence[Tensor | str | None]) -> tuple:
+        inputs = [given.clone() if isinstance(given, Tensor) else given for given in arguments]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for _ in range(self.WARMUPS):

@@ -24,18 +24,15 @@ from torch import Tensor
 from vla_rl.model.action_head import ONE_ACTION, ActionHead, keep_action_head, l1_output, load_action_head
 from vla_rl.model.action_tokenizer import ActionTokenizer, to_environment, unnormalize
 from vla_rl.model.adapter import Adapter, WeightChange, digest_base
-from vla_rl.model.checkpoint_folder import (
-    check_statistics,
-    read_statistics,
-    save_checkpoint,
-)
+from vla_rl.model.checkpoint_folder import check_statistics, read_statistics, save_checkpoint
 from vla_rl.model.execution import Blocks, CudaGraphs, fill_rows, row_size
 from vla_rl.model.find_checkpoint import TINY_RANDOM, check_use, find_and_check
 from vla_rl.model.prismatic import Prismatic, Prompt, arrange_prompt, load_network
 from vla_rl.model.processor import Processor
 from vla_rl.model.quantization import check_quantization, dense_parameters
-from vla_rl.model.sampling import check_finite, check_temperature, check_tensor, draw_noise, gather, pick, tempered
+from vla_rl.model.sampling import check_finite, check_sampling, check_tensor, draw_noise, gather, pick, tempered
 from vla_rl.model.trained_as import warn_of_other_use
+from vla_rl.run.section import Mode
 from vla_rl.run.settings import ConfigError, LoraConfig
 from vla_rl.types import (
     ACTION_DIM,
@@ -187,29 +184,30 @@ class OpenVLAPolicy:
         self,
         obs: Observation,
         *,
+        mode: Mode = "sampled",
         temperature: float = 1.0,
-        greedy: bool = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> PolicyOutput:
         """One decision for each row.
 
         Args:
-            temperature: of the sampling; the log-probabilities are of the same distribution.
-            greedy: take the most likely token of the whole vocabulary, as the official evaluation does. An L1 head (self.head)
-                acts so only; its tokens are the bins of its actions, its log-probabilities NaN.
+            mode: sampled, or the same each time: greedy takes the most likely token of the whole vocabulary, as the official
+                evaluation does, mean_action the bin nearest to the distribution's mean. An L1 head (self.head) acts greedily
+                only; its tokens are the bins of its actions, its log-probabilities NaN.
+            temperature: of the distribution that is sampled or averaged; the log-probabilities are of the same.
             generator: of the sampling, on any device; one a row makes what a row draws independent of the other rows;
                 None takes torch's global one.
         """
         self.before_forward()
         inputs = self.prepare(obs)
         if self.head == "l1":
-            if not greedy:
+            if mode != "greedy":
                 raise ConfigError(ONE_ACTION)
             outputs = self.regress(*self.fill_rows(self.arrange(*self.tensors(inputs))))
             normalized, hidden = (output[: len(inputs)] for output in outputs)
             return l1_output(normalized, hidden, inputs, self.action_tokenizer, self.statistics["action"])
         tokens, logprobs, hidden = self.generate(
-            *self.tensors(inputs), temperature=temperature, greedy=greedy, generator=generator
+            *self.tensors(inputs), mode=mode, temperature=temperature, generator=generator
         )
         return PolicyOutput(tokens, logprobs, self.decode_actions(tokens), hidden, inputs)
 
@@ -221,26 +219,27 @@ class OpenVLAPolicy:
         pixel_values: Tensor,
         proprio: Tensor | None = None,
         *,
+        mode: Mode = "sampled",
         temperature: float = 1.0,
-        greedy: bool = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`act` for preprocessed inputs (see forward_logits): tokens and log-probs [B, A] on the CPU, hidden [B, D]."""
-        check_temperature(temperature)
+        check_sampling(temperature, mode)
         rows = len(input_ids)
         noise = None
-        if not greedy:
+        if mode == "sampled":
             shape = (self.num_tokens, self.action_tokenizer.n_bins)
             noise = draw_noise(shape, generator, rows).to(self.device, non_blocking=True)
         inputs = self.arrange(input_ids, attention_mask, pixel_values, proprio)
         temperatures = torch.full((rows,), temperature, device=self.device)  # no constant of a CUDA graph
-        outputs = self.decide(*self.fill_rows([*inputs, noise, temperatures]))
+        outputs = self.decide(mode, *self.fill_rows([*inputs, noise, temperatures]))
         tokens, logprobs, hidden, finite = (output[:rows] for output in outputs)
         check_finite(finite.cpu())
         return tokens.cpu(), logprobs.cpu(), hidden
 
     def decide(
         self,
+        mode: Mode,
         ids: Tensor,
         valid: Tensor | None,
         pixel_values: Tensor,
@@ -253,15 +252,16 @@ class OpenVLAPolicy:
         Everything is on the device and nothing waits for it, so it can be a CUDA graph.
 
         Args:
-            noise: [B, A, 256] of draw_noise; None: greedy.
+            noise: [B, A, 256] of draw_noise; None unless it is sampled.
             temperatures: float32 [B].
         """
         network, first_id = self.network, self.action_tokenizer.first_id
 
         def choose(noise: Tensor | None, hidden: Tensor) -> Tensor:  # [..., 256], [..., D] -> int64 [...]
-            if noise is None:
+            if mode == "greedy":
                 return network.vocabulary_logits(hidden).argmax(dim=-1)
-            return first_id + pick(tempered(network.action_logits(hidden), temperatures).softmax(dim=-1), noise)
+            probs = tempered(network.action_logits(hidden), temperatures).softmax(dim=-1)
+            return first_id + pick(probs, noise)
 
         prompt = network.embed(ids, valid, pixel_values, proprio)
         if self.decoder == "parallel":
@@ -299,7 +299,7 @@ class OpenVLAPolicy:
         """Log-probability and entropy of given tokens under the present weights, with gradients; one forward."""
         if self.head == "l1":
             raise ConfigError(ONE_ACTION)
-        check_temperature(temperature)
+        check_sampling(temperature)
         index = self.action_index(inputs, action_tokens)
         hidden = self.action_hidden(inputs, index + self.action_tokenizer.first_id)
         temperatures = torch.full((1,), temperature, device=self.device)

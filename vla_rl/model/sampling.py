@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from vla_rl.run.section import Mode
 from vla_rl.types import NonFiniteError
 
 
@@ -30,13 +32,18 @@ def draw_noise(
     return torch.stack([torch.empty(shape, device=g.device).exponential_(generator=g) for g in generator])
 
 
-def pick(probs: Tensor, noise: Tensor) -> Tensor:
-    """An index [...] of each distribution [..., 256], drawn by noise of the same shape.
+def pick(probs: Tensor, noise: Tensor | None) -> Tensor:
+    """An index [...] of each distribution [..., 256], drawn by noise of the same shape; without noise that nearest to its mean.
 
     Of independent exponential times with rates p, the first is i with probability p_i; torch.multinomial draws so too, and
     gives the same index for the same generator on the CPU (aten/src/ATen/native/Distributions.cpp#multinomial_out).
     """
-    return (probs / noise).argmax(dim=-1)
+    return mean_index(probs) if noise is None else (probs / noise).argmax(dim=-1)
+
+
+def mean_index(probs: Tensor) -> Tensor:
+    """The index [...] nearest to the mean of each distribution [..., 256]: of bins of equal width, that of the mean action."""
+    return (probs * torch.arange(probs.shape[-1], device=probs.device)).sum(dim=-1).round().long()
 
 
 def gather(logprobs: Tensor, index: Tensor) -> Tensor:
@@ -58,9 +65,11 @@ def tempered(logits: Tensor, temperatures: Tensor) -> Tensor:
     return logits / temperatures.view(-1, *[1] * (logits.ndim - 1))
 
 
-def check_temperature(temperature: float) -> None:
+def check_sampling(temperature: float, mode: Mode = "sampled") -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r}; expected one of {', '.join(get_args(Mode))}")
     if not temperature > 0:
-        raise ValueError(f"temperature={temperature}; expected above 0 (for the most likely token use greedy=True)")
+        raise ValueError(f'temperature={temperature}; expected above 0 (for the most likely token use mode="greedy")')
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
 from vla_rl.reports.records import Records
+from vla_rl.run.section import Mode
 
 EPISODES = "rollout/episodes"  # how many a training success rate is of
-TRAINING, GREEDY, SAMPLED = "rollout/success_rate", "eval/success_rate_greedy", "eval/success_rate_sampled"
+TRAINING = "rollout/success_rate"
+GREEDY, MEAN_ACTION, SAMPLED = (f"eval/success_rate_{mode}" for mode in get_args(Mode))
+EVALUATED = {"greedy success": GREEDY, "mean-action success": MEAN_ACTION, "sampled success": SAMPLED}
 L1_HEAD = "eval/success_rate_l1"  # of a warm start
 OF_EPISODES = (TRAINING, "rollout/return", "rollout/length")  # means over the episodes of an iteration
 MEASURED = ("eval/", "validation/")  # points of their own, far apart: no means of neighbours unless there are many
@@ -44,7 +48,7 @@ class Panel:
 # what the lines of a run count -> its panels
 PANELS: dict[str, tuple[Panel, ...]] = {
     "timesteps": (
-        Panel("success rate", (TRAINING, GREEDY, SAMPLED), span=1, bounds=(0, 1)),
+        Panel("success rate", (TRAINING, *EVALUATED.values()), span=1, bounds=(0, 1)),
         Panel("return", ("rollout/return",), span=0.5),
         Panel("episode length (simulator steps)", ("rollout/length",), span=20),
         Panel("policy loss", ("actor/policy_loss",), span=0.02),
@@ -61,7 +65,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("peak memory (GiB)", ("system/peak_memory_gib",), zero=True, noisy=False),
     ),
     "step": (  # supervised fine-tuning and warm starts
-        Panel("success rate", (TRAINING, L1_HEAD, GREEDY, SAMPLED), span=1, bounds=(0, 1)),
+        Panel("success rate", (TRAINING, L1_HEAD, *EVALUATED.values()), span=1, bounds=(0, 1)),
         Panel("decisions of the token head", ("warmstart/token_share",), span=1, bounds=(0, 1), noisy=False),
         Panel("loss (nats a token)", ("sft/loss", "validation/loss", "warmstart/loss"), span=0.1),
         Panel("token accuracy", ("validation/token_accuracy",), span=0.2, bounds=(0, 1)),

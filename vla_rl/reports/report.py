@@ -20,9 +20,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from vla_rl.reports.curves import (
-    GREEDY,
+    EVALUATED,
     L1_HEAD,
-    SAMPLED,
     TRAINING,
     minutes_of,
     success_of_last_episodes,
@@ -155,7 +154,7 @@ def summary(records: Records, config: Config | SftConfig | WarmstartConfig) -> l
         rows.append(
             ("training success", f"{success[-1]:.1%}", f"of the last {LAST_EPISODES} episodes or fewer, sampled")
         )
-    for title, name in (("greedy success", GREEDY), ("sampled success", SAMPLED)):
+    for title, name in EVALUATED.items():
         record = last_with(records, name)
         if record is not None:
             ends = [record.get(f"{name}_{end}") for end in ("low", "high")]
@@ -181,8 +180,7 @@ def sft_summary(records: Records, config: SftConfig | WarmstartConfig) -> list[t
     rows = [("steps", f"{records[-1]['step']:,}", f"of {config.training.steps:,}")]
     for title, name, form in (
         ("L1 head's success", L1_HEAD, ".1%"),
-        ("greedy success", GREEDY, ".1%"),
-        ("sampled success", SAMPLED, ".1%"),
+        *((title, name, ".1%") for title, name in EVALUATED.items()),
         ("loss", "warmstart/loss", ".3f"),
         ("loss", "sft/loss", ".3f"),
         ("held-out loss", "validation/loss", ".3f"),

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vla_rl.reports.statistics import wilson_interval
+from vla_rl.run.section import Mode
 
 TASKS = "eval/tasks"  # name of the table
 COLUMNS = ("task", "mode", "episodes", "success", "low", "high")
@@ -19,7 +20,7 @@ class TaskSuccess:
     """One row."""
 
     task: str  # number of the task, or "all"
-    mode: str  # greedy or sampled
+    mode: str  # vla_rl.run.section.Mode
     episodes: int
     success: float  # rate
     low: float  # 95 % Wilson interval
@@ -37,7 +38,7 @@ def task_rows(record: dict[str, Any], task_ids: Sequence[int]) -> list[TaskSucce
         task_ids: tasks of the run (env.task_ids); each was evaluated as often as the others.
     """
     rows = []
-    for mode in ("greedy", "sampled"):
+    for mode in get_args(Mode):
         key = f"eval/success_rate_{mode}"
         episodes = record.get(f"eval/episodes_{mode}")
         if record.get(key) is None or not episodes:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 EVALUATION = "evaluation.json"
 METRICS = {
     "greedy": "eval/success_rate_greedy",
+    "mean_action": "eval/success_rate_mean_action",
     "sampled": "eval/success_rate_sampled",
 }  # the first that was measured counts
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EACCES)
@@ -38,7 +39,7 @@ class Evaluation(Strict):
 
 
 def evaluation_of(metrics: dict[str, Any], settings: EvalConfig) -> dict[str, Any]:
-    """What is compared of an evaluation: greedy success, or sampled where greedy is not evaluated; and how it was measured.
+    """What is compared of an evaluation: success in the first of METRICS' modes that was evaluated, and how it was measured.
 
     Args:
         metrics: of log_evaluation, with iteration and timesteps.

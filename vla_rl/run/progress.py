@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vla_rl.run.logs import seconds_text
+from vla_rl.run.section import Mode
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def summary_line(
 
 def evaluation_text(metrics: dict[str, Any]) -> str:
     """Success rates with their intervals, and how they were measured."""
-    rates = success_text(metrics, {"greedy": "greedy success", "sampled": "sampled success"})
+    rates = success_text(metrics, {mode: f"{mode.replace('_', '-')} success" for mode in get_args(Mode)})
     sampled = f", temperature {metrics['eval/temperature']:g}" if "eval/temperature" in metrics else ""
     return f"{rates} (render {metrics['eval/render']}{sampled})"
 

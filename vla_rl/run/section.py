@@ -34,6 +34,9 @@ StateIndex = Annotated[int, Field(ge=0, lt=NUM_FIXED_STATES)]
 States = Annotated[list[StateIndex], Field(min_length=1), BeforeValidator(parse_indices)]
 ActionDims = Annotated[list[Annotated[int, Field(ge=0, lt=7)]], Field(min_length=1), BeforeValidator(parse_indices)]
 
+Mode = Literal["greedy", "mean_action", "sampled"]  # how a token is taken of its distribution (OpenVLAPolicy.act)
+TEMPERED = {"mean_action", "sampled"}  # modes to which the temperature matters
+
 
 def check_name(name: Any) -> Any:
     """Names one folder on a disk, in a shell and in Weights & Biases; spaces, = and all letters do."""

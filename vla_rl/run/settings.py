@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vla_rl.run.section import ActionDims, Indices, ProgressConfig, RunFolderConfig, Section, States
+from vla_rl.run.section import ActionDims, Indices, Mode, ProgressConfig, RunFolderConfig, Section, States
 from vla_rl.run.task_suites import base_suite, check_states, check_suite, suite_size
 
 
@@ -334,11 +334,13 @@ class EvalConfig(Section):
         10, ge=0, le=10**9, description="iterations between evaluations; 0 evaluates at start and end only"
     )
     states: States = Field("0-49", description="fixed initial states of each task")
-    modes: list[Literal["greedy", "sampled"]] = Field(
-        ["greedy", "sampled"], min_length=1, description="greedy: most likely tokens; sampled: from the policy"
+    modes: list[Mode] = Field(
+        ["greedy", "sampled"],
+        min_length=1,
+        description="most likely tokens; nearest to the distributions' means; sampled",
     )
     temperature: float | None = Field(
-        1.0, gt=0, le=1000, description="of the sampled mode, 1 as VLA-RL reports; null takes rollout.temperature"
+        1.0, gt=0, le=1000, description="of mean_action and sampled, 1 as VLA-RL reports; null: rollout.temperature"
     )
     num_envs: int = Field(8, ge=1, le=2**16, description="evaluation environments, fed from one queue")
     max_steps: int | None = Field(
@@ -364,7 +366,7 @@ class LoggingConfig(ProgressConfig):
         le=10**9,
         description="and those of every so many iterations, a multiple of checkpoint_interval, for good",
     )
-    keep_best: bool = Field(True, description="and that of the best evaluation, greedy or else sampled")
+    keep_best: bool = Field(True, description="and that of the best evaluation, by greedy success if it is measured")
     curves_interval: int = Field(
         10, ge=1, le=10**9, description="iterations between redrawings of curves and report, which each minute has, too"
     )

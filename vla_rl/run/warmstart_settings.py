@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, ValidationError, model_validator
 
-from vla_rl.run.section import Section
+from vla_rl.run.section import Mode, Section
 from vla_rl.run.settings import (
     Config,
     EnvConfig,
@@ -104,7 +102,7 @@ class WarmstartEvalConfig(EvalConfig):
     interval: int = Field(
         1, ge=1, le=10**9, description="iterations between evaluations; the last one is evaluated too"
     )
-    modes: list[Literal["greedy", "sampled"]] = Field(
+    modes: list[Mode] = Field(
         ["greedy"], min_length=1, description="of the token head; the L1 head has one action for an observation"
     )
     video: bool = Field(False, description="has no meaning here")
