@@ -29,14 +29,15 @@ PPO, GRPO = "--config configs/tiny_gae_ppo.yaml", "--config configs/tiny_grpo.ya
 ABLATION = f"{PPO} --timesteps 64000 eval.interval=0"
 GRPO_TRIAL = f"{GRPO} --timesteps 64000 eval.interval=2"
 WEAK = "--task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled]"
+ALL_MODES = "eval.modes=[greedy,mean_action,sampled]"
 NOISE = (
-    f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0 eval.modes=[greedy,sampled] env.physics=fast "
+    f"{PPO} --task-id 5 --timesteps 100000 eval.interval=0 {ALL_MODES} env.physics=fast "
     "logging.checkpoint_interval=1 logging.keep_checkpoints=20"
 )
-TASK_6 = "--task-id 6 --timesteps 150000 eval.interval=0 eval.modes=[greedy,sampled] env.physics=fast"
+TASK_6 = f"--task-id 6 --timesteps 150000 eval.interval=0 {ALL_MODES} env.physics=fast"
 LONG = (
     "--task-suite libero_10 --task-id 0 --checkpoint runs/long_sft/model --timesteps 200000 env.max_steps=320 eval.interval=0 env.physics=fast "
-    "eval.modes=[greedy,sampled]"
+    f"{ALL_MODES}"
 )  # docs/experiments/long.py makes the checkpoint
 SUITE = "logging.keep_every=6 logging.checkpoint_interval=2 logging.keep_checkpoints=12"
 TEN = "--task-ids 0 1 2 3 4 5 6 7 8 9 eval.interval=0 eval.states=0-1 eval.num_envs=2"
