@@ -196,7 +196,10 @@ def test_the_mean_action_is_a_mode_of_its_own(tmp_path):
     assert run(tmp_path / "a", *modes, "eval.temperature=0.5") == 0
     results = json.loads((tmp_path / "a/results.json").read_text())
     assert [mode for mode in ("greedy", "mean_action") for _ in range(20)] == [e["mode"] for e in results["episodes"]]
-    assert "Temperature of mean_action 0.5." in (tmp_path / "a/results.md").read_text()
+    text = (tmp_path / "a/results.md").read_text()
+    assert "Temperature of mean_action 0.5." in text and "Against greedy, the same states paired" in text
+    (comparison,) = results["comparison_of_modes"]
+    assert comparison["mode"] == "mean_action" and comparison["pairs"] == 20
     baseline = ["--baseline", str(tmp_path / "a/results.json")]
     assert run(tmp_path / "b", *modes, *baseline) == 2  # at temperature 1
 

@@ -449,12 +449,17 @@ def write_reports(evaluation: Evaluation, journal: Journal) -> dict[str, Any]:
     if len(evaluation.suites) > 1:
         shown.append(tables.family_table(rows, evaluation.suites, modes))
         notes.append("Changes from base are in percentage points with Newcombe's hybrid score interval, unpaired.")
+    if len(modes) > 1:
+        comparisons = tables.compare_modes(rows, modes)
+        results["comparison_of_modes"] = [comparison.as_dict() for comparison in comparisons]
+        shown.append(tables.comparison_table(comparisons, modes[0]))
     if evaluation.baseline is not None:
         comparisons = tables.compare(rows, evaluation.baseline.rows)
         results["comparison"] = [comparison.as_dict() for comparison in comparisons]
         results["baseline"] = {"path": str(evaluation.baseline.path), "name": evaluation.baseline.name}
         shown.append(tables.comparison_table(comparisons, evaluation.baseline.name))
         notes += tables.flip_lines(comparisons)
+    if len(modes) > 1 or evaluation.baseline is not None:
         notes.append(
             "Differences are in percentage points with Agresti and Min's interval of pairs; p is exact, two-sided."
         )

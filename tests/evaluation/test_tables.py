@@ -7,6 +7,7 @@ from vla_rl.evaluation.tables import (
     Rate,
     Table,
     compare,
+    compare_modes,
     comparison_table,
     family_table,
     flip_lines,
@@ -106,6 +107,22 @@ def test_states_are_paired_and_the_flipped_ones_named():
 
 def test_without_a_flip_none_is_named():
     assert flip_lines(compare(SPATIAL, SPATIAL))[:2] == ["s greedy, gained: none", "s greedy, lost: none"]
+
+
+def test_modes_are_compared_state_by_state_with_the_first():
+    played = rows(
+        {("s", "greedy", 0): [1, 1, 0, 0], ("s", "mean_action", 0): [1, 0, 1, 1], ("s", "sampled", 0): [0, 1]}
+    )
+    mean_action, sampled = compare_modes(played, ["greedy", "mean_action", "sampled"])
+    assert (mean_action.mode, mean_action.pairs, mean_action.successes, mean_action.baseline_successes) == (
+        "mean_action",
+        4,
+        3,
+        2,
+    )
+    assert [[key.initial_state for key in keys] for keys in (mean_action.gained, mean_action.lost)] == [[2, 3], [1]]
+    assert (sampled.mode, sampled.pairs, len(sampled.gained), len(sampled.lost)) == ("sampled", 2, 0, 1)
+    assert compare_modes(played, ["greedy"]) == []
 
 
 def test_the_protocol_says_how_it_was_rendered_and_sampled():

@@ -164,6 +164,15 @@ def compare(rows: Rows, baseline: Rows) -> list[Comparison]:
     return found
 
 
+def compare_modes(rows: Rows, modes: Sequence[str]) -> list[Comparison]:
+    """Each other mode against the first one, as if that were a baseline."""
+    found = []
+    for mode in modes[1:]:
+        first = {key._replace(mode=mode): row for key, row in rows.items() if key.mode == modes[0]}
+        found += compare({key: row for key, row in rows.items() if key.mode == mode}, first)
+    return found
+
+
 def comparison_table(comparisons: Sequence[Comparison], name: str) -> Table:
     """Difference in percentage points with its interval, McNemar's p, and how many states flipped each way."""
     lines = [["suite", "mode", "states", "here", "baseline", "difference", "McNemar p", "gained", "lost"]]
