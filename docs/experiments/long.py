@@ -2,7 +2,7 @@
 
     python docs/experiments/long.py                  demonstrations, fine-tuning, success of the start
     python docs/experiments/run.py long_ppo long_grpo
-    python docs/experiments/long.py halves runs/long_ppo_seed1 [--sampled]      which objects are placed, over the 50 fixed states
+    python docs/experiments/long.py halves runs/long_ppo_seed1 [--mode sampled]      which objects are placed, over the 50 fixed states
 
 Not measured yet.
 """
@@ -13,6 +13,7 @@ import argparse
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -24,6 +25,7 @@ from vla_rl.learning.parts import build_policy
 from vla_rl.run.checkpoint import find_adapter
 from vla_rl.run.command_line import end_of
 from vla_rl.run.load_settings import load_config
+from vla_rl.run.section import Mode
 from vla_rl.simulation.goals import holds, only_placements
 from vla_rl.simulation.libero_env import LiberoEnv
 from vla_rl.types import Episode, Observation
@@ -57,19 +59,19 @@ def halves(args: argparse.Namespace) -> None:
     policy = build_policy(config)
     shown = {"num_images": config.policy.num_images, "image_size": config.env.image_size, "render": config.eval.render}
     with closing(LiberoEnv("libero_10", chunk_size=config.policy.chunk_size, **shown)) as env:
-        placed = [play(env, policy, episode, args.sampled) for episode in evaluation_episodes([0], range(args.states))]
+        placed = [play(env, policy, episode, args.mode) for episode in evaluation_episodes([0], range(args.states))]
     first, both = sum(any(held) for held in placed), sum(all(held) for held in placed)
     print(f"one object placed at some time: {first}, both in the end: {both}, of {len(placed)}")
 
 
-def play(env: LiberoEnv, policy, episode: Episode, sampled: bool) -> list[bool]:
+def play(env: LiberoEnv, policy, episode: Episode, mode: Mode) -> list[bool]:
     """Which placements held after some decision; all after a success."""
     obs, _ = env.reset(options={"episode": episode})
     goals, generator = only_placements(env.simulator), torch.Generator().manual_seed(episode.initial_state)
     held, over = [False] * len(goals), False
     while not over:
         seen = Observation(obs["images"][None], obs["proprio"][None], (obs["instruction"],))
-        actions = policy.act(seen, mode="sampled" if sampled else "greedy", generator=[generator]).actions[0]
+        actions = policy.act(seen, mode=mode, generator=[generator]).actions[0]
         obs, _, terminated, truncated, _ = env.step(actions)
         held = [before or holds(env.simulator, goal) for before, goal in zip(held, goals, strict=True)]
         over = terminated or truncated
@@ -82,7 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="long.py halves")
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="without one, the start")
     parser.add_argument("--states", type=int, default=50)
-    parser.add_argument("--sampled", action="store_true", help="at temperature 1, instead of greedy")
+    parser.add_argument("--mode", choices=get_args(Mode), default="greedy", help="at temperature 1, if that matters")
     return end_of(lambda: halves(parser.parse_args(sys.argv[2:])))
 
 

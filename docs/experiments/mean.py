@@ -41,6 +41,7 @@ def main() -> None:
         "--ema", type=float, metavar="BETA", help="of one run: weights beta^i, i = 0 for the newest checkpoint"
     )
     parser.add_argument("--mode", choices=get_args(Mode), default="greedy", help="as eval.modes (default: greedy)")
+    parser.add_argument("--temperature", type=float, help="of mean_action and sampled (default: rollout.temperature)")
     args = parser.parse_args()
     if args.ema is not None and len(args.runs) > 1:
         parser.error("--ema is of one run")
@@ -61,7 +62,7 @@ def play(args: argparse.Namespace) -> None:
             tensor.mul_(args.scale if "lora_B" in name else 1)
     with closing(make_vector_env(config, config.eval.num_envs, evaluation=True)) as envs:
         episodes = evaluation_episodes(config.env.task_ids, range(50))
-        temperature = config.rollout.temperature
+        temperature = args.temperature or config.rollout.temperature
         results = evaluate_policy(policy, envs, episodes, mode=args.mode, temperature=temperature, seed=0)
     print(f"{sum(r.success for r in results)} of {len(results)}")
 
