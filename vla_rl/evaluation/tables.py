@@ -169,7 +169,7 @@ def compare_modes(rows: Rows, modes: Sequence[str]) -> list[Comparison]:
     found = []
     for mode in modes[1:]:
         first = {key._replace(mode=mode): row for key, row in rows.items() if key.mode == modes[0]}
-        found += compare({key: row for key, row in rows.items() if key.mode == mode}, first)
+        found += compare(rows, first)
     return found
 
 

@@ -16,8 +16,8 @@ from vla_rl.run.section import Mode
 
 EPISODES = "rollout/episodes"  # how many a training success rate is of
 TRAINING = "rollout/success_rate"
-GREEDY, MEAN_ACTION, SAMPLED = (f"eval/success_rate_{mode}" for mode in get_args(Mode))
-EVALUATED = {"greedy success": GREEDY, "mean-action success": MEAN_ACTION, "sampled success": SAMPLED}
+GREEDY = "eval/success_rate_greedy"
+EVALUATED = {f"{mode.replace('_', '-')} success": f"eval/success_rate_{mode}" for mode in get_args(Mode)}
 L1_HEAD = "eval/success_rate_l1"  # of a warm start
 OF_EPISODES = (TRAINING, "rollout/return", "rollout/length")  # means over the episodes of an iteration
 MEASURED = ("eval/", "validation/")  # points of their own, far apart: no means of neighbours unless there are many

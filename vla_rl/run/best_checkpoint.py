@@ -12,21 +12,18 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vla_rl.run.checkpoint import BEST, list_checkpoints, remove_checkpoint, remove_left_overs, sync
 from vla_rl.run.failures import one_line
 from vla_rl.run.files import Finite, Strict, checked, read_json, write_whole
+from vla_rl.run.section import Mode
 from vla_rl.run.settings import ConfigError, EvalConfig
 
 log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
-METRICS = {
-    "greedy": "eval/success_rate_greedy",
-    "mean_action": "eval/success_rate_mean_action",
-    "sampled": "eval/success_rate_sampled",
-}  # the first that was measured counts
+METRICS = {mode: f"eval/success_rate_{mode}" for mode in get_args(Mode)}  # the first that was measured counts
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EACCES)
 
 

@@ -337,7 +337,7 @@ class EvalConfig(Section):
     modes: list[Mode] = Field(
         ["greedy", "sampled"],
         min_length=1,
-        description="most likely tokens; nearest to the distributions' means; sampled",
+        description="greedy: most likely token; mean_action: nearest to its distribution's mean; sampled",
     )
     temperature: float | None = Field(
         1.0, gt=0, le=1000, description="of mean_action and sampled, 1 as VLA-RL reports; null: rollout.temperature"
