@@ -307,7 +307,8 @@ def check(args: argparse.Namespace) -> None:
     if args.temperature is not None and not 0 < args.temperature < float("inf"):
         raise ConfigError(f"--temperature {args.temperature}: expected a number above 0")
     if args.temperature is not None and args.mode not in TEMPERED:
-        raise ConfigError(f"--temperature {args.temperature:g} says nothing to --mode {args.mode}; give --mode sampled")
+        modes = " or ".join(sorted(TEMPERED))
+        raise ConfigError(f"--temperature {args.temperature:g} says nothing to --mode {args.mode}; give --mode {modes}")
     if args.max_batch_size < 1:
         raise ConfigError(f"--max-batch-size {args.max_batch_size}: expected 1 or more")
     try:
@@ -337,7 +338,8 @@ def run_server(args: argparse.Namespace) -> None:
     if env.render != "exact":
         log.warning("the policy was trained on images rendered %s; vla-eval renders exact ones", env.render)
     policy, _ = build_subject(subject)
-    sampling = args.mode, args.temperature or 1.0, config.run.seed, args.max_batch_size
+    temperature = 1.0 if args.temperature is None else args.temperature
+    sampling = args.mode, temperature, config.run.seed, args.max_batch_size
     server = OpenVLAServer(policy, env.task_suite, env.image_size, *sampling)
     server.warm_up()
     how = f"{args.mode} at temperature {server.temperature:g}" if args.mode in TEMPERED else args.mode

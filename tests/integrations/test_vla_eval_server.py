@@ -160,7 +160,7 @@ def test_mistakes_end_with_status_2_before_anything_is_loaded(monkeypatch, capsy
         for arguments, said in (
             (["--port", port], f"cannot listen at 127.0.0.1:{port}"),
             (["--temperature", "0"], "expected a number above 0"),
-            (["--temperature", "0.5"], "says nothing to --mode greedy; give --mode sampled"),
+            (["--temperature", "0.5"], "says nothing to --mode greedy; give --mode mean_action or sampled"),
             (["--max-batch-size", "0"], "expected 1 or more"),
         ):
             assert vla_eval_server.main(["--checkpoint", "tiny-openvla", *arguments]) == 2
