@@ -338,8 +338,7 @@ def run_server(args: argparse.Namespace) -> None:
     if env.render != "exact":
         log.warning("the policy was trained on images rendered %s; vla-eval renders exact ones", env.render)
     policy, _ = build_subject(subject)
-    temperature = 1.0 if args.temperature is None else args.temperature
-    sampling = args.mode, temperature, config.run.seed, args.max_batch_size
+    sampling = args.mode, args.temperature or 1.0, config.run.seed, args.max_batch_size
     server = OpenVLAServer(policy, env.task_suite, env.image_size, *sampling)
     server.warm_up()
     how = f"{args.mode} at temperature {server.temperature:g}" if args.mode in TEMPERED else args.mode

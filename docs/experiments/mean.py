@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.ema is not None and len(args.runs) > 1:
         parser.error("--ema is of one run")
-    if args.temperature is not None and args.temperature <= 0:
+    if args.temperature is not None and not 0 < args.temperature < float("inf"):
         parser.error(f"--temperature {args.temperature:g}: expected a number above 0")
     sys.exit(end_of(lambda: play(args)))
 
@@ -64,7 +64,7 @@ def play(args: argparse.Namespace) -> None:
             tensor.mul_(args.scale if "lora_B" in name else 1)
     with closing(make_vector_env(config, config.eval.num_envs, evaluation=True)) as envs:
         episodes = evaluation_episodes(config.env.task_ids, range(50))
-        temperature = config.rollout.temperature if args.temperature is None else args.temperature
+        temperature = args.temperature or config.rollout.temperature
         results = evaluate_policy(policy, envs, episodes, mode=args.mode, temperature=temperature, seed=0)
     print(f"{sum(r.success for r in results)} of {len(results)}")
 
