@@ -8,8 +8,9 @@ WINDOW training episodes (sampled, random placements; fewer at the start). Thick
 interval from 3 seeds on. Crosses are the seeds' greedy evaluations over the fixed states. Of runs of several tasks a second
 picture, FIGURE_tasks.png, has each task's last TASK_WINDOW episodes.
 
-Sample efficiency is the timesteps to 80 % of the way from the start, the success of all seeds' first iterations, to the ceiling, which
-is 1, by the mean of the last WINDOW episodes.
+Sample efficiency is the timesteps to half and to 80 % of the way from the start, the success of all seeds' first iterations, to the
+ceiling, which is 1, by the mean of the last WINDOW episodes; and, also where a seed does not get there, that mean's own mean over the
+timesteps that all runs of the figure have.
 """
 
 from __future__ import annotations
@@ -213,20 +214,31 @@ def compare(base: str, *others: str) -> None:
         )
 
 
-def efficiency(runs: dict[str, str], share: float = 0.8) -> None:
-    """Prints the timesteps to a share of the way from the start to 1, of each seed, their mean and its 95 % t interval."""
+def efficiency(runs: dict[str, str]) -> None:
+    """Prints each method's sample efficiency: of each seed, then their mean with its 95 % t interval."""
     curves = {label: [success_of_last_episodes(s, WINDOW) for s in load(name).values()] for label, name in runs.items()}
     first = [next(r for r in s if r.get(EPISODES)) for name in runs.values() for s in load(name).values()]
     start = np.average([r[TRAINING] for r in first], weights=[r[EPISODES] for r in first])
-    level = start + share * (1 - start)
+    common = min(timesteps[-1] for seeds in curves.values() for timesteps, _, _ in seeds)
     for label, seeds in curves.items():
-        reached = [first_at(timesteps, success, level) for timesteps, _, success in seeds]
-        line = f"timesteps from {start:.0%} to {level:.0%}, {share:.0%} of the way: {label} {', '.join(reached)}"
-        if "-" not in reached and len(reached) > 1:
-            at = np.array(reached, float)
-            half = stats.t.ppf(0.975, len(at) - 1) * at.std(ddof=1) / np.sqrt(len(at))
-            line += f"; mean {at.mean():.0f} ({at.mean() - half:.0f} to {at.mean() + half:.0f})"
-        print(f"{line}; at the end {', '.join(f'{success[-1]:.0%}' for _, _, success in seeds)}")
+        for share in (0.5, 0.8):
+            level = start + share * (1 - start)
+            reached = [first_at(timesteps, success, level) for timesteps, _, success in seeds]
+            mean = "" if "-" in reached else mean_of_seeds([float(at) for at in reached], "{:.0f}")
+            print(
+                f"{label}: timesteps from {start:.0%} to {level:.0%}, {share:.0%} of the way: {', '.join(reached)}{mean}"
+            )
+        area = [np.interp(np.linspace(0, common, 1000), at, success).mean() for at, _, success in seeds]
+        each = ", ".join(f"{a:.1%}" for a in area)
+        print(f"{label}: mean success over the first {common:.0f} timesteps: {each}{mean_of_seeds(area, '{:.1%}')}")
+
+
+def mean_of_seeds(values: list[float], form: str) -> str:
+    """`; mean M (LOW to HIGH)` with a 95 % t interval, for two seeds or more."""
+    if len(values) < 2:
+        return ""
+    mean, half = np.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"; mean {form} ({form} to {form})".format(mean, mean - half, mean + half)
 
 
 def first_at(timesteps: np.ndarray, success: np.ndarray, level: float) -> str:
