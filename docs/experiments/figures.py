@@ -55,10 +55,10 @@ FIGURES: dict[str, dict[str, str]] = {
     "reward": {"sparse": "weak_sparse", "dense": "weak_dense"},
     "suite": {
         "GAE-PPO, dense": "suite_dense",
-        "sparse": "suite_ppo",
-        "sparse, 3e-3": "suite_3e-3",
-        "GRPO": "suite_grpo",
+        "GAE-PPO, sparse": "suite_ppo",
+        "GRPO, sparse": "suite_grpo",
     },
+    "suite_grpo": {"GAE-PPO, dense": "suite_dense", "GRPO, sparse": "suite_grpo"},
     "task_6": {"GAE-PPO": "task_6_ppo", "GRPO": "task_6_grpo"},
     "long": {"GAE-PPO": "long_ppo", "GRPO": "long_grpo"},
     "noise": {
@@ -120,9 +120,11 @@ def draw_tasks(figure: str, runs: dict[str, str]) -> None:
         axis.set_title(f"task {task}", fontsize=9)
         axis.set(ylim=(-0.03, 1.03))
         axis.tick_params(labelsize=7)
-    axes[0, 0].legend(fontsize=7, loc="lower right")
+    canvas.legend(
+        *axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="upper center", ncols=len(runs), frameon=False
+    )
     canvas.supxlabel("timesteps", fontsize=9)
-    canvas.tight_layout()
+    canvas.tight_layout(rect=(0, 0, 1, 0.95))
     canvas.savefig(HERE / f"{figure}_tasks.png", dpi=100)
     pyplot.close(canvas)
 

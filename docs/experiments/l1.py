@@ -1,4 +1,4 @@
-"""From an L1 head to PPO at the small size, end to end on the real simulator: the figures of docs/experiments.md.
+"""From an L1 head to PPO at the small size, end to end on the real simulator: the figures of docs/l1.md.
 
     python docs/experiments/l1.py                       all steps, one after another; what is there is not made again
     python docs/experiments/l1.py --steps warmstart     some of them

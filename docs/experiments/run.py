@@ -90,6 +90,7 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "suite_dense": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
     "suite_longer": ((1,), "--timesteps 900000"),
     "suite_cooled": ((1,), "--timesteps 1000000 rollout.final_temperature=0.2"),
+    "suite_sparse": ((1,), f"--config configs/tiny_suite.yaml {SUITE} env.reward=sparse"),
     "suite_ppo": ((1, 2), f"--config configs/tiny_suite.yaml --timesteps 260000 {SUITE} env.reward=sparse"),
     "suite_3e-3": (
         (2,),
