@@ -5,7 +5,7 @@
 first_actions  only the tokens of a chunk's first half are trained
 pairs          environments 2k and 2k+1 play the same placements, and an advantage loses what the other's episode says of the placement
 
-run.py has their runs (noise_*), beside those of settings that the trainer has. Not measured yet.
+run.py has their runs (noise_*), beside those of settings that the trainer has. Only noise_base has been run.
 """
 
 from __future__ import annotations
