@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from scipy import stats
 
-from vla_rl.reports.curves import EPISODES, GREEDY, TRAINING, evaluations, success_of_last_episodes
+from vla_rl.reports.curves import EPISODES, GREEDY, TRAINING, evaluations, success_of_last_episodes, t_half_width
 from vla_rl.reports.drawing import draw_seeds
 from vla_rl.reports.records import Records, read_metrics
 
@@ -217,7 +217,7 @@ def compare(base: str, *others: str) -> None:
 
 
 def efficiency(runs: dict[str, str]) -> None:
-    """Prints each method's sample efficiency: of each seed, then their mean with its 95 % t interval."""
+    """Prints each method's sample efficiency: of each seed, then their mean."""
     curves = {label: [success_of_last_episodes(s, WINDOW) for s in load(name).values()] for label, name in runs.items()}
     first = [next(r for r in s if r.get(EPISODES)) for name in runs.values() for s in load(name).values()]
     start = np.average([r[TRAINING] for r in first], weights=[r[EPISODES] for r in first])
@@ -236,11 +236,10 @@ def efficiency(runs: dict[str, str]) -> None:
 
 
 def mean_of_seeds(values: list[float], form: str) -> str:
-    """`; mean M (LOW to HIGH)` with a 95 % t interval, for two seeds or more."""
-    if len(values) < 2:
-        return ""
-    mean, half = np.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return f"; mean {form} ({form} to {form})".format(mean, mean - half, mean + half)
+    """`; mean M` for two seeds or more, from three on with a 95 % t interval."""
+    mean, half = np.mean(values), t_half_width(np.array(values))
+    interval = f" ({form} to {form})".format(mean - half, mean + half) if len(values) > 2 else ""
+    return f"; mean {form}{interval}".format(mean) if len(values) > 1 else ""
 
 
 def first_at(timesteps: np.ndarray, success: np.ndarray, level: float) -> str:
