@@ -41,12 +41,12 @@ STEPS: Steps = {
         MODEL,
         "-m vla_rl.sft --config configs/tiny_sft.yaml run.name=long_sft policy.checkpoint=tiny-openvla "
         "data.files=[demonstrations/long.hdf5] data.name=libero_10_no_noops training.steps=2000 training.warmup_steps=100 "
-        "run.torch_threads=1 logging.progress=false",
+        "run.torch_threads=2 logging.progress=false",
     ),
     "evaluate_start": (
         "runs/long_start/results.json",
-        f"-m vla_rl.evaluate --checkpoint {MODEL} --task-suite libero_10 --task-ids 0 --videos none --no-progress eval.num_envs=4 "
-        "run.torch_threads=1 --out runs/long_start",
+        f"-m vla_rl.evaluate --checkpoint {MODEL} --task-suite libero_10 --task-ids 0 --videos none --no-progress eval.num_envs=8 "
+        "env.num_workers=2 --modes greedy mean_action sampled --out runs/long_start",
     ),
 }
 
