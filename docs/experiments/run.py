@@ -39,6 +39,7 @@ LONG = (
     "--task-suite libero_10 --task-id 0 --checkpoint runs/long_sft/model --timesteps 180000 env.max_steps=320 env.physics=fast "
     "eval.interval=0 eval.states=0-1"
 )  # docs/experiments/long.py makes the checkpoint and evaluates what comes out
+COOL = "rollout.temperature=0.5 actor.learning_rate=1.5e-3"
 SUITE = "logging.keep_every=6 logging.checkpoint_interval=2 logging.keep_checkpoints=12"
 SUITE_GRPO = (  # the reward is sparse: of dense reward GRPO would see nothing
     f"{GRPO} --task-ids 0 1 2 3 4 5 6 7 8 9 actor.learning_rate=1.5e-3 rollout.num_envs=16 rollout.final_temperature=0.5 "
@@ -83,8 +84,11 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "noise_cooled": ((1, 2), f"{NOISE} rollout.final_temperature=0.5"),
     "noise_first_actions": ((1, 2), NOISE),
     "noise_pairs": ((1, 2), NOISE),
-    "long_ppo": ((1, 2), f"{PPO} {LONG}"),
-    "long_grpo": ((1, 2), f"{GRPO} {LONG} rollout.n_episodes=32"),
+    "long_ppo": ((1, 2), f"{PPO} {LONG} {COOL}"),
+    "long_dense": ((1, 2), f"{PPO} {LONG} {COOL} env.reward=dense"),
+    "long_grpo": ((1, 2), f"{GRPO} {LONG} {COOL} rollout.n_episodes=32"),
+    "long_ppo_hot": ((1,), f"{PPO} {LONG}"),  # stopped, as the next
+    "long_grpo_hot": ((1,), f"{GRPO} {LONG} rollout.n_episodes=32"),
     "task_6_ppo": ((1, 2), f"{PPO} {TASK_6}"),
     "task_6_grpo": ((1, 2), f"{GRPO} {TASK_6}"),
     "suite_dense": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
