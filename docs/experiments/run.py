@@ -87,8 +87,6 @@ RUNS: dict[str, tuple[tuple[int, ...], str]] = {
     "long_ppo": ((1, 2), f"{PPO} {LONG} {COOL}"),
     "long_dense": ((1, 2), f"{PPO} {LONG} {COOL} env.reward=dense"),
     "long_grpo": ((1, 2), f"{GRPO} {LONG} {COOL} rollout.n_episodes=32"),
-    "long_ppo_hot": ((1,), f"{PPO} {LONG}"),  # stopped, as the next
-    "long_grpo_hot": ((1,), f"{GRPO} {LONG} rollout.n_episodes=32"),
     "task_6_ppo": ((1, 2), f"{PPO} {TASK_6}"),
     "task_6_grpo": ((1, 2), f"{GRPO} {TASK_6}"),
     "suite_dense": ((1, 2), f"--config configs/tiny_suite.yaml {SUITE}"),
