@@ -40,7 +40,7 @@ STEPS: Steps = {
     "sft": (
         MODEL,
         "-m vla_rl.sft --config configs/tiny_sft.yaml run.name=long_sft policy.checkpoint=tiny-openvla "
-        "data.files=[demonstrations/long.hdf5] data.name=libero_10_no_noops training.steps=5000 "
+        "data.files=[demonstrations/long.hdf5] data.name=libero_10_no_noops training.steps=3000 "
         "run.torch_threads=2 logging.progress=false",
     ),
     "evaluate_start": (

@@ -65,6 +65,23 @@ def test_places_one_object_after_another_and_one_again_that_is_lost():
 
 
 @pytest.mark.libero
+def test_lets_go_as_soon_as_the_basket_holds_the_object():
+    """The rim stops the hand above the basket's floor. To press on until patience ends, 30 steps later, is what no policy can copy."""
+    sim = settled("libero_10", 0)
+    expert = Expert(sim)
+    first = expert.goal
+    pressed = 0
+    while expert.phase not in ("release", "leave"):  # it leaves when its patience ends
+        sim.step(expert.act(), render=False)
+        pressed += expert.phase == "place" and goals.holds(sim, first)
+    assert pressed <= 1 and goals.is_grasped(sim, first)
+    while expert.goal == first:
+        sim.step(expert.act(), render=False)
+    assert goals.holds(sim, first) and not goals.is_grasped(sim, first)
+    sim.close()
+
+
+@pytest.mark.libero
 def test_recovers_from_disturbed_execution_and_from_a_lost_object():
     sim = settled("libero_spatial", 0)
     expert = Expert(sim)

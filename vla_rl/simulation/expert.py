@@ -123,7 +123,8 @@ class Expert:
         if np.linalg.norm(hand - thing) > self.reach_of_grasp + 0.05:
             return self.retry()
         aside = np.linalg.norm((goal - thing)[:2])
-        if aside < 0.012 and thing[2] - goal[2] < 0.008:
+        inside = self.goal.relation == "in" and holds(self.sim, self.goal)  # below a rim the hand may not get any deeper
+        if inside or (aside < 0.012 and thing[2] - goal[2] < 0.008):
             self.start = hand
             return self.go("release")
         if self.count > MOVE_STEPS:
