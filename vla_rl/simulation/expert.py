@@ -123,7 +123,7 @@ class Expert:
         if np.linalg.norm(hand - thing) > self.reach_of_grasp + 0.05:
             return self.retry()
         aside = np.linalg.norm((goal - thing)[:2])
-        inside = self.goal.relation == "in" and holds(self.sim, self.goal)  # below a rim the hand may not get any deeper
+        inside = self.goal.relation == "in" and holds(self.sim, self.goal)  # the rim may stop the hand above the floor
         if inside or (aside < 0.012 and thing[2] - goal[2] < 0.008):
             self.start = hand
             return self.go("release")
