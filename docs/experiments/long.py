@@ -4,7 +4,7 @@
     python docs/experiments/run.py long_ppo long_grpo
     python docs/experiments/long.py halves runs/long_ppo_seed1 [--mode sampled]      which objects are placed, over the 50 fixed states
 
-Not measured yet.
+What was found: docs/experiments.md, "Two placements in one task".
 """
 
 from __future__ import annotations
